@@ -1,0 +1,2 @@
+//! The rlflow command.
+fn main() {}

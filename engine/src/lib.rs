@@ -1,0 +1,1 @@
+//! Engine of rlflow: workflow, plan, action key, rerun reason, schedule, run, event, report.

@@ -1,0 +1,175 @@
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use serde_json::Value;
+
+use rlflow_store::{Artifact, ArtifactBuilder, Digest, Retain, Snapshot, Store};
+
+use crate::{ArtifactType, Placement, Reporter, Sample, Snapshots, StageError, StageEvent, StageResult};
+
+/// Entry of a snapshot that holds the reporter's record.
+const RECORD: &str = "record.json";
+
+/// Tells running stages to stop.
+#[derive(Debug, Clone, Default)]
+pub struct CancelToken(Arc<AtomicBool>);
+
+impl CancelToken {
+    /// Asks for a stop.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a stop was asked for.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// An input artifact with where it came from.
+#[derive(Clone)]
+pub struct Input {
+    /// Stage that made it.
+    pub stage: String,
+    /// Kind of that stage.
+    pub kind: String,
+    /// The artifact.
+    pub artifact: Artifact,
+    /// All settings of that stage. Only its execution settings may be used here: they are not in the key.
+    pub settings: Value,
+    /// Where that stage is placed (PPO puts its roles there).
+    pub placement: Placement,
+}
+
+/// A data file, resolved and hashed by the engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataFile {
+    /// As the workflow names it, for messages.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Digest that entered the key. What is read must hash to it.
+    pub digest: Digest,
+    /// Length.
+    pub size_bytes: u64,
+}
+
+/// Stores and finds intermediate results by a key of their own; implemented by the engine.
+pub trait MemoStore: Send + Sync {
+    /// The artifact stored under `key`, if any.
+    fn get(&self, key: &Value) -> StageResult<Option<Artifact>>;
+    /// Stores `artifact` under `key`.
+    fn put(&self, key: &Value, artifact: &Artifact) -> StageResult<()>;
+}
+
+/// All that a running stage may touch.
+pub struct RunContext<'a> {
+    /// Stage name, for messages only.
+    pub stage: &'a str,
+    /// The store.
+    pub store: &'a Store,
+    /// Seed of the stage.
+    pub seed: u64,
+    /// Port to inputs, in order.
+    pub inputs: &'a BTreeMap<String, Vec<Input>>,
+    /// Data files, in the order of [`crate::StageKind::data_sources`].
+    pub files: &'a [Vec<DataFile>],
+    /// Where to run.
+    pub placement: &'a Placement,
+    /// The stage's snapshots.
+    pub snapshots: &'a Snapshots,
+    /// Where events go.
+    pub reporter: &'a dyn Reporter,
+    /// Whether to stop.
+    pub cancel: &'a CancelToken,
+    /// Intermediate results.
+    pub memos: &'a dyn MemoStore,
+}
+
+impl RunContext<'_> {
+    /// The input of a port that takes exactly one.
+    pub fn input(&self, port: &str) -> StageResult<&Input> {
+        self.optional_input(port).ok_or_else(|| StageError::invalid(format!("input `{port}` is not connected")))
+    }
+
+    /// The input of an optional port.
+    pub fn optional_input(&self, port: &str) -> Option<&Input> {
+        self.inputs.get(port).and_then(|inputs| inputs.first())
+    }
+
+    /// Starts an output.
+    pub fn output(&self, artifact_type: ArtifactType) -> ArtifactBuilder {
+        self.store.artifact(artifact_type.name())
+    }
+
+    /// Stops with [`StageError::Interrupted`] if a stop was asked for.
+    pub fn check_cancelled(&self) -> StageResult<()> {
+        if self.cancel.is_cancelled() { Err(StageError::Interrupted) } else { Ok(()) }
+    }
+
+    /// The intermediate result under `key`, made if it is not there. `key` must hold everything it depends on
+    /// (digests of inputs, settings, a version).
+    pub fn memo(&self, key: &Value, make: impl FnOnce() -> StageResult<Artifact>) -> StageResult<Artifact> {
+        if let Some(artifact) = self.memos.get(key)? {
+            return Ok(artifact);
+        }
+        let artifact = make()?;
+        self.memos.put(key, &artifact)?;
+        Ok(artifact)
+    }
+
+    /// The newest usable snapshot, opened; the record of metrics and samples goes back to it. Reports the resume.
+    pub fn resume(&self) -> StageResult<Option<(Snapshot, Artifact)>> {
+        let Some((snapshot, state)) = self.snapshots.resume() else { return Ok(None) };
+        self.reporter.restore(&state.read(RECORD)?);
+        let extended = snapshot.retain == Retain::Keep;
+        self.reporter.report(StageEvent::Resumed { step: snapshot.step, extended });
+        Ok(Some((snapshot, state)))
+    }
+
+    /// Writes a snapshot of `state` with the record of metrics and samples so far. `info` is what
+    /// [`crate::StageKind::can_continue`] will see.
+    pub fn save_snapshot(&self, step: u64, retain: Retain, info: Value, mut state: ArtifactBuilder) -> StageResult<()> {
+        state.put(RECORD, &self.reporter.record())?;
+        self.snapshots.save(step, retain, info, state)?;
+        self.reporter.report(StageEvent::Snapshot { step });
+        Ok(())
+    }
+
+    /// Reports metrics of a step: deterministic values only.
+    pub fn metrics(&self, step: u64, values: &[(&str, f64)]) {
+        let values = values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+        self.reporter.report(StageEvent::Metrics { step, values });
+    }
+
+    /// Reports a measured value that differs from run to run.
+    pub fn measurement(&self, name: &str, value: f64) {
+        self.reporter.report(StageEvent::Measurement { name: name.into(), value });
+    }
+
+    /// Reports a sampled text.
+    pub fn sample(&self, sample: Sample) {
+        self.reporter.report(StageEvent::Sample(sample));
+    }
+
+    /// Names a phase.
+    pub fn phase(&self, name: &str) {
+        self.reporter.report(StageEvent::Phase { name: name.into() });
+    }
+
+    /// Says something once.
+    pub fn note(&self, text: impl Into<String>) {
+        self.reporter.report(StageEvent::Note { text: text.into() });
+    }
+
+    /// Warns.
+    pub fn warning(&self, text: impl Into<String>) {
+        self.reporter.report(StageEvent::Warning { text: text.into() });
+    }
+}

@@ -1,0 +1,79 @@
+use rlflow_store::StoreError;
+
+/// Result of a stage's work.
+pub type StageResult<T> = Result<T, StageError>;
+
+/// How a stage fails.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StageError {
+    /// The user (or the engine) asked it to stop; a snapshot was written if the stage has any.
+    #[error("interrupted")]
+    Interrupted,
+    /// Training produced NaN or infinity.
+    #[error("step {step}: {tensor} is not finite ({value}){}", last_snapshot.map(|step| format!("; the last good snapshot is of step {step}")).unwrap_or_default())]
+    NonFinite {
+        /// Step at which it was seen, counted from 1.
+        step: u64,
+        /// Name of the tensor or metric.
+        tensor: String,
+        /// The offending value.
+        value: f32,
+        /// Last snapshot before it.
+        last_snapshot: Option<u64>,
+    },
+    /// A data file cannot be used.
+    #[error("{}{}: {message}", path, line.map(|line| format!(":{line}")).unwrap_or_default())]
+    Data {
+        /// The file.
+        path: String,
+        /// Line, counted from 1.
+        line: Option<u64>,
+        /// What is wrong, with the offending text.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// Inputs or settings that cannot work together, found only when running.
+    #[error("{message}")]
+    Invalid {
+        /// What is wrong.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The operating system failed.
+    #[error("{operation}: {source}")]
+    Io {
+        /// What was tried, with the path.
+        operation: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+impl StageError {
+    /// An [`StageError::Invalid`] without a hint.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::Invalid { message: message.into(), hint: None }
+    }
+
+    /// An [`StageError::Invalid`] with a hint.
+    pub fn invalid_with_hint(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Invalid { message: message.into(), hint: Some(hint.into()) }
+    }
+
+    /// What the user can do, where known.
+    pub fn hint(&self) -> Option<&str> {
+        match self {
+            Self::Data { hint, .. } | Self::Invalid { hint, .. } => hint.as_deref(),
+            Self::NonFinite { .. } => {
+                Some("a lower `lr`, a longer `warmup_steps` or a smaller `grad_clip` usually helps; nothing of this stage was cached")
+            }
+            _ => None,
+        }
+    }
+}

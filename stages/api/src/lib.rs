@@ -1,0 +1,32 @@
+//! The contract between rlflow's engine and its stage kinds.
+//!
+//! A kind is a type that implements [`StageKind`]: its ports, its config (whose JSON Schema says for every
+//! setting whether it is part of the result's identity), a pure `describe` that planning calls before anything
+//! has run, and `run`. [`Kind`] is the same without the type parameter, as the engine uses it.
+//!
+//! In data order: [`ArtifactType`] and [`ArtifactMeta`] are what flows along edges, [`ModelConfig`] the shape of a
+//! network, [`setting`] how settings are marked, [`Placement`] where a stage runs, [`RunContext`] what `run`
+//! may touch, [`StageEvent`] what it reports, [`StageError`] how it fails.
+
+mod artifact;
+mod context;
+mod error;
+mod event;
+mod kind;
+mod model;
+mod placement;
+pub mod setting;
+mod snapshot;
+
+pub use artifact::{ArtifactMeta, ArtifactType, Origin};
+pub use context::{CancelToken, DataFile, Input, MemoStore, RunContext};
+pub use error::{StageError, StageResult};
+pub use event::{Reporter, Sample, StageEvent, Table};
+pub use kind::{
+    Arity, DataSource, DescribeContext, Description, ErasedStage, InputMeta, InputPort, Kind, Needs, OutputPort, Problem, StageKind,
+    data_format,
+};
+pub use model::{Architecture, ModelConfig, Positions, RopeScaling};
+pub use placement::{DeviceChoice, DeviceSpec, Execution, Offload, Placement, ZeroLevel, ZeroSetting};
+pub use rlflow_store::{Artifact, ArtifactBuilder, Blob, Digest, Dtype, Entry, Manifest, Retain, Snapshot, Store, StoreError};
+pub use snapshot::{SnapshotPolicy, Snapshots};

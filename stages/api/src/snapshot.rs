@@ -1,0 +1,86 @@
+use std::{
+    cell::Cell,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use rlflow_store::{Artifact, ArtifactBuilder, Retain, Snapshot, SnapshotSet};
+
+use crate::StageResult;
+
+/// When to write snapshots.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SnapshotPolicy {
+    /// After this many steps, if set.
+    pub every_steps: Option<u64>,
+    /// After this much time, if set.
+    pub every: Option<Duration>,
+}
+
+impl Default for SnapshotPolicy {
+    fn default() -> Self {
+        Self { every_steps: None, every: Some(Duration::from_secs(10)) }
+    }
+}
+
+/// A stage's own snapshots, as it sees them.
+pub struct Snapshots {
+    set: SnapshotSet,
+    usable: Vec<Snapshot>,
+    policy: Cell<SnapshotPolicy>,
+    last: Cell<(Instant, Option<u64>)>,
+}
+
+impl Snapshots {
+    /// Over `set`; `usable` are those that [`crate::StageKind::can_continue`] accepted, best first.
+    pub fn new(set: SnapshotSet, usable: Vec<Snapshot>) -> Self {
+        let last = Cell::new((Instant::now(), None));
+        Self { set, usable, policy: Cell::default(), last }
+    }
+
+    /// Sets when to write.
+    pub fn set_policy(&self, policy: SnapshotPolicy) {
+        self.policy.set(policy);
+    }
+
+    /// The snapshot to continue from, opened: most steps first, skipping those that cannot be read.
+    pub fn resume(&self) -> Option<(Snapshot, Artifact)> {
+        let found = self.usable.iter().find_map(|snapshot| match self.set.open(snapshot) {
+            Ok(artifact) => Some((snapshot.clone(), artifact)),
+            Err(error) => {
+                tracing::warn!(step = snapshot.step, %error, "snapshot cannot be used");
+                None
+            }
+        });
+        if let Some((snapshot, _)) = &found {
+            self.last.set((Instant::now(), Some(snapshot.step)));
+        }
+        found
+    }
+
+    /// Whether a snapshot should be written now that `step` steps are done.
+    pub fn is_due(&self, step: u64) -> bool {
+        let (time, last) = self.last.get();
+        let policy = self.policy.get();
+        policy.every.is_some_and(|every| time.elapsed() >= every)
+            || policy.every_steps.is_some_and(|every| step >= last.unwrap_or(0) + every)
+    }
+
+    /// Step of the newest snapshot that this run wrote or resumed from.
+    pub fn last_step(&self) -> Option<u64> {
+        self.last.get().1
+    }
+
+    /// A builder for the state.
+    pub fn builder(&self) -> ArtifactBuilder {
+        self.set.builder()
+    }
+
+    /// Writes a snapshot durably.
+    pub fn save(&self, step: u64, retain: Retain, info: Value, state: ArtifactBuilder) -> StageResult<()> {
+        self.set.save(step, retain, info, state)?;
+        self.last.set((Instant::now(), Some(step)));
+        Ok(())
+    }
+}

@@ -1,0 +1,1 @@
+//! Stage kinds of rlflow: data, trainers, PPO, DPO, evaluation.

@@ -1,0 +1,1 @@
+//! Text side of rlflow's stages: readers, mixtures, tokenizers, chat templates, datasets.

@@ -1,0 +1,33 @@
+//! The store of rlflow: content-addressed blobs, manifests that name them, actions that
+//! say what made what, snapshots of unfinished stages, leases, and an index over all of it.
+//!
+//! In the order of a result's life:
+//! [`Digest`] names content; [`Blob`] is verified content; [`ArtifactBuilder`] collects entries into a
+//! [`Manifest`] and publishes an [`Artifact`]; an [`ActionRecord`] binds an action key to output artifacts;
+//! [`Lease`] keeps two processes from doing the same work; [`SnapshotSet`] holds what an
+//! unfinished stage needs to continue; [`RunLog`] keeps what happened.
+//!
+//! Files are the truth and the index (sled) only makes lookups fast: it is rebuilt when lost or damaged.
+//! The layout and the order of writes are specified in `store/DESIGN.md`.
+
+mod action;
+mod artifact;
+mod blob;
+mod digest;
+mod error;
+mod lease;
+mod manifest;
+mod run_log;
+mod snapshot;
+mod store;
+
+pub use action::{ActionRecord, Provenance};
+pub use artifact::{Artifact, ArtifactBuilder};
+pub use blob::Blob;
+pub use digest::{Digest, Hasher, ParseDigestError};
+pub use error::{Result, StoreError};
+pub use lease::{Lease, LeaseHolder, LeaseOutcome};
+pub use manifest::{Dtype, Entry, Manifest};
+pub use run_log::RunLog;
+pub use snapshot::{Retain, Snapshot, SnapshotSet};
+pub use store::{FileDigest, Store};
