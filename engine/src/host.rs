@@ -1,0 +1,123 @@
+use rlflow_api::{DeviceChoice, DeviceSpec, Execution, Placement, ZeroSetting};
+
+/// What this machine can run on. Given by the binary, since only the stages know their backends.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Host {
+    /// Devices, the CPU among them.
+    pub devices: Vec<DeviceInfo>,
+    /// Numerics profile: SIMD level, kernel version, math library. Recorded with results, never in a key.
+    pub numerics: String,
+}
+
+/// One device of this machine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeviceInfo {
+    /// How workflows name it.
+    pub spec: DeviceSpec,
+    /// How its maker names it.
+    pub name: String,
+    /// Its memory.
+    pub memory_bytes: u64,
+}
+
+/// A `device` setting that this machine cannot serve.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct PlacementError {
+    /// What is wrong.
+    pub message: String,
+    /// What to do.
+    pub hint: String,
+}
+
+impl Host {
+    /// The device called `spec`, if the machine has it.
+    pub fn device(&self, spec: DeviceSpec) -> Option<&DeviceInfo> {
+        self.devices.iter().find(|device| device.spec == spec)
+    }
+
+    /// Where a stage with these settings runs. `peak_bytes` says what it needs per rank at a ZeRO level, for `zero = "auto"`.
+    pub fn place(&self, execution: Option<&Execution>, peak_bytes: impl Fn(usize, u8) -> Option<u64>) -> Result<Placement, PlacementError> {
+        let Some(execution) = execution else { return Ok(Placement::default()) };
+        let devices = self.devices_of(&execution.device)?;
+        let zero = match execution.zero {
+            ZeroSetting::Level(level) => level,
+            ZeroSetting::Auto(_) => {
+                let memory = devices.iter().filter_map(|spec| Some(self.device(*spec)?.memory_bytes)).min();
+                let fits = |level: u8| match (memory, peak_bytes(devices.len(), level)) {
+                    (Some(memory), Some(peak)) => peak <= memory,
+                    _ => true,
+                };
+                // With one rank nothing is sharded, so a higher level cannot help.
+                if devices.len() == 1 { 0 } else { (0..3).find(|level| fits(*level)).unwrap_or(3) }
+            }
+        };
+        Ok(Placement { devices, zero, offload: execution.offload })
+    }
+
+    fn devices_of(&self, choice: &DeviceChoice) -> Result<Vec<DeviceSpec>, PlacementError> {
+        match choice {
+            DeviceChoice::One(name) if name == "auto" => {
+                let cuda = self.devices.iter().map(|device| device.spec).find(|spec| *spec != DeviceSpec::Cpu);
+                Ok(vec![cuda.unwrap_or(DeviceSpec::Cpu)])
+            }
+            DeviceChoice::One(name) => Ok(vec![self.named(name)?]),
+            DeviceChoice::List(names) if names.is_empty() => {
+                let hint = "name at least one device, or use \"auto\"".into();
+                Err(PlacementError { message: "`device` is an empty list".into(), hint })
+            }
+            DeviceChoice::List(names) => names.iter().map(|name| self.named(name)).collect(),
+            DeviceChoice::CpuRanks { cpu } => Ok(vec![DeviceSpec::Cpu; (*cpu).max(1)]),
+        }
+    }
+
+    fn named(&self, name: &str) -> Result<DeviceSpec, PlacementError> {
+        let known = || self.devices.iter().map(|device| device.spec.to_string()).collect::<Vec<_>>().join(", ");
+        let hint = || format!("this machine has: {} (see `rlflow devices`); `--set defaults.device=auto` picks one", known());
+        let spec: DeviceSpec = name.parse().map_err(|message| PlacementError { message, hint: hint() })?;
+        match self.device(spec) {
+            Some(_) => Ok(spec),
+            None => Err(PlacementError { message: format!("device `{name}` is not available here"), hint: hint() }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn host(cuda: usize) -> Host {
+        let mut devices = vec![DeviceInfo { spec: DeviceSpec::Cpu, name: "cpu".into(), memory_bytes: 100 }];
+        devices.extend((0..cuda).map(|at| DeviceInfo { spec: DeviceSpec::Cuda(at), name: "gpu".into(), memory_bytes: 40 }));
+        Host { devices, numerics: "test".into() }
+    }
+
+    fn place(host: &Host, settings: serde_json::Value, peak: impl Fn(usize, u8) -> Option<u64>) -> Result<(Vec<String>, u8), PlacementError> {
+        let execution: Execution = serde_json::from_value(settings).unwrap();
+        let placement = host.place(Some(&execution), peak)?;
+        Ok((placement.devices.iter().map(ToString::to_string).collect(), placement.zero))
+    }
+
+    #[test]
+    fn devices_resolve_against_the_machine() {
+        let devices = |host: &Host, choice| place(host, json!({ "device": choice }), |_, _| None).map(|(devices, _)| devices.join(" "));
+        assert_eq!(devices(&host(0), json!("auto")).unwrap(), "cpu");
+        assert_eq!(devices(&host(2), json!("auto")).unwrap(), "cuda:0");
+        assert_eq!(devices(&host(2), json!(["cuda:1", "cuda"])).unwrap(), "cuda:1 cuda:0");
+        assert_eq!(devices(&host(0), json!({ "cpu": 3 })).unwrap(), "cpu cpu cpu");
+        assert_eq!(devices(&host(0), json!("cuda:0")).unwrap_err().message, "device `cuda:0` is not available here");
+        assert_eq!(devices(&host(0), json!("tpu")).unwrap_err().message, "`tpu` is not a device: expected `auto`, `cpu`, `cuda` or `cuda:N`");
+        assert!(devices(&host(0), json!([])).is_err());
+    }
+
+    #[test]
+    fn auto_zero_is_the_lowest_level_that_fits() {
+        let peak = |_: usize, level: u8| Some([90, 60, 40, 20][usize::from(level)]);
+        let zero = |device| place(&host(2), json!({ "device": device, "zero": "auto" }), peak).unwrap().1;
+        assert_eq!(zero(json!(["cuda:0", "cuda:1"])), 2);
+        assert_eq!(zero(json!({ "cpu": 2 })), 0);
+        assert_eq!(zero(json!("cuda:0")), 0);
+    }
+}
