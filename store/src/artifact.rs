@@ -1,8 +1,22 @@
-use std::{path::Path, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde_json::Value;
 
-use crate::{Blob, Digest, Dtype, Entry, Manifest, Result, Store};
+use crate::{
+    Blob, Digest, Dtype, Entry, Manifest, Result, Store, StoreError,
+    digest::hash_parallel,
+    durable::{TempFile, WritePoints, sync_files, sync_folder, sync_parents, write_durably},
+    entry_name::check_entry_name,
+    fault::fault_point,
+    file_digest::import_file,
+    layout::Family,
+};
 
 /// A published artifact: its digest, its manifest, and the means to read its entries.
 #[derive(Clone)]
@@ -29,8 +43,20 @@ impl Artifact {
 
     /// Verified content of the entry called `name`.
     pub fn read(&self, name: &str) -> Result<Blob> {
-        let _ = (&self.store, name);
-        todo!()
+        let entry = self.manifest.entry(name).ok_or_else(|| StoreError::EntryName {
+            name: name.chars().take(200).collect(),
+            message: "the artifact has no entry of this name",
+        })?;
+        self.store.load_verified(Family::Blob, entry.digest)?.ok_or(StoreError::Missing { what: "blob", digest: entry.digest })
+    }
+
+    /// Verifies the content of every entry.
+    pub fn verify(&self) -> Result<()> {
+        let digests: BTreeSet<Digest> = self.manifest.entries.iter().map(|entry| entry.digest).collect();
+        digests.into_iter().try_for_each(|digest| match self.store.load_verified(Family::Blob, digest)? {
+            Some(_) => Ok(()),
+            None => Err(StoreError::Missing { what: "blob", digest }),
+        })
     }
 
     /// The store that holds it.
@@ -39,49 +65,198 @@ impl Artifact {
     }
 }
 
+impl std::fmt::Debug for Artifact {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Artifact({} {})", self.manifest.artifact_type, self.digest)
+    }
+}
+
+/// A blob on its way into the store.
+struct Staged {
+    size_bytes: u64,
+    /// Its content under a temporary name. Absent only where the file system cannot link a blob that is there already.
+    temp: Option<TempFile>,
+    /// Whether this builder wrote it, so that it is not durable yet.
+    fresh: bool,
+}
+
 /// Collects entries and publishes them as one artifact. Nothing is visible before [`ArtifactBuilder::publish`].
 pub struct ArtifactBuilder {
     store: Store,
     artifact_type: String,
+    entries: BTreeMap<String, Entry>,
+    staged: HashMap<Digest, Staged>,
+    metadata: Value,
 }
+
+const MANIFEST_POINTS: WritePoints =
+    WritePoints { written: "manifest.written", renamed: "manifest.renamed", folder_synced: "manifest.folder_synced" };
 
 impl ArtifactBuilder {
     pub(crate) fn new(store: Store, artifact_type: String) -> Self {
-        Self { store, artifact_type }
+        let metadata = Value::Object(serde_json::Map::new());
+        Self { store, artifact_type, entries: BTreeMap::new(), staged: HashMap::new(), metadata }
     }
 
     /// Adds a file entry.
     pub fn put(&mut self, name: &str, content: &[u8]) -> Result<()> {
-        let _ = (name, content, &self.store, &self.artifact_type);
-        todo!()
+        self.put_content(name, None, &[], content)
     }
 
     /// Adds a tensor entry: little-endian elements, row-major.
     pub fn put_tensor(&mut self, name: &str, dtype: Dtype, shape: &[u64], content: &[u8]) -> Result<()> {
-        let _ = (name, dtype, shape, content);
-        todo!()
+        self.put_content(name, Some(dtype), shape, content)
     }
 
     /// Adds the content of a file: reflinked or hard-linked where the file system can, hashed in the same pass.
+    ///
+    /// Only files that nobody may write to (those under [`Store::scratch`], and read-only ones) are hard-linked: a later
+    /// write to another file would reach into the store.
     pub fn put_file(&mut self, name: &str, path: &Path) -> Result<()> {
-        let _ = (name, path);
-        todo!()
+        self.check_new(name)?;
+        let (digest, size_bytes, temp) = import_file(&self.store, path)?;
+        let entry = Entry { name: name.to_owned(), digest, size_bytes, dtype: None, shape: Vec::new() };
+        if !self.hold(digest, size_bytes)? {
+            self.staged.insert(digest, Staged { size_bytes, temp: Some(temp), fresh: true });
+        }
+        self.entries.insert(entry.name.clone(), entry);
+        Ok(())
     }
 
     /// Adds an entry whose blob is in the store already (a frozen or shared tensor): nothing is copied.
     pub fn share(&mut self, entry: &Entry) -> Result<()> {
-        let _ = entry;
-        todo!()
+        self.check_new(&entry.name)?;
+        entry.check_shape().map_err(|message| self.invalid(message))?;
+        if !self.hold(entry.digest, entry.size_bytes)? {
+            return Err(StoreError::Missing { what: "blob", digest: entry.digest });
+        }
+        self.entries.insert(entry.name.clone(), entry.clone());
+        Ok(())
     }
 
     /// Sets the metadata.
     pub fn metadata(&mut self, metadata: Value) {
-        let _ = metadata;
-        todo!()
+        self.metadata = metadata;
     }
 
     /// Makes all entries durable, then the manifest.
     pub fn publish(self) -> Result<Artifact> {
-        todo!()
+        let store = self.store.clone();
+        let manifest = Manifest {
+            format: Manifest::FORMAT,
+            artifact_type: self.artifact_type,
+            entries: self.entries.into_values().collect(),
+            metadata: self.metadata,
+        };
+        let layout = store.layout();
+        let bytes = manifest.encode(&layout.family(Family::Manifest))?;
+        let digest = Digest::of(&bytes);
+
+        let fresh = self.staged.values().filter(|staged| staged.fresh).filter_map(|staged| staged.temp.as_ref());
+        sync_files(fresh.map(TempFile::path))?;
+        fault_point("blob.sync").map_err(StoreError::io("sync", layout.temp()))?;
+
+        // From here to the manifest no collection may run: it would see blobs that nothing names.
+        let guard = store.share_collect_lock()?;
+        let mut touched = BTreeSet::new();
+        let mut made_folder = false;
+        for (digest, staged) in self.staged {
+            made_folder |= store.place_blob(digest, staged)?;
+            touched.insert(digest.as_bytes()[0]);
+        }
+        fault_point("blob.renamed").map_err(StoreError::io("create", layout.family(Family::Blob)))?;
+        for prefix in &touched {
+            sync_folder(&layout.shard(Family::Blob, *prefix))?;
+        }
+        if made_folder {
+            sync_parents(layout, &layout.shard(Family::Blob, 0))?;
+        }
+        fault_point("blob.folder_synced").map_err(StoreError::io("sync folder", layout.family(Family::Blob)))?;
+        // Written even when it is there: its new time protects it from collection until an action names it.
+        write_durably(layout, &layout.file(Family::Manifest, digest), &bytes, &MANIFEST_POINTS)?;
+        drop(guard);
+        Ok(Artifact::new(store, digest, Arc::new(manifest)))
+    }
+
+    fn put_content(&mut self, name: &str, dtype: Option<Dtype>, shape: &[u64], content: &[u8]) -> Result<()> {
+        self.check_new(name)?;
+        let digest = hash_parallel(content);
+        let size_bytes = content.len() as u64;
+        let entry = Entry { name: name.to_owned(), digest, size_bytes, dtype, shape: shape.to_vec() };
+        entry.check_shape().map_err(|message| self.invalid(message))?;
+        if !self.hold(digest, size_bytes)? {
+            let temp = TempFile::write(self.store.layout(), content)?;
+            self.staged.insert(digest, Staged { size_bytes, temp: Some(temp), fresh: true });
+        }
+        self.entries.insert(entry.name.clone(), entry);
+        Ok(())
+    }
+
+    /// Takes hold of a blob that is staged or stored already, so that no collection can take it before it is published.
+    /// False if there is none.
+    fn hold(&mut self, digest: Digest, size_bytes: u64) -> Result<bool> {
+        if self.staged.contains_key(&digest) {
+            return Ok(true);
+        }
+        if !self.store.has_blob(digest, size_bytes) {
+            return Ok(false);
+        }
+        // Where links cannot be made, publishing checks that the blob is still there.
+        let temp = self.store.hold_blob(digest).ok();
+        self.staged.insert(digest, Staged { size_bytes, temp, fresh: false });
+        Ok(true)
+    }
+
+    fn check_new(&self, name: &str) -> Result<()> {
+        check_entry_name(name)?;
+        if self.entries.contains_key(name) {
+            return Err(StoreError::EntryName { name: name.to_owned(), message: "the artifact has an entry of this name already" });
+        }
+        Ok(())
+    }
+
+    fn invalid(&self, message: String) -> StoreError {
+        StoreError::Format { path: PathBuf::from(format!("artifact of type {}", self.artifact_type)), message }
+    }
+}
+
+impl Store {
+    /// Gives a staged blob its place. Returns whether a folder was made.
+    fn place_blob(&self, digest: Digest, staged: Staged) -> Result<bool> {
+        let target = self.layout().file(Family::Blob, digest);
+        if self.has_blob(digest, staged.size_bytes) {
+            return Ok(false);
+        }
+        let Some(temp) = staged.temp else { return Err(StoreError::Missing { what: "blob", digest }) };
+        fault_point("blob.rename").map_err(StoreError::io("create", &target))?;
+        temp.persist(&target)
+    }
+
+    /// Stores one blob durably.
+    pub(crate) fn write_blob(&self, content: &[u8]) -> Result<Digest> {
+        let digest = hash_parallel(content);
+        let size_bytes = content.len() as u64;
+        if self.has_blob(digest, size_bytes) {
+            self.refresh_blob(digest);
+            return Ok(digest);
+        }
+        let (temp, mut file) = TempFile::create(self.layout())?;
+        fault_point("temp.write").and_then(|()| file.write_all(content)).map_err(StoreError::io("write", temp.path()))?;
+        file.sync_all().map_err(StoreError::io("sync", temp.path()))?;
+        let guard = self.share_collect_lock()?;
+        let made_folder = self.place_blob(digest, Staged { size_bytes, temp: Some(temp), fresh: true })?;
+        let shard = self.layout().shard(Family::Blob, digest.as_bytes()[0]);
+        sync_folder(&shard)?;
+        if made_folder {
+            sync_parents(self.layout(), &shard)?;
+        }
+        drop(guard);
+        Ok(digest)
+    }
+
+    /// Gives a loose blob today's time, so that its grace period starts again. Best effort.
+    fn refresh_blob(&self, digest: Digest) {
+        let path = self.layout().file(Family::Blob, digest);
+        let _ = fs::metadata(&path).and_then(|_| File::open(&path)?.set_modified(std::time::SystemTime::now()));
     }
 }

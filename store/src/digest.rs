@@ -44,15 +44,41 @@ impl Hasher {
         self
     }
 
+    /// Adds `bytes`, on all threads when there are many.
+    pub fn update_parallel(&mut self, bytes: &[u8]) -> &mut Self {
+        if bytes.len() < PARALLEL_BYTES {
+            self.0.update(bytes)
+        } else {
+            self.0.update_rayon(bytes)
+        };
+        self
+    }
+
     /// The digest of everything added so far.
     pub fn finish(&self) -> Digest {
         Digest(*self.0.finalize().as_bytes())
     }
 }
 
+/// Below this, starting threads costs more than it saves.
+const PARALLEL_BYTES: usize = 512 << 10;
+
+/// Digest of `bytes`, on all threads when there are many.
+pub(crate) fn hash_parallel(bytes: &[u8]) -> Digest {
+    if bytes.len() < PARALLEL_BYTES {
+        return Digest::of(bytes);
+    }
+    Digest(*blake3::Hasher::new().update_rayon(bytes).finalize().as_bytes())
+}
+
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        const HEX: &[u8; 16] = b"0123456789abcdef";
+        let mut text = [0; 64];
+        for (pair, byte) in text.chunks_exact_mut(2).zip(self.0) {
+            pair.copy_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
+        }
+        f.pad(std::str::from_utf8(&text).map_err(|_| fmt::Error)?)
     }
 }
 

@@ -1,4 +1,21 @@
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::mpsc,
+    thread::JoinHandle,
+    time::{Duration, SystemTime},
+};
+
 use serde::{Deserialize, Serialize};
+
+use crate::{
+    Digest, Result, Store, StoreError,
+    durable::{create_folder, write_lightly},
+    fault::fault_point,
+    sealed::read_record,
+};
 
 /// Who works on an action.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -23,5 +40,160 @@ pub enum LeaseOutcome {
     Held(LeaseHolder),
 }
 
+/// How often a holder's file is renewed.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// A holder on another host that was not renewed for so long is dead.
+const EXPIRY: Duration = Duration::from_secs(30);
+
 /// The right to work on one action, until dropped. Renewed in the background; taken over when its process is gone.
-pub struct Lease {}
+///
+/// A lock held by the process says on one host who lives; where the file system does not carry locks between hosts, the
+/// holder file's time does.
+pub struct Lease {
+    lock_path: PathBuf,
+    holder_path: PathBuf,
+    /// Held for as long as the lease; the kernel lets go of it when the process dies.
+    lock: Option<File>,
+    heart: Option<(mpsc::Sender<()>, JoinHandle<()>)>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some((stop, thread)) = self.heart.take() {
+            drop(stop);
+            let _ = thread.join();
+        }
+        // Removed while the lock is held; whoever opened the file before sees that it is no longer the one at its path.
+        let _ = fs::remove_file(&self.holder_path);
+        let _ = fs::remove_file(&self.lock_path);
+        drop(self.lock.take());
+    }
+}
+
+impl Store {
+    fn lease_paths(&self, key: Digest) -> (PathBuf, PathBuf) {
+        let folder = self.layout().leases();
+        (folder.join(format!("{key}.lock")), folder.join(format!("{key}.json")))
+    }
+
+    pub(crate) fn take_lease(&self, key: Digest, holder: &LeaseHolder) -> Result<LeaseOutcome> {
+        let (lock_path, holder_path) = self.lease_paths(key);
+        create_folder(&self.layout().leases())?;
+        // Someone who only looks holds the lock for a moment; so a refusal without a living holder is asked again.
+        for attempt in 0_u32.. {
+            match lock(&lock_path)? {
+                Locked::Ours(file) => {
+                    fault_point("lease.locked").map_err(StoreError::io("write", &holder_path))?;
+                    if let Some(other) = self.living_elsewhere(&holder_path, &lock_path)? {
+                        return Ok(LeaseOutcome::Held(other));
+                    }
+                    let content = serde_json::to_vec(holder).map_err(|error| format_error(&holder_path, &error))?;
+                    write_lightly(self.layout(), &holder_path, &content)?;
+                    fault_point("lease.written").map_err(StoreError::io("write", &holder_path))?;
+                    let heart = Some(start_heart(&holder_path)?);
+                    return Ok(LeaseOutcome::Acquired(Lease { lock_path, holder_path, lock: Some(file), heart }));
+                }
+                Locked::Others => match read_holder(&holder_path)? {
+                    Some(other) if attempt >= 3 => return Ok(LeaseOutcome::Held(other)),
+                    None if attempt >= 50 => return Ok(LeaseOutcome::Held(unknown_holder())),
+                    _ => std::thread::sleep(Duration::from_millis(5)),
+                },
+                Locked::Replaced => {}
+            }
+        }
+        unreachable!("the loop ends by returning")
+    }
+
+    pub(crate) fn find_lease_holder(&self, key: Digest) -> Result<Option<LeaseHolder>> {
+        let (lock_path, holder_path) = self.lease_paths(key);
+        let file = match File::open(&lock_path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(StoreError::io("open", lock_path)(error)),
+        };
+        match file.try_lock_shared() {
+            // Nobody on this host.
+            Ok(()) => self.living_elsewhere(&holder_path, &lock_path),
+            Err(TryLockError::WouldBlock) => Ok(Some(read_holder(&holder_path)?.unwrap_or_else(unknown_holder))),
+            Err(TryLockError::Error(_)) => self.living_elsewhere(&holder_path, &lock_path),
+        }
+    }
+
+    /// The holder, if it lives though the lock is free: on another host of a file system that keeps locks to itself.
+    fn living_elsewhere(&self, holder_path: &Path, lock_path: &Path) -> Result<Option<LeaseHolder>> {
+        if !self.is_on_network() {
+            return Ok(None);
+        }
+        let Some(holder) = read_holder(holder_path)? else { return Ok(None) };
+        if holder.host == host_name() {
+            return Ok(None);
+        }
+        // Both times come from the file server, so that clocks need not agree.
+        let touch = File::open(lock_path).and_then(|file| file.set_modified(SystemTime::now()));
+        let now = fs::metadata(lock_path).and_then(|metadata| metadata.modified());
+        let beat = fs::metadata(holder_path).and_then(|metadata| metadata.modified());
+        let alive = match (touch, now, beat) {
+            (Ok(()), Ok(now), Ok(beat)) => now.duration_since(beat).unwrap_or_default() < EXPIRY,
+            _ => false,
+        };
+        Ok(alive.then_some(holder))
+    }
+}
+
+enum Locked {
+    Ours(File),
+    Others,
+    /// Its last owner removed the file between our opening and locking it.
+    Replaced,
+}
+
+fn lock(path: &Path) -> Result<Locked> {
+    let options = || OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+    let file = options().map_err(StoreError::io("create", path))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(Locked::Others),
+        // Without locks the holder file alone decides.
+        Err(TryLockError::Error(error)) if is_unsupported(&error) => return Ok(Locked::Ours(file)),
+        Err(TryLockError::Error(error)) => return Err(StoreError::io("lock", path)(error)),
+    }
+    let ours = file.metadata().map_err(StoreError::io("examine", path))?;
+    match fs::metadata(path) {
+        Ok(current) if (current.dev(), current.ino()) == (ours.dev(), ours.ino()) => Ok(Locked::Ours(file)),
+        _ => Ok(Locked::Replaced),
+    }
+}
+
+pub(crate) fn is_unsupported(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Unsupported || error.raw_os_error() == Some(rustix::io::Errno::NOLCK.raw_os_error())
+}
+
+fn start_heart(path: &Path) -> Result<(mpsc::Sender<()>, JoinHandle<()>)> {
+    let file = File::open(path).map_err(StoreError::io("open", path))?;
+    let (stop, stopped) = mpsc::channel::<()>();
+    let beat = move || {
+        while stopped.recv_timeout(HEARTBEAT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let _ = file.set_modified(SystemTime::now());
+        }
+    };
+    let thread = std::thread::Builder::new().name("rlflow-lease".into()).spawn(beat).map_err(StoreError::io("renew", path))?;
+    Ok((stop, thread))
+}
+
+/// What the holder file says. `None` if absent or half-written.
+fn read_holder(path: &Path) -> Result<Option<LeaseHolder>> {
+    Ok(read_record(path)?.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
+}
+
+/// Stands for a process that has locked the lease but not yet said who it is.
+fn unknown_holder() -> LeaseHolder {
+    LeaseHolder { host: host_name(), pid: 0, run_id: String::new(), stage: String::new(), since: 0.0 }
+}
+
+pub(crate) fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+fn format_error(path: &Path, error: &serde_json::Error) -> StoreError {
+    StoreError::Format { path: path.to_owned(), message: error.to_string() }
+}

@@ -13,21 +13,32 @@
 mod action;
 mod artifact;
 mod blob;
+mod canonical;
 mod digest;
+mod durable;
+mod entry_name;
 mod error;
+mod fault;
+mod file_digest;
+mod layout;
 mod lease;
 mod manifest;
 mod run_log;
+mod sealed;
 mod snapshot;
 mod store;
 
 pub use action::{ActionRecord, Provenance};
 pub use artifact::{Artifact, ArtifactBuilder};
 pub use blob::Blob;
+pub use canonical::canonical_json;
 pub use digest::{Digest, Hasher, ParseDigestError};
 pub use error::{Result, StoreError};
+#[doc(hidden)]
+pub use fault::FAULT_POINTS;
+pub use file_digest::FileDigest;
 pub use lease::{Lease, LeaseHolder, LeaseOutcome};
 pub use manifest::{Dtype, Entry, Manifest};
 pub use run_log::RunLog;
 pub use snapshot::{Retain, Snapshot, SnapshotSet};
-pub use store::{FileDigest, Store};
+pub use store::Store;

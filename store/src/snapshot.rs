@@ -1,7 +1,23 @@
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Artifact, ArtifactBuilder, Digest, Result, Store};
+use crate::{
+    Artifact, ArtifactBuilder, Digest, Result, Store, StoreError,
+    canonical::to_canonical,
+    durable::{WritePoints, write_durably},
+    sealed::{Unsealed, check_depth, check_length, is_absent, parse, read_record, seal, unseal},
+};
+
+/// Kind in the first line of a snapshot's record.
+const SEAL: &str = "snapshot";
+
+const POINTS: WritePoints =
+    WritePoints { written: "snapshot.written", renamed: "snapshot.renamed", folder_synced: "snapshot.folder_synced" };
 
 /// How long a snapshot is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,8 +51,9 @@ pub struct SnapshotSet {
 impl SnapshotSet {
     /// Intact snapshots, most steps first. Damaged and half-written ones are left out.
     pub fn list(&self) -> Result<Vec<Snapshot>> {
-        let _ = (&self.store, self.prefix_key);
-        todo!()
+        let mut snapshots = self.recorded()?;
+        snapshots.retain(|snapshot| self.store.contains_artifact(snapshot.digest));
+        Ok(snapshots)
     }
 
     /// A builder for the next snapshot's state.
@@ -46,13 +63,76 @@ impl SnapshotSet {
 
     /// Publishes the state and records it durably; then drops older ones with [`Retain::Latest`].
     pub fn save(&self, step: u64, retain: Retain, info: Value, state: ArtifactBuilder) -> Result<Snapshot> {
-        let _ = (step, retain, info, state);
-        todo!()
+        let path = self.path(step);
+        check_depth(&path, &info)?;
+        let digest = state.publish()?.digest();
+        let snapshot = Snapshot { step, digest, retain, info };
+        let body = to_canonical(&snapshot).map_err(|error| StoreError::Format { path: path.clone(), message: error.to_string() })?;
+        check_length(&path, &body)?;
+        write_durably(self.store.layout(), &path, &seal(SEAL, &body), &POINTS)?;
+        self.drop_older(step);
+        Ok(snapshot)
     }
 
-    /// Opens a snapshot's state.
+    /// Opens a snapshot's state, all of it verified: a stage that starts from it must not stop half-way.
     pub fn open(&self, snapshot: &Snapshot) -> Result<Artifact> {
-        let _ = snapshot;
-        todo!()
+        let missing = StoreError::Missing { what: "manifest", digest: snapshot.digest };
+        let artifact = self.store.open_artifact(snapshot.digest)?.ok_or(missing)?;
+        artifact.verify()?;
+        Ok(artifact)
     }
+
+    fn folder(&self) -> PathBuf {
+        self.store.layout().partial(self.prefix_key)
+    }
+
+    fn path(&self, step: u64) -> PathBuf {
+        self.folder().join(format!("{step}.json"))
+    }
+
+    /// All that the folder's files record, most steps first, whether their artifacts are intact or not.
+    fn recorded(&self) -> Result<Vec<Snapshot>> {
+        let mut snapshots = read_snapshots(&self.folder())?;
+        snapshots.sort_unstable_by_key(|snapshot| std::cmp::Reverse(snapshot.step));
+        Ok(snapshots)
+    }
+
+    /// Forgets older snapshots that are kept only until a newer one exists. A failure leaves garbage, which `gc` takes.
+    fn drop_older(&self, newest_step: u64) {
+        let older = match self.recorded() {
+            Ok(snapshots) => snapshots,
+            Err(error) => return tracing::debug!(%error, "older snapshots were not dropped"),
+        };
+        for snapshot in older.into_iter().filter(|snapshot| snapshot.step < newest_step && snapshot.retain == Retain::Latest) {
+            if let Err(error) = fs::remove_file(self.path(snapshot.step)) {
+                tracing::debug!(%error, "an older snapshot was not dropped");
+            }
+        }
+    }
+}
+
+/// Snapshots recorded in one folder under `partial/`. Unreadable ones are left out.
+pub(crate) fn read_snapshots(folder: &Path) -> Result<Vec<Snapshot>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if is_absent(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(StoreError::io("list", folder)(error)),
+    };
+    let mut snapshots = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(StoreError::io("list", folder))?.path();
+        if path.extension().is_none_or(|extension| extension != "json") {
+            continue;
+        }
+        let Some(bytes) = read_record(&path)? else { continue };
+        let Unsealed::Intact(body) = unseal(SEAL, &bytes) else {
+            tracing::warn!("snapshot record {} is damaged and is not used", path.display());
+            continue;
+        };
+        match parse::<Snapshot>(&path, body) {
+            Ok(snapshot) => snapshots.push(snapshot),
+            Err(error) => tracing::warn!(%error, "a snapshot record is not used"),
+        }
+    }
+    Ok(snapshots)
 }

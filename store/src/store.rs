@@ -1,32 +1,74 @@
-use std::path::{Path, PathBuf};
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde_json::Value;
 
-use crate::{ActionRecord, Artifact, ArtifactBuilder, Blob, Digest, LeaseHolder, LeaseOutcome, Result, RunLog, SnapshotSet};
-
-/// A data file's content digest and size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FileDigest {
-    /// Digest of the content.
-    pub digest: Digest,
-    /// Length.
-    pub size_bytes: u64,
-}
+use crate::{
+    ActionRecord, Artifact, ArtifactBuilder, Blob, Digest, FileDigest, LeaseHolder, LeaseOutcome, Manifest, Result, RunLog, SnapshotSet,
+    StoreError,
+    durable::{WritePoints, create_folder, sync_folder, write_durably},
+    file_digest::FileMemory,
+    layout::{Family, Layout},
+    lease::is_unsupported,
+    sealed::is_absent,
+};
 
 /// An open store. Cheap to clone; safe to share between threads and with other processes.
 #[derive(Clone)]
-pub struct Store {}
+pub struct Store(Arc<Inner>);
+
+struct Inner {
+    layout: Layout,
+    read_only: bool,
+    on_network: bool,
+    file_memory: FileMemory,
+}
+
+/// Version of the layout on disk.
+const FORMAT: u32 = 1;
+
+const VERSION_POINTS: WritePoints = WritePoints { written: "temp.written", renamed: "temp.written", folder_synced: "temp.written" };
 
 impl Store {
     /// Opens the store in `folder`, creating it if absent.
+    ///
+    /// Cheap: reads one small file. Whatever else is needed is made or opened when it is.
     pub fn open(folder: &Path) -> Result<Self> {
-        let _ = folder;
-        todo!()
+        let root = std::path::absolute(folder).map_err(StoreError::io("find", folder))?;
+        let layout = Layout { root };
+        if !check_version(&layout)? {
+            create(&layout)?;
+        }
+        let read_only = rustix::fs::access(&layout.root, rustix::fs::Access::WRITE_OK).is_err();
+        let on_network = is_on_network(&layout.root);
+        Ok(Self(Arc::new(Inner { layout, read_only, on_network, file_memory: FileMemory::default() })))
     }
 
     /// The folder.
     pub fn folder(&self) -> &Path {
-        todo!()
+        &self.0.layout.root
+    }
+
+    /// Whether nothing can be written here. Results can still be read and hit.
+    pub fn is_read_only(&self) -> bool {
+        self.0.read_only
+    }
+
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.0.layout
+    }
+
+    pub(crate) fn file_memory(&self) -> &FileMemory {
+        &self.0.file_memory
+    }
+
+    /// Whether other hosts may write to the same files without seeing this host's locks.
+    pub(crate) fn is_on_network(&self) -> bool {
+        self.0.on_network
     }
 
     /// Starts an artifact of the given type.
@@ -36,63 +78,84 @@ impl Store {
 
     /// Opens an artifact by its manifest's digest. `None` if it or one of its blobs is not there.
     pub fn open_artifact(&self, digest: Digest) -> Result<Option<Artifact>> {
-        let _ = digest;
-        todo!()
+        let Some(manifest) = self.manifest(digest)? else { return Ok(None) };
+        for entry in &manifest.entries {
+            match fs::metadata(self.layout().file(Family::Blob, entry.digest)) {
+                Ok(metadata) if metadata.len() == entry.size_bytes => {}
+                // A power cut may leave less than was written: reading says which digest is there, and sets it aside.
+                Ok(_) => drop(self.load_verified(Family::Blob, entry.digest)?),
+                Err(error) if is_absent(&error) => return Ok(None),
+                Err(error) => return Err(StoreError::io("examine", self.layout().file(Family::Blob, entry.digest))(error)),
+            }
+        }
+        Ok(Some(Artifact::new(self.clone(), digest, Arc::new(manifest))))
     }
 
     /// Stores a loose blob (metric series, samples) and returns its digest.
     pub fn put_blob(&self, content: &[u8]) -> Result<Digest> {
-        let _ = content;
-        todo!()
+        self.write_blob(content)
     }
 
     /// Reads and verifies a blob. `None` if absent.
     pub fn blob(&self, digest: Digest) -> Result<Option<Blob>> {
-        let _ = digest;
-        todo!()
+        self.load_verified(Family::Blob, digest)
     }
 
     /// The action recorded under `key`, if any.
     pub fn action(&self, key: Digest) -> Result<Option<ActionRecord>> {
-        let _ = key;
-        todo!()
+        self.read_action(key)
     }
 
     /// Records an action durably, after its outputs are.
     pub fn put_action(&self, record: &ActionRecord) -> Result<()> {
-        let _ = record;
-        todo!()
+        self.write_action(record)
     }
 
     /// Newest action of a stage of this kind and name, whatever its key: what rerun reasons compare with.
     /// Prefers records of the same workflow file.
     pub fn last_action(&self, workflow: &str, stage: &str, kind: &str) -> Result<Option<ActionRecord>> {
-        let _ = (workflow, stage, kind);
-        todo!()
+        let mut best: Option<(bool, f64, Digest)> = None;
+        for key in self.list_family(Family::Action)? {
+            let Ok(Some(head)) = self.read_action_head(key) else { continue };
+            let provenance = &head.provenance;
+            if provenance.stage != stage || provenance.kind != kind {
+                continue;
+            }
+            let candidate = (provenance.workflow == workflow, provenance.started_at, key);
+            if best.is_none_or(|best| (candidate.0, candidate.1) > (best.0, best.1)) {
+                best = Some(candidate);
+            }
+        }
+        best.map_or(Ok(None), |(_, _, key)| self.read_action(key))
     }
 
     /// Every action record (for `log`, `gc`, `lineage`).
     pub fn actions(&self) -> Result<Vec<ActionRecord>> {
-        todo!()
+        let mut records = Vec::new();
+        for key in self.list_family(Family::Action)? {
+            match self.read_action(key) {
+                Ok(record) => records.extend(record),
+                Err(error @ (StoreError::Damaged { .. } | StoreError::Format { .. })) => tracing::warn!(%error, "an action is left out"),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(records)
     }
 
     /// Digest of a data file, from memory when size, modification time, inode and change time are as remembered
     /// and old enough to be trusted.
     pub fn file_digest(&self, path: &Path) -> Result<FileDigest> {
-        let _ = path;
-        todo!()
+        self.digest_of_file(path)
     }
 
     /// Asks for the right to work on `key`.
     pub fn lease(&self, key: Digest, holder: &LeaseHolder) -> Result<LeaseOutcome> {
-        let _ = (key, holder);
-        todo!()
+        self.take_lease(key, holder)
     }
 
     /// Who works on `key` now, without asking for the right.
     pub fn lease_holder(&self, key: Digest) -> Result<Option<LeaseHolder>> {
-        let _ = key;
-        todo!()
+        self.find_lease_holder(key)
     }
 
     /// Snapshots of the stage with this prefix key.
@@ -102,12 +165,106 @@ impl Store {
 
     /// Starts the record of a run.
     pub fn begin_run(&self, header: &Value) -> Result<RunLog> {
-        let _ = header;
-        todo!()
+        self.start_run(header)
     }
 
     /// Folders of past runs, newest first.
     pub fn runs(&self) -> Result<Vec<PathBuf>> {
-        todo!()
+        self.list_runs()
     }
+
+    /// The manifest named `digest`, verified. `None` if absent.
+    pub fn manifest(&self, digest: Digest) -> Result<Option<Manifest>> {
+        let Some(bytes) = self.load_verified(Family::Manifest, digest)? else { return Ok(None) };
+        Manifest::decode(&self.layout().file(Family::Manifest, digest), &bytes).map(Some)
+    }
+
+    /// Whether an artifact is there with all its blobs. Content is not verified; that happens when it is read.
+    pub fn contains_artifact(&self, digest: Digest) -> bool {
+        let Ok(Some(manifest)) = self.manifest(digest) else { return false };
+        manifest.entries.iter().all(|entry| self.has_blob(entry.digest, entry.size_bytes))
+    }
+
+    /// Held while content becomes visible, so that a collection in another process does not take it at once.
+    pub(crate) fn share_collect_lock(&self) -> Result<CollectLock> {
+        let file = self.open_collect_lock()?;
+        match file.lock_shared() {
+            Err(error) if !is_unsupported(&error) => Err(StoreError::io("lock", self.layout().collect_lock())(error)),
+            _ => Ok(CollectLock { _file: file }),
+        }
+    }
+
+    pub(crate) fn open_collect_lock(&self) -> Result<File> {
+        let path = self.layout().collect_lock();
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(StoreError::io("create", path))
+    }
+}
+
+/// Lets collections wait, or writers, until dropped.
+pub(crate) struct CollectLock {
+    pub _file: File,
+}
+
+/// Whether there is a store of a version that we know; `false` if there is none yet.
+fn check_version(layout: &Layout) -> Result<bool> {
+    let path = layout.version();
+    let found = match fs::read(&path) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes[..bytes.len().min(40)]).trim().to_owned(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(StoreError::io("open store", path)(error)),
+    };
+    match found.parse() {
+        Ok(FORMAT) => Ok(true),
+        _ => Err(StoreError::Version { path: layout.root.clone(), found, expected: FORMAT }),
+    }
+}
+
+fn create(layout: &Layout) -> Result<()> {
+    /// What a creation that was cut short may have left, and what hosts put into any folder.
+    const KNOWN: [&str; 3] = ["tmp", ".gitignore", "lost+found"];
+    create_folder(&layout.root)?;
+    let entries = fs::read_dir(&layout.root).map_err(StoreError::io("list", &layout.root))?;
+    for entry in entries {
+        let name = entry.map_err(StoreError::io("list", &layout.root))?.file_name();
+        if !KNOWN.iter().any(|known| name == **known) {
+            // Another process may have finished creating it meanwhile.
+            if check_version(layout)? {
+                return Ok(());
+            }
+            let message = format!(
+                "the folder holds `{}` but no VERSION file, so it is not an rlflow store; name an empty or a new folder",
+                name.to_string_lossy()
+            );
+            return Err(StoreError::Format { path: layout.root.clone(), message });
+        }
+    }
+    let ignore = layout.root.join(".gitignore");
+    fs::write(&ignore, "*\n").map_err(StoreError::io("write", &ignore))?;
+    write_durably(layout, &layout.version(), format!("{FORMAT}\n").as_bytes(), &VERSION_POINTS)?;
+    layout.root.parent().map_or(Ok(()), sync_folder)
+}
+
+#[cfg(target_os = "linux")]
+fn is_on_network(path: &Path) -> bool {
+    /// `f_type` of NFS, SMB, CIFS, SMB2, Lustre, GPFS, BeeGFS, Ceph, AFS, OCFS2, 9p, FUSE.
+    const NETWORK: [u32; 12] = [
+        0x6969,
+        0x517b,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x0bd0_0bd0,
+        0x4750_4653,
+        0x1983_0326,
+        0x00c3_6400,
+        0x5346_414f,
+        0x7461_636f,
+        0x0102_1997,
+        0x6573_5546,
+    ];
+    rustix::fs::statfs(path).is_ok_and(|found| NETWORK.contains(&(found.f_type as u32)))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_on_network(_: &Path) -> bool {
+    false
 }
