@@ -14,7 +14,7 @@ use crate::{
     Host, Rerun, RerunReason, Result,
     action_key::{FullKey, KeyFile},
     reason::Current,
-    workflow::{Stage, Workflow, WorkflowError, WorkflowErrors},
+    workflow::{Edge, Stage, Workflow, WorkflowError, WorkflowErrors},
 };
 
 /// What is asked of a workflow.
@@ -49,12 +49,26 @@ pub struct Action {
     pub prefix_key: Digest,
     /// Why it runs.
     pub rerun: Rerun,
-    /// Port to (index of the stage, digest).
-    pub inputs: BTreeMap<String, Vec<(usize, Digest)>>,
+    /// Inputs.
+    pub inputs: ActionInputs,
     /// Snapshots that it can continue from, best first.
     pub snapshots: Vec<Snapshot>,
     /// The last result of the same stage, whatever its key.
     pub last: Option<ActionRecord>,
+}
+
+/// Port to input artifacts, in order.
+pub type ActionInputs = BTreeMap<String, Vec<ActionInput>>;
+
+/// An input artifact of an action.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ActionInput {
+    /// Index of the stage that makes it.
+    pub stage: usize,
+    /// Output port of that stage.
+    pub port: String,
+    /// Its digest.
+    pub digest: Digest,
 }
 
 /// An input artifact that cannot be read.
@@ -66,6 +80,14 @@ pub struct Unreadable {
     pub port: String,
     /// Whether it is there but damaged.
     pub damaged: bool,
+}
+
+impl Unreadable {
+    /// Why the stage that made it runs again.
+    pub fn reason(&self, needed_by: &str) -> RerunReason {
+        let (port, needed_by) = (self.port.clone(), needed_by.to_owned());
+        if self.damaged { RerunReason::ArtifactDamaged { port, needed_by } } else { RerunReason::ArtifactMissing { port, needed_by } }
+    }
 }
 
 struct StageFiles {
@@ -106,7 +128,7 @@ impl<'a> Actions<'a> {
 
         let mut placements = Vec::with_capacity(count);
         for (index, stage) in workflow.stages.iter().enumerate() {
-            let peak = |ranks, zero| describe(workflow, stage, ranks, zero);
+            let peak = |ranks, zero| peak_bytes(workflow, stage, ranks, zero);
             let placement = host.place(stage.kind.execution(&stage.config).as_ref(), peak);
             placements.push(placement.unwrap_or_else(|error| {
                 if selected[index] {
@@ -159,7 +181,7 @@ impl<'a> Actions<'a> {
     pub fn decide(&self, index: usize, outputs: &[Option<Outputs>], must_run: Option<&RerunReason>) -> Result<Decision> {
         let stage = &self.workflow.stages[index];
         let files = self.files(index)?;
-        let inputs = self.inputs(stage, outputs)?;
+        let inputs = self.inputs(stage, outputs);
         let full_key = full_key(stage, &inputs, &files.key);
         let key = full_key.digest();
         let must_run = must_run.cloned().or_else(|| self.forced(index));
@@ -172,7 +194,7 @@ impl<'a> Actions<'a> {
         let last = self.store.last_action(&self.workflow_name, &stage.name, stage.kind.name())?;
         let fresh = matches!(must_run, Some(RerunReason::Forced { .. }));
         let prefix_key = full_key.prefix(&stage.kind.horizon(&stage.config));
-        let snapshots = if fresh { Vec::new() } else { self.snapshots(stage, prefix_key)? };
+        let snapshots = if fresh { Vec::new() } else { self.usable_snapshots(stage, prefix_key)? };
         let rerun = match must_run {
             Some(reason) => reason.into(),
             None => {
@@ -187,37 +209,145 @@ impl<'a> Actions<'a> {
     }
 
     /// The full key of a stage whose inputs are known, as it is stored.
-    pub fn full_key(&self, index: usize, inputs: &BTreeMap<String, Vec<(usize, Digest)>>) -> Result<serde_json::Value> {
+    pub fn full_key(&self, index: usize, inputs: &ActionInputs) -> Result<serde_json::Value> {
         Ok(full_key(&self.workflow.stages[index], inputs, &self.files(index)?.key).to_value())
     }
 
     /// Input artifacts of an action that cannot be opened.
     pub fn unreadable_inputs(&self, action: &Action) -> Result<Vec<Unreadable>> {
         let mut unreadable = Vec::new();
-        for (port, inputs) in &action.inputs {
-            for (at, (stage, digest)) in inputs.iter().enumerate() {
-                let damaged = match self.store.open_artifact(*digest) {
-                    Ok(Some(_)) => continue,
-                    Ok(None) | Err(StoreError::Missing { .. }) => false,
-                    Err(StoreError::Damaged { .. } | StoreError::Format { .. }) => true,
-                    Err(error) => return Err(error.into()),
-                };
-                // The port of the upstream stage, not ours. Edges and inputs are in the same order.
-                let port = self.edge_port(*stage, port, at, action);
-                unreadable.push(Unreadable { stage: *stage, port, damaged });
-            }
+        for input in action.inputs.values().flatten() {
+            let damaged = match self.store.open_artifact(input.digest) {
+                Ok(Some(_)) => continue,
+                Ok(None) | Err(StoreError::Missing { .. }) => false,
+                Err(StoreError::Damaged { .. } | StoreError::Format { .. }) => true,
+                Err(error) => return Err(error.into()),
+            };
+            unreadable.push(Unreadable { stage: input.stage, port: input.port.clone(), damaged });
         }
         Ok(unreadable)
     }
 
-    fn edge_port(&self, stage: usize, port: &str, at: usize, action: &Action) -> String {
-        let makes = |digest: Digest| move |edge: &&crate::workflow::Edge| edge.stage == stage && !digest.as_bytes().is_empty();
-        let digest = action.inputs[port][at].1;
-        self.workflow
-            .stages
-            .iter()
-            .filter_map(|consumer| consumer.inputs.get(port)?.get(at))
-            .find(makes(digest))
-            .map_or_else(|| port.to_owned(), |edge| edge.port.clone())
+    /// Stage names and digests of an action's inputs, as they go into provenance.
+    pub fn named_inputs(&self, inputs: &ActionInputs) -> BTreeMap<String, Vec<(String, Digest)>> {
+        let name = |input: &ActionInput| (self.workflow.stages[input.stage].name.clone(), input.digest);
+        inputs.iter().map(|(port, inputs)| (port.clone(), inputs.iter().map(name).collect())).collect()
     }
+
+    fn named<'i>(&'i self, inputs: &'i ActionInputs) -> BTreeMap<&'i str, Vec<(&'i str, Digest)>> {
+        let name = |input: &ActionInput| (self.workflow.stages[input.stage].name.as_str(), input.digest);
+        inputs.iter().map(|(port, inputs)| (port.as_str(), inputs.iter().map(name).collect())).collect()
+    }
+
+    fn inputs(&self, stage: &Stage, outputs: &[Option<Outputs>]) -> ActionInputs {
+        let input = |edge: &Edge| {
+            let digest = outputs[edge.stage].as_ref().and_then(|outputs| outputs.get(&edge.port)).copied();
+            // A settled stage has all of its ports; a digest of nothing would only miss the cache.
+            ActionInput { stage: edge.stage, port: edge.port.clone(), digest: digest.unwrap_or_else(|| Digest::of(b"")) }
+        };
+        stage.inputs.iter().map(|(port, edges)| (port.clone(), edges.iter().map(input).collect())).collect()
+    }
+
+    /// Snapshots that an action can continue from, as they are now.
+    pub fn snapshots(&self, index: usize, action: &Action) -> Result<Vec<Snapshot>> {
+        let fresh = matches!(action.rerun.reason, RerunReason::Forced { .. });
+        if fresh { Ok(Vec::new()) } else { self.usable_snapshots(&self.workflow.stages[index], action.prefix_key) }
+    }
+
+    fn usable_snapshots(&self, stage: &Stage, prefix_key: Digest) -> Result<Vec<Snapshot>> {
+        let mut snapshots = self.store.snapshots(prefix_key).list()?;
+        snapshots.retain(|snapshot| stage.kind.can_continue(&stage.config, snapshot));
+        Ok(snapshots)
+    }
+
+    /// Hashes the stage's data files, once.
+    fn files(&self, index: usize) -> Result<Arc<StageFiles>> {
+        if let Some(files) = self.files[index].get() {
+            return Ok(files.clone());
+        }
+        let stage = &self.workflow.stages[index];
+        let mut data = Vec::with_capacity(stage.files.len());
+        let mut key = Vec::with_capacity(stage.files.len());
+        for (at, paths) in stage.files.iter().enumerate() {
+            let directory = stage.file_patterns.get(at).filter(|source| source.directory);
+            let mut source = Vec::with_capacity(paths.len());
+            let mut labels = Vec::with_capacity(paths.len());
+            for path in paths {
+                let digest = self.store.file_digest(path)?;
+                let name = path.strip_prefix(&self.workflow.folder).unwrap_or(path).to_string_lossy().into_owned();
+                let label = match directory {
+                    Some(source) => {
+                        let inside = path.strip_prefix(self.workflow.folder.join(&source.pattern)).unwrap_or(path);
+                        ("name", inside.to_string_lossy().into_owned())
+                    }
+                    None => ("format", data_format(path)),
+                };
+                labels.push(KeyFile { label, digest: digest.digest });
+                source.push(DataFile { name, path: path.clone(), digest: digest.digest, size_bytes: digest.size_bytes });
+            }
+            data.push(source);
+            key.push(labels);
+        }
+        Ok(self.files[index].get_or_init(|| Arc::new(StageFiles { data, key })).clone())
+    }
+}
+
+impl StageFiles {
+    fn named(&self) -> Vec<(&str, Digest)> {
+        self.data.iter().flatten().map(|file| (file.name.as_str(), file.digest)).collect()
+    }
+}
+
+fn full_key<'a>(stage: &'a Stage, inputs: &'a ActionInputs, files: &'a [Vec<KeyFile>]) -> FullKey<'a> {
+    FullKey {
+        kind: stage.kind.name(),
+        version: stage.kind.version(),
+        settings: &stage.identity_settings,
+        seed: stage.kind.draws().then_some(stage.seed),
+        inputs: inputs.iter().map(|(port, inputs)| (port.as_str(), inputs.iter().map(|input| input.digest).collect())).collect(),
+        files,
+    }
+}
+
+/// Stages called `name`: one stage, or every point of a matrix. `what` is the option that named it.
+pub fn find_stages(workflow: &Workflow, name: &str, what: &str) -> Result<Vec<usize>, WorkflowError> {
+    if let Some(stage) = workflow.find(name) {
+        return Ok(vec![stage]);
+    }
+    let base = name.strip_suffix("[*]").unwrap_or(name);
+    let points: Vec<usize> = (0..workflow.stages.len()).filter(|index| workflow.stages[*index].base_name == base).collect();
+    if !points.is_empty() {
+        return Ok(points);
+    }
+    let error = WorkflowError::new("unknown_stage", format!("{what}: there is no stage `{name}` in {}", workflow.path.display()));
+    let similarity = |stage: &&Stage| (strsim::jaro_winkler(&stage.name, name) * 1000.0) as u32;
+    match workflow.stages.iter().max_by_key(similarity).filter(|stage| similarity(stage) > 750) {
+        Some(stage) => Err(error.with_hint(format!("did you mean `{}`?", stage.name))),
+        None => {
+            let names: Vec<&str> = workflow.stages.iter().take(12).map(|stage| stage.name.as_str()).collect();
+            Err(error.with_hint(format!("its stages are {}{}", names.join(", "), if workflow.stages.len() > 12 { ", ..." } else { "" })))
+        }
+    }
+}
+
+/// What the stage needs at its peak on each of `ranks` ranks at a ZeRO level.
+fn peak_bytes(workflow: &Workflow, stage: &Stage, ranks: usize, zero: u8) -> Option<u64> {
+    let input = |edge: &Edge| {
+        let maker = &workflow.stages[edge.stage];
+        let meta = maker.described.outputs.get(&edge.port)?.clone();
+        let (stage, kind) = (maker.name.clone(), maker.kind.name().to_owned());
+        Some(InputMeta { stage, port: edge.port.clone(), kind, meta, settings: maker.config.settings().clone() })
+    };
+    let inputs = stage.inputs.iter().map(|(port, edges)| (port.clone(), edges.iter().filter_map(input).collect())).collect();
+    let context = DescribeContext { stage: &stage.name, inputs: &inputs, files: &stage.files, ranks, zero };
+    let peak = stage.kind.describe(&stage.config, &context).ok()?.needs.peak_bytes();
+    (peak > 0).then_some(peak)
+}
+
+/// The workflow's path from the folder that holds the store; absolute if it is elsewhere.
+pub fn workflow_name(workflow: &Workflow, store: &Store) -> String {
+    let absolute = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let path = absolute(&workflow.path);
+    let folder = absolute(store.folder());
+    folder.parent().and_then(|parent| path.strip_prefix(parent).ok()).unwrap_or(&path).to_string_lossy().into_owned()
 }

@@ -2,7 +2,32 @@
 
 pub mod workflow;
 
+pub mod action;
+pub mod action_key;
+/// Canonical JSON: equal values, equal bytes.
+pub mod canonical;
+pub mod event;
+/// What a stage reported that belongs to its result.
+pub mod record;
+/// Settings by dotted path, and what differs between two sets of them.
+pub mod settings;
+
+mod error;
+mod execute;
+mod host;
+mod memo;
+mod plan;
+mod reason;
+mod run;
+mod schedule;
+
 mod registry;
 mod suggest;
 
+pub use action::Request;
+pub use error::{EngineError, Result};
+pub use host::{DeviceInfo, Host, PlacementError};
+pub use plan::{Plan, PlannedStage, Status};
+pub use reason::{Rerun, RerunReason, thousands};
+pub use run::{RunOptions, Summary, run};
 pub use registry::{NEWEST_EDITION, Registry};

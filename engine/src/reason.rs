@@ -89,6 +89,8 @@ pub enum RerunReason {
     DependsOnResultOf {
         /// The stage above.
         stage: String,
+        /// The first stage of the chain, which runs for a reason of its own.
+        root: String,
         /// Why that one runs.
         because: String,
     },
@@ -120,7 +122,8 @@ impl RerunReason {
             Self::ArtifactMissing { port, needed_by } => format!("its result {port} is missing from the store and {needed_by} must read it"),
             Self::ArtifactDamaged { port, needed_by } => format!("its result {port} is damaged and {needed_by} must read it"),
             Self::Forced { option } => format!("forced by {option}"),
-            Self::DependsOnResultOf { stage, because } => format!("depends on the result of {stage} ({because})"),
+            Self::DependsOnResultOf { stage, root, because } if stage == root => format!("depends on the result of {stage} ({because})"),
+            Self::DependsOnResultOf { stage, root, because } => format!("depends on the result of {stage} ({root}: {because})"),
             Self::RecordMissing => "the record of its result is missing from the store".into(),
         }
     }
@@ -150,6 +153,17 @@ impl Rerun {
             Some(reason) => Self { reason, also: changes.collect() },
             None => RerunReason::RecordMissing.into(),
         }
+    }
+
+    /// Why a stage cannot be decided about before `stage`, which runs because of `above`.
+    pub fn depends(stage: &str, above: Option<&Rerun>) -> Self {
+        let stage = stage.to_owned();
+        let (root, because) = match above.map(|above| (&above.reason, above)) {
+            Some((RerunReason::DependsOnResultOf { root, because, .. }, _)) => (root.clone(), because.clone()),
+            Some((_, above)) => (stage.clone(), above.text()),
+            None => (stage.clone(), "it runs first".into()),
+        };
+        RerunReason::DependsOnResultOf { stage, root, because }.into()
     }
 
     /// The sentence, with the number of other changes.
@@ -363,9 +377,9 @@ mod tests {
     #[test]
     fn reasons_without_a_comparison() {
         assert_eq!(Made::new().with(|current| Rerun::find(None, current)), RerunReason::NeverRan.into());
-        let because = RerunReason::NeverRan.text();
-        let depends = RerunReason::DependsOnResultOf { stage: "sft".into(), because };
+        let depends = Rerun::depends("sft", Some(&RerunReason::NeverRan.into()));
         assert_eq!(depends.text(), "depends on the result of sft (never ran)");
+        assert_eq!(Rerun::depends("rm", Some(&depends)).text(), "depends on the result of rm (sft: never ran)");
         assert_eq!(RerunReason::Forced { option: "--force sft".into() }.text(), "forced by --force sft");
         assert_eq!(RerunReason::Unfinished { step: 1_234_567 }.text(), "was interrupted after step 1,234,567");
         let (port, needed_by) = ("model".to_owned(), "dpo".to_owned());

@@ -1,0 +1,209 @@
+use serde_json::{Value, json};
+
+use rlflow_api::Placement;
+use rlflow_store::{ActionRecord, Digest, LeaseHolder, Retain, Store};
+
+use crate::{
+    Host, Rerun, Result,
+    action::{Action, Actions, Decision, Outputs, Request},
+    workflow::Workflow,
+};
+
+/// What would happen to a stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// Its result is in the store.
+    Cached,
+    /// It runs from the start.
+    Run,
+    /// It continues from where it was interrupted.
+    Resume,
+    /// It continues from a snapshot of a finished, shorter run.
+    Extend,
+    /// A stage above it runs first.
+    Pending,
+    /// Another process is running it.
+    Running,
+    /// Its last run failed.
+    Failed,
+}
+
+impl Status {
+    /// As in `--json`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cached => "cached",
+            Self::Run => "run",
+            Self::Resume => "resume",
+            Self::Extend => "extend",
+            Self::Pending => "pending",
+            Self::Running => "running",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// How an action starts: from a snapshot or from nothing.
+    pub fn of(action: &Action) -> Self {
+        match action.snapshots.first().map(|snapshot| snapshot.retain) {
+            None => Self::Run,
+            Some(Retain::Latest) => Self::Resume,
+            Some(Retain::Keep) => Self::Extend,
+        }
+    }
+}
+
+/// A stage's line of a plan.
+#[derive(Debug)]
+pub struct PlannedStage {
+    /// Index in the workflow.
+    pub stage: usize,
+    /// What would happen.
+    pub status: Status,
+    /// Action key, where the inputs are known.
+    pub key: Option<Digest>,
+    /// Why it is not cached.
+    pub rerun: Option<Rerun>,
+    /// Step of the snapshot that it continues from.
+    pub continues_from_step: Option<u64>,
+    /// Where it runs.
+    pub placement: Placement,
+    /// Memory per rank, as the kind predicts it; zero if it does not.
+    pub peak_bytes: u64,
+    /// How long it may take, where history knows.
+    pub estimated_seconds: Option<f64>,
+    /// Who is running it.
+    pub holder: Option<LeaseHolder>,
+    /// What its last run died of.
+    pub error: Option<String>,
+    /// Its result, if cached.
+    pub record: Option<Box<ActionRecord>>,
+}
+
+/// What a run would do, stage by stage in topological order.
+#[derive(Debug)]
+pub struct Plan {
+    /// The selected stages.
+    pub stages: Vec<PlannedStage>,
+}
+
+impl Plan {
+    /// Plans a workflow.
+    pub fn new(workflow: &Workflow, store: &Store, host: &Host, request: &Request) -> Result<Self> {
+        Self::of(&Actions::new(workflow, store, host, request)?)
+    }
+
+    /// Plans with what decides.
+    pub fn of(actions: &Actions<'_>) -> Result<Self> {
+        let workflow = actions.workflow;
+        let count = workflow.stages.len();
+        let mut outputs: Vec<Option<Outputs>> = vec![None; count];
+        let mut decided: Vec<Option<PlannedStage>> = (0..count).map(|_| None).collect();
+        let mut runs: Vec<Option<Box<Action>>> = (0..count).map(|_| None).collect();
+        let selected = || workflow.order.iter().copied().filter(|stage| actions.is_selected(*stage));
+        for index in selected() {
+            let above = workflow.stages[index].inputs.values().flatten().find(|edge| outputs[edge.stage].is_none());
+            let planned = match above {
+                Some(edge) => {
+                    let above = decided[edge.stage].as_ref().and_then(|above| above.rerun.as_ref());
+                    let rerun = Rerun::depends(&workflow.stages[edge.stage].name, above);
+                    PlannedStage { status: Status::Pending, rerun: Some(rerun), ..PlannedStage::new(actions, index) }
+                }
+                None => match actions.decide(index, &outputs, None)? {
+                    Decision::Cached(record) => {
+                        outputs[index] = Some(record.outputs.clone().into());
+                        PlannedStage::cached(actions, index, record)
+                    }
+                    Decision::Run(action) => {
+                        let planned = PlannedStage::running(actions, index, &action)?;
+                        runs[index] = Some(action);
+                        planned
+                    }
+                },
+            };
+            decided[index] = Some(planned);
+        }
+        // What runs must read its inputs: results that were collected are made again, from the bottom up.
+        let order: Vec<usize> = selected().collect();
+        for index in order.into_iter().rev() {
+            let Some(action) = &runs[index] else { continue };
+            for lost in actions.unreadable_inputs(action)? {
+                if runs[lost.stage].is_some() {
+                    continue;
+                }
+                let reason = lost.reason(&workflow.stages[index].name);
+                if let Decision::Run(again) = actions.decide(lost.stage, &outputs, Some(&reason))? {
+                    decided[lost.stage] = Some(PlannedStage::running(actions, lost.stage, &again)?);
+                    runs[lost.stage] = Some(again);
+                }
+            }
+        }
+        Ok(Self { stages: workflow.order.iter().filter_map(|index| decided[*index].take()).collect() })
+    }
+
+    /// Whether nothing would run.
+    pub fn is_all_cached(&self) -> bool {
+        self.stages.iter().all(|stage| stage.status == Status::Cached)
+    }
+
+    /// The plan as scripts see it, in the order of the file.
+    pub fn to_json(&self, workflow: &Workflow) -> Value {
+        let mut stages: Vec<&PlannedStage> = self.stages.iter().collect();
+        stages.sort_unstable_by_key(|planned| planned.stage);
+        json!({ "workflow": workflow.name, "stages": stages.iter().map(|planned| planned.to_json(workflow)).collect::<Vec<_>>() })
+    }
+}
+
+impl PlannedStage {
+    fn new(actions: &Actions<'_>, stage: usize) -> Self {
+        Self {
+            stage,
+            status: Status::Run,
+            key: None,
+            rerun: None,
+            continues_from_step: None,
+            placement: actions.placement(stage).clone(),
+            peak_bytes: actions.workflow.stages[stage].described.needs.peak_bytes(),
+            estimated_seconds: None,
+            holder: None,
+            error: None,
+            record: None,
+        }
+    }
+
+    fn cached(actions: &Actions<'_>, stage: usize, record: Box<ActionRecord>) -> Self {
+        Self { status: Status::Cached, key: Some(record.key), record: Some(record), ..Self::new(actions, stage) }
+    }
+
+    fn running(actions: &Actions<'_>, stage: usize, action: &Action) -> Result<Self> {
+        let holder = actions.store.lease_holder(action.key)?;
+        Ok(Self {
+            status: if holder.is_some() { Status::Running } else { Status::of(action) },
+            key: Some(action.key),
+            rerun: Some(action.rerun.clone()),
+            continues_from_step: action.snapshots.first().map(|snapshot| snapshot.step),
+            estimated_seconds: action.last.as_ref().map(|last| last.provenance.duration_seconds),
+            holder,
+            ..Self::new(actions, stage)
+        })
+    }
+
+    /// The stage's line as scripts see it.
+    pub fn to_json(&self, workflow: &Workflow) -> Value {
+        let stage = &workflow.stages[self.stage];
+        json!({
+            "name": stage.name,
+            "kind": stage.kind.name(),
+            "status": self.status.name(),
+            "key": self.key,
+            "reason": self.rerun.as_ref().map(Rerun::to_json),
+            "continues_from_step": self.continues_from_step,
+            "devices": self.placement.devices.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "ranks": self.placement.devices.len(),
+            "zero": self.placement.zero,
+            "peak_bytes": self.peak_bytes,
+            "estimated_seconds": self.estimated_seconds,
+            "running_by": self.holder,
+            "error": self.error,
+        })
+    }
+}

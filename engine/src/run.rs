@@ -1,0 +1,334 @@
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, mpsc},
+    thread,
+    time::Instant,
+};
+
+use serde_json::json;
+
+use rlflow_api::{CancelToken, StageError, StageEvent};
+use rlflow_store::{ActionRecord, Store, StoreError};
+
+use crate::{
+    Host, Rerun, RerunReason, Result,
+    action::{Action, Actions, Decision, Outputs, Request},
+    event::{Event, Events, RunLogSink, StageOutcome, StageStatus, now},
+    execute::{Attempt, Session},
+    schedule::Schedule,
+    workflow::Workflow,
+};
+
+/// Stack of a stage's thread. Autodiff graphs are walked recursively; the memory is only reserved, not used.
+const STACK_BYTES: usize = 256 << 20;
+/// How often a stage is tried again because its inputs or snapshots were damaged.
+const RETRIES: u32 = 2;
+
+/// How to run.
+#[derive(Debug, Clone)]
+pub struct RunOptions {
+    /// What is asked for.
+    pub request: Request,
+    /// Stages at once.
+    pub jobs: usize,
+    /// Whether stages that do not need a failed one still start.
+    pub keep_going: bool,
+    /// The command line, for the run's log.
+    pub command: Vec<String>,
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        Self { request: Request::default(), jobs: 1, keep_going: false, command: Vec::new() }
+    }
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// Name of the run.
+    pub run_id: String,
+    /// Every stage that was asked for, in the order of the file.
+    pub stages: Vec<StageOutcome>,
+    /// How long it took.
+    pub seconds: f64,
+    /// Whether the user stopped it.
+    pub interrupted: bool,
+}
+
+impl Summary {
+    /// Whether every stage has its result.
+    pub fn ok(&self) -> bool {
+        !self.stages.iter().any(|stage| matches!(stage.status, StageStatus::Failed | StageStatus::Skipped))
+    }
+
+    /// Whether there was nothing to do.
+    pub fn is_all_cached(&self) -> bool {
+        self.stages.iter().all(|stage| stage.status == StageStatus::Cached)
+    }
+}
+
+/// Runs what is not cached. A stage's failure is part of the summary; an error means that nothing more could be done.
+pub fn run(
+    workflow: &Workflow,
+    store: &Store,
+    host: &Host,
+    options: &RunOptions,
+    events: &Events,
+    cancel: &CancelToken,
+) -> Result<Summary> {
+    let started = Instant::now();
+    let actions = Actions::new(workflow, store, host, &options.request)?;
+    let host_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let header = json!({
+        "event": "run", "time": now(), "workflow": actions.workflow_name, "name": workflow.name, "command": options.command,
+        "host": host_name, "pid": std::process::id(), "rlflow_version": env!("CARGO_PKG_VERSION"), "numerics": host.numerics,
+    });
+    // A store that cannot be written still answers a run in which everything is cached.
+    let (log, log_error) = match store.begin_run(&header) {
+        Ok(log) => (Some(Arc::new(log)), None),
+        Err(error) => (None, Some(error)),
+    };
+    if let Some(log) = &log {
+        events.add(Box::new(RunLogSink::new(log.clone())));
+    }
+    let run_id = log.as_ref().map_or_else(String::new, |log| log.id().to_owned());
+    let selected = (0..workflow.stages.len()).filter(|stage| actions.is_selected(*stage)).count();
+    let workflow_path = workflow.path.display().to_string();
+    events.emit(&Event::Started { run_id: run_id.clone(), workflow: workflow_path, stages: selected, jobs: options.jobs });
+
+    let session = Session { actions: &actions, events, cancel, run_id: &run_id, host_name: &host_name };
+    let mut runner = Runner::new(&session, options, log_error);
+    runner.run()?;
+    let did_work = runner.attempts > 0;
+    let stages: Vec<StageOutcome> = runner.outcomes.into_iter().flatten().collect();
+    let summary = Summary { run_id, stages, seconds: started.elapsed().as_secs_f64(), interrupted: cancel.is_cancelled() };
+    events.emit(&Event::Finished {
+        ok: summary.ok(),
+        interrupted: summary.interrupted,
+        seconds: summary.seconds,
+        stages: summary.stages.clone(),
+    });
+    if let Some(log) = log.filter(|_| did_work) {
+        log.sync()?;
+    }
+    Ok(summary)
+}
+
+/// The loop of one run: decide, start, wait.
+struct Runner<'a> {
+    session: &'a Session<'a>,
+    options: &'a RunOptions,
+    schedule: Schedule,
+    outputs: Vec<Option<Outputs>>,
+    outcomes: Vec<Option<StageOutcome>>,
+    ready: BTreeMap<usize, Arc<Action>>,
+    /// Reasons to run a stage whatever its key.
+    must_run: BTreeMap<usize, RerunReason>,
+    retries: BTreeMap<usize, u32>,
+    attempts: usize,
+    stop: bool,
+    /// Why nothing can be written, if so: said when something must be.
+    read_only: Option<StoreError>,
+}
+
+impl<'a> Runner<'a> {
+    fn new(session: &'a Session<'a>, options: &'a RunOptions, read_only: Option<StoreError>) -> Self {
+        let workflow = session.actions.workflow;
+        let count = workflow.stages.len();
+        let schedule = Schedule::new(&workflow.dag, &workflow.order, |stage| session.actions.is_selected(stage), options.jobs);
+        Self {
+            session,
+            options,
+            schedule,
+            outputs: vec![None; count],
+            outcomes: vec![None; count],
+            ready: BTreeMap::new(),
+            must_run: BTreeMap::new(),
+            retries: BTreeMap::new(),
+            attempts: 0,
+            stop: false,
+            read_only,
+        }
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let session = self.session;
+        let (sender, receiver) = mpsc::channel();
+        thread::scope(|scope| -> Result<()> {
+            loop {
+                let decided = self.decide();
+                if decided.is_err() {
+                    // Running stages stop at their next step, with a snapshot, before the error is said.
+                    session.cancel.cancel();
+                    decided?;
+                }
+                while !self.stop && !session.cancel.is_cancelled() {
+                    let devices = |stage| session.actions.placement(stage).devices.clone();
+                    let Some(stage) = self.schedule.start(devices) else { break };
+                    let Some(action) = self.ready.remove(&stage) else { continue };
+                    if let Some(error) = self.read_only.take() {
+                        return Err(error.into());
+                    }
+                    self.attempts += 1;
+                    let sender = sender.clone();
+                    let attempt = move || {
+                        let attempt = session.attempt(stage, &action);
+                        // The receiver lives as long as this scope.
+                        let _ = sender.send((stage, action, attempt));
+                    };
+                    let name = session.actions.workflow.stages[stage].name.clone();
+                    let spawned = thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn_scoped(scope, attempt);
+                    spawned.map_err(crate::EngineError::io("start a thread for a stage"))?;
+                }
+                if self.schedule.is_idle() {
+                    break;
+                }
+                let Ok((stage, action, attempt)) = receiver.recv() else { break };
+                self.end(stage, &action, attempt)?;
+            }
+            Ok(())
+        })?;
+        let why = if session.cancel.is_cancelled() { "the run was interrupted" } else { "another stage failed" };
+        for stage in self.schedule.unfinished() {
+            self.skip(stage, why.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Decides about every stage whose inputs are settled.
+    fn decide(&mut self) -> Result<()> {
+        while let Some(stage) = self.schedule.next_undecided() {
+            match self.session.actions.decide(stage, &self.outputs, self.must_run.get(&stage))? {
+                Decision::Cached(record) => {
+                    let name = &self.session.actions.workflow.stages[stage].name;
+                    self.session.events.emit(&Event::Cached { stage: name.clone(), key: record.key, waited: false });
+                    self.settle(stage, StageStatus::Cached, *record, 0.0, None, false);
+                }
+                Decision::Run(action) => {
+                    let lost = self.session.actions.unreadable_inputs(&action)?;
+                    if lost.is_empty() {
+                        self.ready.insert(stage, Arc::from(action));
+                        self.schedule.ready(stage);
+                    } else {
+                        let needed_by = &self.session.actions.workflow.stages[stage].name;
+                        for lost in lost {
+                            self.must_run.insert(lost.stage, lost.reason(needed_by));
+                            self.schedule.reopen(lost.stage);
+                        }
+                        self.schedule.retry(stage);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in how an attempt ended.
+    fn end(&mut self, stage: usize, action: &Action, attempt: Attempt) -> Result<()> {
+        match attempt {
+            Attempt::Found(record) => {
+                let name = self.session.actions.workflow.stages[stage].name.clone();
+                self.session.events.emit(&Event::Cached { stage: name, key: record.key, waited: true });
+                self.settle(stage, StageStatus::Cached, *record, 0.0, None, false);
+            }
+            Attempt::Ran { record, status, seconds } => {
+                let same = action.last.as_ref().is_some_and(|last| last.outputs == record.outputs);
+                self.settle(stage, status, *record, seconds, Some(action.rerun.clone()), same);
+            }
+            Attempt::Failed { error, seconds } => {
+                if !self.try_again(stage, action, &error)? {
+                    self.fail(stage, action, &error, seconds);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Damage in the store is repaired by making the damaged thing again, a few times at most.
+    fn try_again(&mut self, stage: usize, action: &Action, error: &StageError) -> Result<bool> {
+        let StageError::Store(StoreError::Damaged { .. } | StoreError::Missing { .. } | StoreError::Format { .. }) = error else {
+            return Ok(false);
+        };
+        let retries = self.retries.entry(stage).or_default();
+        *retries += 1;
+        if *retries > RETRIES || self.session.cancel.is_cancelled() {
+            return Ok(false);
+        }
+        let workflow = self.session.actions.workflow;
+        let name = &workflow.stages[stage].name;
+        let warning = StageEvent::Warning { text: format!("{error}; trying again") };
+        self.session.events.emit(&Event::Stage { stage: name.clone(), event: warning });
+        for mut lost in self.session.actions.unreadable_inputs(action)? {
+            // It was there when the stage started: what set it aside was the damage that was just found.
+            lost.damaged = matches!(error, StageError::Store(StoreError::Damaged { .. }));
+            self.must_run.insert(lost.stage, lost.reason(name));
+            self.schedule.reopen(lost.stage);
+        }
+        self.schedule.retry(stage);
+        Ok(true)
+    }
+
+    fn settle(&mut self, stage: usize, status: StageStatus, record: ActionRecord, seconds: f64, rerun: Option<Rerun>, same_output: bool) {
+        let outputs: Outputs = record.outputs.into();
+        let changed = self.outputs[stage].as_ref().is_some_and(|before| *before != outputs);
+        let mut metrics = record.metrics;
+        metrics.extend(record.provenance.measurements);
+        let outcome = StageOutcome {
+            status,
+            seconds,
+            rerun,
+            outputs: (*outputs).clone(),
+            metrics,
+            same_output,
+            ..self.outcome(stage, StageStatus::Cached)
+        };
+        if status != StageStatus::Cached {
+            self.session.events.emit(&Event::StageFinished { key: Some(record.key), outcome: outcome.clone() });
+        }
+        self.outcomes[stage] = Some(outcome);
+        self.outputs[stage] = Some(outputs);
+        self.must_run.remove(&stage);
+        self.schedule.settle(stage, changed);
+    }
+
+    fn fail(&mut self, stage: usize, action: &Action, error: &StageError, seconds: f64) {
+        let outcome = StageOutcome {
+            seconds,
+            rerun: Some(action.rerun.clone()),
+            error: Some(error.to_string()),
+            hint: error.hint().map(str::to_owned),
+            ..self.outcome(stage, StageStatus::Failed)
+        };
+        self.session.events.emit(&Event::StageFinished { key: Some(action.key), outcome: outcome.clone() });
+        self.outcomes[stage] = Some(outcome);
+        let name = self.session.actions.workflow.stages[stage].name.clone();
+        let why = if matches!(error, StageError::Interrupted) { "was interrupted" } else { "failed" };
+        for skipped in self.schedule.fail(stage) {
+            self.skip(skipped, format!("{name} {why}"));
+        }
+        self.stop |= !self.options.keep_going;
+    }
+
+    fn skip(&mut self, stage: usize, why: String) {
+        let outcome = StageOutcome { error: Some(why), ..self.outcome(stage, StageStatus::Skipped) };
+        self.session.events.emit(&Event::StageFinished { key: None, outcome: outcome.clone() });
+        self.outcomes[stage] = Some(outcome);
+    }
+
+    fn outcome(&self, stage: usize, status: StageStatus) -> StageOutcome {
+        let stage = &self.session.actions.workflow.stages[stage];
+        StageOutcome {
+            name: stage.name.clone(),
+            kind: stage.kind.name().to_owned(),
+            status,
+            seconds: 0.0,
+            rerun: None,
+            outputs: BTreeMap::new(),
+            metrics: BTreeMap::new(),
+            same_output: false,
+            error: None,
+            hint: None,
+        }
+    }
+}
