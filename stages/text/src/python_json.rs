@@ -1,0 +1,122 @@
+//! JSON as Python's `json.dumps` writes it: chat templates were trained with its spaces.
+
+use serde_json::Value;
+
+/// Arguments of `json.dumps`.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Style {
+    /// Spaces per level; one line if absent.
+    pub indent: Option<usize>,
+    /// Whether all but ASCII is escaped.
+    pub ensure_ascii: bool,
+    /// Whether keys are sorted.
+    pub sort_keys: bool,
+    /// Item and key separators.
+    pub separators: Option<Vec<String>>,
+}
+
+/// `json.dumps(value, ...)`.
+pub(crate) fn dump(value: &Value, style: &Style) -> String {
+    let (item, key) = match style.separators.as_deref() {
+        Some([item, key]) => (item.as_str(), key.as_str()),
+        // With an indent Python drops the space at the end of the line.
+        _ => (if style.indent.is_some() { "," } else { ", " }, ": "),
+    };
+    let mut out = String::new();
+    write(&mut out, value, style, item, key, 0);
+    out
+}
+
+fn write(out: &mut String, value: &Value, style: &Style, item: &str, key: &str, level: usize) {
+    match value {
+        Value::Null => out.push_str("null"),
+        Value::Bool(value) => out.push_str(if *value { "true" } else { "false" }),
+        Value::Number(number) => out.push_str(&number.to_string()),
+        Value::String(text) => string(out, text, style.ensure_ascii),
+        Value::Array(values) if values.is_empty() => out.push_str("[]"),
+        Value::Array(values) => {
+            out.push('[');
+            for (at, value) in values.iter().enumerate() {
+                begin(out, at, style, item, level + 1);
+                write(out, value, style, item, key, level + 1);
+            }
+            end(out, style, level);
+            out.push(']');
+        }
+        Value::Object(map) if map.is_empty() => out.push_str("{}"),
+        Value::Object(map) => {
+            let mut entries: Vec<_> = map.iter().collect();
+            if style.sort_keys {
+                entries.sort_by(|a, b| a.0.cmp(b.0));
+            }
+            out.push('{');
+            for (at, (name, value)) in entries.into_iter().enumerate() {
+                begin(out, at, style, item, level + 1);
+                string(out, name, style.ensure_ascii);
+                out.push_str(key);
+                write(out, value, style, item, key, level + 1);
+            }
+            end(out, style, level);
+            out.push('}');
+        }
+    }
+}
+
+fn begin(out: &mut String, at: usize, style: &Style, item: &str, level: usize) {
+    if at > 0 {
+        out.push_str(item);
+    }
+    end(out, style, level);
+}
+
+fn end(out: &mut String, style: &Style, level: usize) {
+    if let Some(indent) = style.indent {
+        out.push('\n');
+        out.extend(std::iter::repeat_n(' ', indent * level));
+    }
+}
+
+fn string(out: &mut String, text: &str, ensure_ascii: bool) {
+    out.push('"');
+    for character in text.chars() {
+        match character {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\u{8}' => out.push_str("\\b"),
+            '\u{c}' => out.push_str("\\f"),
+            control if control < ' ' => out.push_str(&format!("\\u{:04x}", control as u32)),
+            other if ensure_ascii && !(' '..='~').contains(&other) => {
+                let mut units = [0; 2];
+                other.encode_utf16(&mut units).iter().for_each(|unit| out.push_str(&format!("\\u{unit:04x}")));
+            }
+            other => out.push(other),
+        }
+    }
+    out.push('"');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Expected texts printed by CPython 3.12's `json.dumps` with the same arguments.
+    #[test]
+    fn as_python_writes_it() {
+        let value = json!({"b": [1, 2.5, null, true], "a": {"x": "中\"<é>\n\u{1}"}, "e": [], "o": {}});
+        let dump = |style: Style| dump(&value, &style);
+        assert_eq!(dump(Style::default()), "{\"b\": [1, 2.5, null, true], \"a\": {\"x\": \"中\\\"<é>\\n\\u0001\"}, \"e\": [], \"o\": {}}");
+        assert_eq!(
+            dump(Style { ensure_ascii: true, sort_keys: true, separators: Some(vec![",".into(), ":".into()]), ..Style::default() }),
+            "{\"a\":{\"x\":\"\\u4e2d\\\"<\\u00e9>\\n\\u0001\"},\"b\":[1,2.5,null,true],\"e\":[],\"o\":{}}"
+        );
+        let indented = "{\n  \"b\": [\n    1,\n    2.5,\n    null,\n    true\n  ],\n  \"a\": {\n    \"x\": \"中\\\"<é>\\n\\u0001\"\n  },\n  \"e\": [],\n  \"o\": {}\n}";
+        assert_eq!(dump(Style { indent: Some(2), ..Style::default() }), indented);
+        let mut emoji = String::new();
+        string(&mut emoji, "😀", true);
+        assert_eq!(emoji, "\"\\ud83d\\ude00\"");
+    }
+}
