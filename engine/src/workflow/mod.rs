@@ -6,24 +6,34 @@
 //! stages, [`Dag`] is the graph. All errors of a workflow are collected and reported at once ([`WorkflowErrors`]).
 
 mod dag;
+mod declare;
+mod edges;
 mod error;
+mod files;
+mod load;
+mod matrix;
 mod node;
+mod read;
+mod reference;
+mod set;
+mod settings;
 pub(crate) mod shape;
 mod source;
-mod validate;
+pub(crate) mod validate;
 
 use std::{
     collections::BTreeMap,
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
-use rlflow_api::{DataSource, Description, ErasedStage, Kind};
+use rlflow_api::{DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Problem};
 use serde_json::Value;
-
-use crate::Registry;
 
 pub use dag::Dag;
 pub use error::{WorkflowError, WorkflowErrors};
+pub use load::load;
+use node::Table;
+use source::{Sources, Span};
 
 /// What may be said about a workflow from outside of its file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -52,6 +62,21 @@ pub struct Workflow {
     pub order: Vec<usize>,
     /// The edges between stages.
     pub dag: Dag,
+    places: Places,
+}
+
+/// Where things are written, for errors that are found after loading.
+struct Places {
+    sources: Sources,
+    /// By stage.
+    stages: Vec<Place>,
+}
+
+struct Place {
+    span: Span,
+    written: Table,
+    /// Port to the places of its references, one per edge.
+    inputs: BTreeMap<String, Vec<Span>>,
 }
 
 /// One stage, expanded: a node of the DAG.
@@ -91,15 +116,65 @@ pub struct Edge {
     pub port: String,
 }
 
-/// Reads and checks the workflow at `path`.
-pub fn load(path: &Path, options: &LoadOptions, registry: &Registry) -> Result<Workflow, WorkflowErrors> {
-    let _ = (options, registry);
-    Err(WorkflowError::new("empty_workflow", format!("{}: the workflow has no stages", path.display())).into())
-}
-
 impl Workflow {
     /// Index of the stage called `name` (with its matrix point).
     pub fn find(&self, name: &str) -> Option<usize> {
         self.stages.iter().position(|stage| stage.name == name)
+    }
+
+    /// Indices of the stages that `names` mean, ascending: one stage, every point of a matrix by the name before the
+    /// bracket or by `[*]`, or the points that a bracket selects.
+    pub fn select(&self, names: &[String]) -> Result<Vec<usize>, WorkflowErrors> {
+        let (mut selected, mut errors) = (std::collections::BTreeSet::new(), Vec::new());
+        for name in names {
+            let found: Vec<usize> = match reference::Reference::parse(name, Span::NOWHERE) {
+                Some(reference) if reference.port.is_none() => {
+                    (0..self.stages.len()).filter(|index| reference.selects(&self.stages[*index])).collect()
+                }
+                _ => self.find(name).into_iter().collect(),
+            };
+            if found.is_empty() {
+                let known = self.stages.iter().flat_map(|stage| [stage.name.as_str(), stage.base_name.as_str()]);
+                let error = WorkflowError::new("unknown_stage", format!("the workflow has no stage `{name}`"));
+                errors.push(match crate::suggest::did_you_mean(name, known) {
+                    Some(hint) => error.with_hint(hint),
+                    None => error,
+                });
+            }
+            selected.extend(found);
+        }
+        if errors.is_empty() { Ok(selected.into_iter().collect()) } else { Err(WorkflowErrors::new(errors)) }
+    }
+
+    /// What planning knows of the inputs of a stage.
+    pub fn input_metas(&self, stage: usize) -> BTreeMap<String, Vec<InputMeta>> {
+        let meta = |edge: &Edge| {
+            let source = &self.stages[edge.stage];
+            Some(InputMeta {
+                stage: source.name.clone(),
+                port: edge.port.clone(),
+                kind: source.kind.name().to_owned(),
+                meta: source.described.outputs.get(&edge.port)?.clone(),
+                settings: source.config.settings().clone(),
+            })
+        };
+        self.stages[stage].inputs.iter().map(|(port, edges)| (port.clone(), edges.iter().filter_map(meta).collect())).collect()
+    }
+
+    /// Describes a stage again, for a number of ranks and a ZeRO level.
+    pub fn describe(&self, stage: usize, ranks: usize, zero: u8) -> Result<Description, WorkflowErrors> {
+        let inputs = self.input_metas(stage);
+        let found = &self.stages[stage];
+        let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, ranks, zero };
+        let told = |problems: Vec<Problem>| WorkflowErrors::new(problems.iter().map(|problem| self.error(stage, problem)).collect());
+        edges::describe(found.kind, &found.config, &context).map_err(told)
+    }
+
+    /// The error for a problem with a stage, placed where its setting or input is written.
+    pub fn error(&self, stage: usize, problem: &Problem) -> WorkflowError {
+        let place = &self.places.stages[stage];
+        let inputs = place.inputs.iter().map(|(port, spans)| (port.as_str(), spans.clone())).collect();
+        let (span, error) = settings::problem_error(&self.stages[stage].name, place.span, &place.written, &inputs, problem);
+        error.at(&self.places.sources, span)
     }
 }

@@ -1,0 +1,151 @@
+use std::{
+    collections::HashMap,
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
+
+use rlflow_api::DataSource;
+
+use super::{
+    WorkflowError,
+    node::quoted,
+    read::{plain, similar_file},
+};
+
+/// Most files that one data source may name.
+const MAX_FILES: usize = 100_000;
+/// Deepest folder that is looked into.
+const MAX_DEPTH: usize = 32;
+
+/// Finds data files; each path is looked up once, however many stages name it.
+#[derive(Default)]
+pub(crate) struct Finder {
+    found: HashMap<(PathBuf, bool), Result<Vec<PathBuf>, WorkflowError>>,
+}
+
+impl Finder {
+    /// The files that `source` names, sorted; `folder` is where the file stands that says so.
+    pub fn find(&mut self, source: &DataSource, folder: &Path) -> Result<Vec<PathBuf>, WorkflowError> {
+        let key = (folder.join(&source.pattern), source.directory);
+        let find = || if source.directory { directory(&key.0, &source.pattern) } else { files(folder, &source.pattern) };
+        match self.found.get(&key) {
+            Some(found) => found.clone(),
+            None => {
+                let found = find();
+                self.found.insert(key, found.clone());
+                found
+            }
+        }
+    }
+}
+
+fn files(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, WorkflowError> {
+    if pattern.trim().is_empty() {
+        return Err(WorkflowError::new("missing_file", "the path of a data file must not be empty"));
+    }
+    let path = folder.join(pattern);
+    // A file may well be called `a[1].txt`.
+    if !pattern.contains(['*', '?', '[']) || fs::symlink_metadata(&path).is_ok() {
+        return file(&path, pattern).map(|()| vec![path]);
+    }
+    let bad = |message: String| WorkflowError::new("missing_file", format!("{} is no pattern for files: {message}", quoted(pattern)));
+    let whole = match (Path::new(pattern).is_absolute(), folder.to_str()) {
+        (true, _) => pattern.to_owned(),
+        (false, Some("")) => pattern.to_owned(),
+        (false, Some(folder)) => format!("{}/{pattern}", glob::Pattern::escape(folder)),
+        (false, None) => return Err(bad("the folder's name is not UTF-8".into())),
+    };
+    let mut found = Vec::new();
+    for path in glob::glob(&whole).map_err(|error| bad(error.msg.into()))? {
+        let path = path.map_err(|error| {
+            let message = format!("`{}` cannot be read: {}", error.path().display(), plain(error.error()));
+            WorkflowError::new("unreadable_file", message)
+        })?;
+        if fs::metadata(&path).is_ok_and(|metadata| metadata.is_dir()) {
+            continue;
+        }
+        file(&path, &path.display().to_string())?;
+        found.push(path);
+        if found.len() > MAX_FILES {
+            return Err(bad(format!("it matches more than {MAX_FILES} files")));
+        }
+    }
+    if found.is_empty() {
+        let error = WorkflowError::new("missing_file", format!("no file matches `{pattern}`"));
+        return Err(error.with_hint(format!("looked in `{}`", folder_name(folder))));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Whether `path` is a file that can be opened.
+fn file(path: &Path, shown: &str) -> Result<(), WorkflowError> {
+    let metadata = fs::metadata(path).map_err(|error| unavailable(path, shown, &error))?;
+    if metadata.is_dir() {
+        return Err(WorkflowError::new("not_a_file", format!("`{shown}` is a directory, where a file belongs"))
+            .with_hint(format!("write `{}/*` for the files in it", shown.trim_end_matches('/'))));
+    }
+    // Opening a pipe would wait for its writer.
+    if !metadata.is_file() {
+        return Err(WorkflowError::new("not_a_file", format!("`{shown}` is not a regular file")));
+    }
+    fs::File::open(path).map(drop).map_err(|error| unavailable(path, shown, &error))
+}
+
+fn unavailable(path: &Path, shown: &str, error: &std::io::Error) -> WorkflowError {
+    match error.kind() {
+        ErrorKind::NotFound | ErrorKind::NotADirectory => {
+            let is_link = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink());
+            let message = if is_link { format!("`{shown}` is a link to nothing") } else { format!("there is no file `{shown}`") };
+            let looked = || format!("looked in `{}`; paths are relative to the workflow file", folder_name(path.parent().unwrap_or(Path::new(""))));
+            WorkflowError::new("missing_file", message).with_hint(similar_file(path).unwrap_or_else(looked))
+        }
+        _ => WorkflowError::new("unreadable_file", format!("`{shown}` cannot be read: {}", plain(error))),
+    }
+}
+
+fn folder_name(folder: &Path) -> String {
+    if folder.as_os_str().is_empty() { ".".into() } else { folder.display().to_string() }
+}
+
+/// The files in the directory `path`, at any depth.
+fn directory(path: &Path, shown: &str) -> Result<Vec<PathBuf>, WorkflowError> {
+    if shown.trim().is_empty() {
+        return Err(WorkflowError::new("missing_file", "the path of a directory must not be empty"));
+    }
+    let metadata = fs::metadata(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => {
+            let error = WorkflowError::new("missing_file", format!("there is no directory `{shown}`"));
+            match similar_file(path) {
+                Some(hint) => error.with_hint(hint),
+                None => error,
+            }
+        }
+        _ => unavailable(path, shown, &error),
+    })?;
+    if !metadata.is_dir() {
+        return Err(WorkflowError::new("not_a_directory", format!("`{shown}` is a file, where a directory belongs")));
+    }
+    let mut found = Vec::new();
+    let mut open = vec![(path.to_owned(), 0)];
+    while let Some((folder, depth)) = open.pop() {
+        let entries = fs::read_dir(&folder).map_err(|error| unavailable(&folder, &folder.display().to_string(), &error))?;
+        for entry in entries.flatten() {
+            let entry = entry.path();
+            match fs::metadata(&entry) {
+                Ok(metadata) if metadata.is_dir() && depth < MAX_DEPTH => open.push((entry, depth + 1)),
+                Ok(metadata) if metadata.is_file() => found.push(entry),
+                _ => {}
+            }
+            if found.len() > MAX_FILES {
+                return Err(WorkflowError::new("not_a_file", format!("`{shown}` holds more than {MAX_FILES} files")));
+            }
+        }
+    }
+    if found.is_empty() {
+        return Err(WorkflowError::new("missing_file", format!("the directory `{shown}` holds no files")));
+    }
+    found.sort();
+    Ok(found)
+}
