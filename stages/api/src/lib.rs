@@ -10,6 +10,7 @@
 
 mod artifact;
 mod context;
+mod counter_rng;
 mod error;
 mod event;
 mod kind;
@@ -20,6 +21,7 @@ mod snapshot;
 
 pub use artifact::{ArtifactMeta, ArtifactType, Origin};
 pub use context::{CancelToken, DataFile, Input, MemoStore, RunContext};
+pub use counter_rng::CounterRng;
 pub use error::{StageError, StageResult};
 pub use event::{Reporter, Sample, StageEvent, Table};
 pub use kind::{

@@ -1,1 +1,29 @@
-//! CPU kernels of rlflow: forward and backward of the fused operations on plain slices.
+//! CPU kernels of rlflow: forward and backward of the fused operations, on plain slices.
+//!
+//! Two promises hold in every function here, and the tests assert them:
+//! - **Fixed summation orders.** Every float reduction runs in an order that depends on shapes alone: rows are
+//!   cut into blocks of constant size, partial sums are added in block order, lanes are added as a fixed tree. The
+//!   number of threads never changes a bit.
+//! - **No talk between sequences.** What a token's attention gets depends on its own sequence only.
+//!
+//! Bits may differ between SIMD levels ([`simd::level`]), which is part of the numerics profile.
+//!
+//! In data order: [`layout`] says where sequences start, [`embedding`] looks rows up, [`attention_block`] and
+//! [`mlp_block`] are the two halves of a decoder block, [`norm`] the final norm, [`token_head`] the output projection with
+//! log-probabilities, [`optim`] the update. [`decode`] runs the same model one token at a time over a key-value cache.
+
+pub mod attention;
+pub mod attention_block;
+pub mod embedding;
+pub mod layout;
+pub mod matmul;
+pub mod mlp_block;
+pub mod norm;
+pub mod optim;
+pub mod rope;
+pub mod simd;
+pub mod token_head;
+
+pub use attention_block::{AttentionGrads, AttentionSaved, AttentionShape, AttentionWeights, Positional};
+pub use layout::SequenceLayout;
+pub use mlp_block::{MlpGrads, MlpSaved, MlpWeights};

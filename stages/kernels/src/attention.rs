@@ -1,0 +1,269 @@
+//! Causal attention over packed sequences, forward and backward, one block of query rows at a time.
+//!
+//! Scores exist for one block of one head only. Softmax statistics of the forward pass are kept as one
+//! log-sum-exp per row and head, and the backward pass computes the probabilities again from them (as in
+//! FlashAttention, arXiv:2205.14135, without its tiling over keys, which pays on a GPU but not in a core's cache).
+
+use rayon::prelude::*;
+
+use crate::{
+    layout::SequenceLayout,
+    matmul::{Into, MatrixRef, matmul_serial},
+    simd::{dot, exp, fmadd, max, multiversion, sum},
+};
+
+/// Query rows per block.
+const QUERY_BLOCK: usize = 64;
+
+/// Sizes of the heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Width of the query rows.
+    pub fn query_width(self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Width of the key rows and of the value rows.
+    pub fn kv_width(self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+}
+
+/// ALiBi slopes for `heads` heads (arXiv:2108.12409, section 3 and the paper's code for other head counts than powers of two).
+pub fn alibi_slopes(heads: usize) -> Vec<f32> {
+    let powers = |count: usize| {
+        let start = 2f64.powf(-8.0 / count as f64);
+        (1..=count).map(move |i| start.powi(i as i32) as f32)
+    };
+    let below = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
+    powers(below).chain(powers(2 * below).step_by(2).take(heads - below)).collect()
+}
+
+/// A slice that several tasks write to at places that never overlap.
+#[derive(Clone, Copy)]
+struct Shared<'a> {
+    start: *mut f32,
+    len: usize,
+    marker: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: tasks write to disjoint columns (heads) or rows (sequences), as each use says.
+unsafe impl Send for Shared<'_> {}
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    fn new(slice: &'a mut [f32]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), marker: std::marker::PhantomData }
+    }
+
+    /// # Safety
+    /// No other task may touch, while the result lives, the elements that the caller touches.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn from(&self, offset: usize) -> &'a mut [f32] {
+        assert!(offset <= self.len);
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), self.len - offset) }
+    }
+}
+
+/// `out = softmax(q k^T / sqrt(head_dim) + bias) v` per sequence and head, causal.
+///
+/// # Shapes
+/// - out, q: `[tokens, heads * head_dim]`; k, v: `[tokens, kv_heads * head_dim]`
+/// - log_sum_exp: `[heads, tokens]`; slopes: `[heads]` for ALiBi, or empty
+pub fn attention(
+    out: &mut [f32],
+    log_sum_exp: &mut [f32],
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    slopes: &[f32],
+    heads: Heads,
+    layout: &SequenceLayout,
+) {
+    let tokens = layout.tokens();
+    let (shared_out, shared_lse) = (Shared::new(out), Shared::new(log_sum_exp));
+    (0..layout.sequences() * heads.heads).into_par_iter().for_each(|task| {
+        let (sequence, head) = (layout.range(task / heads.heads), task % heads.heads);
+        let (query_offset, kv_offset) = (head * heads.head_dim, head / (heads.heads / heads.kv_heads) * heads.head_dim);
+        let length = sequence.len();
+        let mut scores = vec![0.0; QUERY_BLOCK.min(length) * length];
+        let keys = &k[sequence.start * heads.kv_width() + kv_offset..];
+        let values = &v[sequence.start * heads.kv_width() + kv_offset..];
+        for first in (0..length).step_by(QUERY_BLOCK) {
+            let rows = QUERY_BLOCK.min(length - first);
+            let columns = first + rows;
+            let at = (sequence.start + first) * heads.query_width() + query_offset;
+            let queries = MatrixRef::strided(&q[at..], rows, heads.head_dim, heads.query_width());
+            let scores = &mut scores[..rows * columns];
+            let scale = 1.0 / (heads.head_dim as f32).sqrt();
+            matmul_serial(
+                scores,
+                columns,
+                queries,
+                MatrixRef::strided(keys, columns, heads.head_dim, heads.kv_width()).t(),
+                scale,
+                Into::Overwrite,
+            );
+            // SAFETY: this task alone has this head's columns and this sequence's rows of both results.
+            let (out, lse) = unsafe { (shared_out.from(at), shared_lse.from(head * tokens + sequence.start + first)) };
+            softmax_rows(scores, &mut lse[..rows], first, slopes.get(head).copied().unwrap_or(0.0));
+            matmul_serial(
+                out,
+                heads.query_width(),
+                MatrixRef::new(scores, rows, columns),
+                MatrixRef::strided(values, columns, heads.head_dim, heads.kv_width()),
+                1.0,
+                Into::Overwrite,
+            );
+        }
+    });
+}
+
+multiversion!(fn softmax_rows(scores: &mut [f32], log_sum_exp: &mut [f32], first: usize, slope: f32) = softmax_rows_inner);
+
+/// Row `i` stands at position `first + i` and sees the columns up to it.
+#[inline(always)]
+fn softmax_rows_inner<const FMA: bool>(scores: &mut [f32], log_sum_exp: &mut [f32], first: usize, slope: f32) {
+    let columns = scores.len() / log_sum_exp.len();
+    for (row, (scores, log_sum_exp)) in scores.chunks_exact_mut(columns).zip(log_sum_exp).enumerate() {
+        let (seen, hidden) = scores.split_at_mut(first + row + 1);
+        add_bias::<FMA>(seen, slope);
+        let largest = max(seen);
+        for score in seen.iter_mut() {
+            *score = exp::<FMA>(*score - largest);
+        }
+        let total = sum(seen);
+        let inverse = 1.0 / total;
+        for score in seen.iter_mut() {
+            *score *= inverse;
+        }
+        hidden.fill(0.0);
+        *log_sum_exp = largest + total.ln();
+    }
+}
+
+/// ALiBi: minus slope times distance; the last column is the query's own position.
+#[inline(always)]
+fn add_bias<const FMA: bool>(seen: &mut [f32], slope: f32) {
+    if slope != 0.0 {
+        let own = seen.len() as f32 - 1.0;
+        for (column, score) in seen.iter_mut().enumerate() {
+            *score = fmadd::<FMA>(slope, column as f32 - own, *score);
+        }
+    }
+}
+
+/// Gradients of [`attention`]; all three results are overwritten.
+///
+/// # Shapes
+/// - dq, dout, out, q: `[tokens, heads * head_dim]`; dk, dv, k, v: `[tokens, kv_heads * head_dim]`
+#[allow(clippy::too_many_arguments)]
+pub fn attention_backward(
+    dq: &mut [f32],
+    dk: &mut [f32],
+    dv: &mut [f32],
+    dout: &[f32],
+    out: &[f32],
+    log_sum_exp: &[f32],
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    slopes: &[f32],
+    heads: Heads,
+    layout: &SequenceLayout,
+) {
+    let tokens = layout.tokens();
+    let group = heads.heads / heads.kv_heads;
+    let (query_width, kv_width, head_dim) = (heads.query_width(), heads.kv_width(), heads.head_dim);
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let (shared_dq, shared_dk, shared_dv) = (Shared::new(dq), Shared::new(dk), Shared::new(dv));
+    (0..layout.sequences() * heads.kv_heads).into_par_iter().for_each(|task| {
+        let (sequence, kv_head) = (layout.range(task / heads.kv_heads), task % heads.kv_heads);
+        let length = sequence.len();
+        let kv_at = sequence.start * kv_width + kv_head * head_dim;
+        let keys = MatrixRef::strided(&k[kv_at..], length, head_dim, kv_width);
+        let values = MatrixRef::strided(&v[kv_at..], length, head_dim, kv_width);
+        // SAFETY: this task alone has this KV head's columns and this sequence's rows.
+        let (dk, dv) = unsafe { (shared_dk.from(kv_at), shared_dv.from(kv_at)) };
+        for row in 0..length {
+            dk[row * kv_width..][..head_dim].fill(0.0);
+            dv[row * kv_width..][..head_dim].fill(0.0);
+        }
+        let block = QUERY_BLOCK.min(length);
+        let (mut scores, mut dscores) = (vec![0.0; block * length], vec![0.0; block * length]);
+        // Heads of the group and blocks of rows in order: one order of additions into dk and dv.
+        for head in kv_head * group..(kv_head + 1) * group {
+            for first in (0..length).step_by(QUERY_BLOCK) {
+                let rows = QUERY_BLOCK.min(length - first);
+                let columns = first + rows;
+                let at = (sequence.start + first) * query_width + head * head_dim;
+                let queries = MatrixRef::strided(&q[at..], rows, head_dim, query_width);
+                let dout_rows = MatrixRef::strided(&dout[at..], rows, head_dim, query_width);
+                let (keys, values) = (keys.first_rows(columns), values.first_rows(columns));
+                let (scores, dscores) = (&mut scores[..rows * columns], &mut dscores[..rows * columns]);
+                matmul_serial(scores, columns, queries, keys.t(), scale, Into::Overwrite);
+                matmul_serial(dscores, columns, dout_rows, values.t(), 1.0, Into::Overwrite);
+                let lse = &log_sum_exp[head * tokens + sequence.start + first..][..rows];
+                softmax_backward_rows(
+                    scores,
+                    dscores,
+                    lse,
+                    &dout[at..],
+                    &out[at..],
+                    query_width,
+                    head_dim,
+                    first,
+                    slopes.get(head).copied().unwrap_or(0.0),
+                );
+                let (probabilities, dscores) = (MatrixRef::new(scores, rows, columns), MatrixRef::new(dscores, rows, columns));
+                matmul_serial(dv, kv_width, probabilities.t(), dout_rows, 1.0, Into::Add);
+                matmul_serial(dk, kv_width, dscores.t(), queries, scale, Into::Add);
+                // SAFETY: only this task has the heads of this group.
+                let dq = unsafe { shared_dq.from(at) };
+                matmul_serial(dq, query_width, dscores, keys, scale, Into::Overwrite);
+            }
+        }
+    });
+}
+
+multiversion!(fn softmax_backward_rows(scores: &mut [f32], dscores: &mut [f32], log_sum_exp: &[f32], dout: &[f32], out: &[f32], stride: usize, head_dim: usize, first: usize, slope: f32) = softmax_backward_inner);
+
+/// Scores become probabilities, their gradients become those of the scores before softmax.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn softmax_backward_inner<const FMA: bool>(
+    scores: &mut [f32],
+    dscores: &mut [f32],
+    log_sum_exp: &[f32],
+    dout: &[f32],
+    out: &[f32],
+    stride: usize,
+    head_dim: usize,
+    first: usize,
+    slope: f32,
+) {
+    let columns = scores.len() / log_sum_exp.len();
+    for (row, ((scores, dscores), log_sum_exp)) in
+        scores.chunks_exact_mut(columns).zip(dscores.chunks_exact_mut(columns)).zip(log_sum_exp).enumerate()
+    {
+        let delta = dot::<FMA>(&dout[row * stride..][..head_dim], &out[row * stride..][..head_dim]);
+        let (seen, hidden) = scores.split_at_mut(first + row + 1);
+        let (dseen, dhidden) = dscores.split_at_mut(first + row + 1);
+        add_bias::<FMA>(seen, slope);
+        for (score, dscore) in seen.iter_mut().zip(dseen) {
+            *score = exp::<FMA>(*score - log_sum_exp);
+            *dscore = *score * (*dscore - delta);
+        }
+        hidden.fill(0.0);
+        dhidden.fill(0.0);
+    }
+}

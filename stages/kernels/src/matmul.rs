@@ -1,0 +1,103 @@
+//! Matrix products over the `gemm` crate.
+//!
+//! `gemm` splits work over threads by rows and columns of the result and never along the summed dimension, and its
+//! blocking of that dimension depends on shapes alone, so results do not depend on the number of threads.
+
+use gemm::Parallelism;
+
+/// A matrix in memory: element `(i, j)` is `data[i * row_stride + j * column_stride]`.
+#[derive(Clone, Copy)]
+pub struct MatrixRef<'a> {
+    data: &'a [f32],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> MatrixRef<'a> {
+    /// Row-major `[rows, columns]`.
+    pub fn new(data: &'a [f32], rows: usize, columns: usize) -> Self {
+        Self::strided(data, rows, columns, columns)
+    }
+
+    /// Row-major with `row_stride >= columns` elements from row to row.
+    pub fn strided(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len(), "matrix leaves its slice");
+        Self { data, rows, columns, row_stride, column_stride: 1 }
+    }
+
+    /// The first `rows` rows.
+    pub fn first_rows(self, rows: usize) -> Self {
+        assert!(rows <= self.rows);
+        Self { rows, ..self }
+    }
+
+    /// The transpose, without moving anything.
+    pub fn t(self) -> Self {
+        Self { rows: self.columns, columns: self.rows, row_stride: self.column_stride, column_stride: self.row_stride, ..self }
+    }
+}
+
+/// What happens to the old content of the result.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Into {
+    /// Overwritten, never read.
+    Overwrite,
+    /// Added to.
+    Add,
+}
+
+/// `out = a b * scale` or `out += a b * scale`, `out` row-major with the given row stride, on all threads.
+pub fn matmul_scaled(out: &mut [f32], out_row_stride: usize, a: MatrixRef<'_>, b: MatrixRef<'_>, scale: f32, into: Into) {
+    multiply(out, out_row_stride, a, b, scale, into, Parallelism::Rayon(0));
+}
+
+/// `out = a b`, `out` dense row-major, on all threads.
+pub fn matmul(out: &mut [f32], a: MatrixRef<'_>, b: MatrixRef<'_>) {
+    matmul_scaled(out, b.columns, a, b, 1.0, Into::Overwrite);
+}
+
+/// `out += a b`, `out` dense row-major, on all threads.
+pub fn matmul_add(out: &mut [f32], a: MatrixRef<'_>, b: MatrixRef<'_>) {
+    matmul_scaled(out, b.columns, a, b, 1.0, Into::Add);
+}
+
+/// [`matmul_scaled`] on the calling thread only, for use inside parallel loops.
+pub fn matmul_serial(out: &mut [f32], out_row_stride: usize, a: MatrixRef<'_>, b: MatrixRef<'_>, scale: f32, into: Into) {
+    multiply(out, out_row_stride, a, b, scale, into, Parallelism::None);
+}
+
+fn multiply(out: &mut [f32], out_row_stride: usize, a: MatrixRef<'_>, b: MatrixRef<'_>, scale: f32, into: Into, parallelism: Parallelism) {
+    let (m, n, k) = (a.rows, b.columns, a.columns);
+    assert_eq!(k, b.rows, "inner dimensions differ");
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(n <= out_row_stride && (m - 1) * out_row_stride + n <= out.len(), "result leaves its slice");
+    // SAFETY: the assertions here and in `MatrixRef` keep every access within the three slices, and `out` is not
+    // aliased because it is borrowed mutably.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            out_row_stride as isize,
+            into == Into::Add,
+            a.data.as_ptr(),
+            a.column_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.column_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}

@@ -1,0 +1,94 @@
+//! Rotary position embedding (arXiv:2104.09864) in the half-split layout of Llama checkpoints.
+
+use rayon::prelude::*;
+
+/// Frequency scaling of Llama 3 checkpoints.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[allow(missing_docs)]
+pub struct Llama3Scaling {
+    pub factor: f64,
+    pub low_freq_factor: f64,
+    pub high_freq_factor: f64,
+    pub original_context: f64,
+}
+
+/// Cosines and sines of every position.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeTable {
+    half: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl RopeTable {
+    /// For positions `0..context`, heads of width `head_dim` (even) and base `theta`.
+    pub fn new(context: usize, head_dim: usize, theta: f64, scaling: Option<Llama3Scaling>) -> Self {
+        let half = head_dim / 2;
+        let frequencies: Vec<f32> = (0..half)
+            .map(|i| {
+                let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
+                scaling.map_or(frequency, |scaling| scale(frequency, scaling)) as f32
+            })
+            .collect();
+        let (mut cos, mut sin) = (Vec::with_capacity(context * half), Vec::with_capacity(context * half));
+        for position in 0..context {
+            for frequency in &frequencies {
+                // The angle is rounded to f32 as transformers does, so that logits agree at long positions.
+                let angle = f64::from(position as f32 * frequency);
+                cos.push(angle.cos() as f32);
+                sin.push(angle.sin() as f32);
+            }
+        }
+        Self { half, cos, sin }
+    }
+
+    /// Cosines and sines of each of `positions`, `[positions, head_dim / 2]` each.
+    pub fn rows(&self, positions: &[u32]) -> (Vec<f32>, Vec<f32>) {
+        let gather =
+            |table: &[f32]| positions.iter().flat_map(|position| &table[*position as usize * self.half..][..self.half]).copied().collect();
+        (gather(&self.cos), gather(&self.sin))
+    }
+
+    /// Rotates each head of each row by its position, in place; `inverse` turns back, which is the gradient.
+    ///
+    /// # Shapes
+    /// - rows: `[tokens, heads * head_dim]`; positions: `[tokens]`
+    pub fn rotate(&self, rows: &mut [f32], positions: &[u32], inverse: bool) {
+        if positions.is_empty() {
+            return;
+        }
+        let width = rows.len() / positions.len();
+        let sign = if inverse { -1.0 } else { 1.0 };
+        rows.par_chunks_mut(64 * width).zip(positions.par_chunks(64)).for_each(|(rows, positions)| {
+            for (row, position) in rows.chunks_exact_mut(width).zip(positions) {
+                self.rotate_row(row, *position as usize, sign);
+            }
+        });
+    }
+
+    fn rotate_row(&self, row: &mut [f32], position: usize, sign: f32) {
+        let (cos, sin) = (&self.cos[position * self.half..][..self.half], &self.sin[position * self.half..][..self.half]);
+        for head in row.chunks_exact_mut(2 * self.half) {
+            let (first, second) = head.split_at_mut(self.half);
+            for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                let sin = sin * sign;
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+    }
+}
+
+/// Llama 3: high frequencies stay, low ones are slowed by `factor`, those between are blended.
+fn scale(frequency: f64, scaling: Llama3Scaling) -> f64 {
+    let wavelength = std::f64::consts::TAU / frequency;
+    let (low, high) = (scaling.original_context / scaling.low_freq_factor, scaling.original_context / scaling.high_freq_factor);
+    if wavelength < high {
+        frequency
+    } else if wavelength > low {
+        frequency / scaling.factor
+    } else {
+        let smooth =
+            (scaling.original_context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor);
+        (1.0 - smooth) * frequency / scaling.factor + smooth * frequency
+    }
+}

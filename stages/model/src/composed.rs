@@ -1,0 +1,117 @@
+//! The fused operations from plain tensor operations: for devices without kernels of their own, and for tests.
+//!
+//! Attention here materialises the scores of the whole packed batch; that is what the fused version avoids.
+
+use std::sync::Arc;
+
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData, activation};
+
+use crate::fused::{AttentionContext, AttentionTensors, MlpTensors, TokenTargets};
+
+fn indices(rows: &[u32], device: &Device) -> Tensor<1, Int> {
+    let rows: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
+    let count = rows.len();
+    Tensor::from_data(TensorData::new(rows, [count]), &device.clone().inner())
+}
+
+/// Embedding rows of `ids`.
+pub fn embed(weight: Tensor<2>, ids: Arc<[u32]>) -> Tensor<2> {
+    let ids = indices(&ids, &weight.device());
+    weight.select(0, ids)
+}
+
+/// RMSNorm.
+pub fn rms_norm(x: Tensor<2>, weight: Tensor<2>, eps: f32) -> Tensor<2> {
+    let inverse = ((x.clone() * x.clone()).mean_dim(1) + eps).sqrt().recip();
+    x * inverse * weight
+}
+
+/// `x + attention(rms_norm(x))`.
+pub fn attention(x: Tensor<2>, weights: AttentionTensors, context: AttentionContext) -> Tensor<2> {
+    let AttentionContext { shape, rope, slopes, layout } = context;
+    let (tokens, heads) = (layout.tokens(), shape.heads);
+    let device = x.device();
+    let normed = rms_norm(x.clone(), weights.norm, shape.eps);
+    let split = |weight: Tensor<2>, count: usize| {
+        let rows = normed.clone().matmul(weight.transpose()).reshape([tokens, count, heads.head_dim]);
+        rows.swap_dims(0, 1)
+    };
+    let (mut q, mut k, v) = (split(weights.q, heads.heads), split(weights.k, heads.kv_heads), split(weights.v, heads.kv_heads));
+    if let Some(table) = rope {
+        let half = heads.head_dim / 2;
+        let (cos, sin) = table.rows(layout.positions());
+        let constant = |values: Vec<f32>| Tensor::<3>::from_data(TensorData::new(values, [1, tokens, half]), &device.clone().inner());
+        let (cos, sin) = (on(constant(cos), &device), on(constant(sin), &device));
+        let rotate = |x: Tensor<3>| {
+            let (first, second) = (x.clone().narrow(2, 0, half), x.narrow(2, half, half));
+            let a = first.clone() * cos.clone() - second.clone() * sin.clone();
+            let b = second * cos.clone() + first * sin.clone();
+            Tensor::cat(vec![a, b], 2)
+        };
+        (q, k) = (rotate(q), rotate(k));
+    }
+    let group = heads.heads / heads.kv_heads;
+    let expand = |x: Tensor<3>| x.unsqueeze_dim::<4>(1).repeat_dim(1, group).reshape([heads.heads, tokens, heads.head_dim]);
+    let (k, v) = (expand(k), expand(v));
+    let mut scores = q.matmul(k.swap_dims(1, 2)) * (1.0 / (heads.head_dim as f32).sqrt());
+    let (hidden, distance) = masks(&layout);
+    if !slopes.is_empty() {
+        let mut bias = Vec::with_capacity(heads.heads * tokens * tokens);
+        for slope in slopes.iter() {
+            bias.extend(distance.iter().map(|distance| -slope * distance));
+        }
+        let bias = Tensor::<3>::from_data(TensorData::new(bias, [heads.heads, tokens, tokens]), &device.clone().inner());
+        scores = scores + on(bias, &device);
+    }
+    let hidden = Tensor::<3, Bool>::from_data(TensorData::new(hidden, [1, tokens, tokens]), &device.clone().inner());
+    let scores = scores.mask_fill(hidden.repeat_dim(0, heads.heads), f32::NEG_INFINITY);
+    let out = activation::softmax(scores, 2).matmul(v);
+    let out = out.swap_dims(0, 1).reshape([tokens, heads.query_width()]);
+    x + out.matmul(weights.o.transpose())
+}
+
+/// Lifts a constant onto the autodiff context of `device`.
+fn on<const D: usize>(tensor: Tensor<D>, device: &Device) -> Tensor<D> {
+    if device.is_autodiff() { tensor.autodiff() } else { tensor }
+}
+
+/// `[tokens, tokens]`: whether the query (row) must not see the key (column), and how far back the key stands.
+fn masks(layout: &rlflow_kernels::SequenceLayout) -> (Vec<bool>, Vec<f32>) {
+    let tokens = layout.tokens();
+    let (mut hidden, mut distance) = (vec![true; tokens * tokens], vec![0.0; tokens * tokens]);
+    for sequence in 0..layout.sequences() {
+        let range = layout.range(sequence);
+        for query in range.clone() {
+            for key in range.start..=query {
+                hidden[query * tokens + key] = false;
+                distance[query * tokens + key] = (query - key) as f32;
+            }
+        }
+    }
+    (hidden, distance)
+}
+
+/// `x + mlp(rms_norm(x))`.
+pub fn mlp(x: Tensor<2>, weights: MlpTensors, eps: f32) -> Tensor<2> {
+    let normed = rms_norm(x.clone(), weights.norm, eps);
+    let gate = activation::silu(normed.clone().matmul(weights.gate.transpose()));
+    let up = normed.matmul(weights.up.transpose());
+    x + (gate * up).matmul(weights.down.transpose())
+}
+
+/// Log-probabilities (row 0) and entropies (row 1), `[2, rows]`.
+pub fn token_head(hidden: Tensor<2>, weight: Tensor<2>, targets: TokenTargets) -> Tensor<2> {
+    let device = hidden.device();
+    let count = targets.rows.len();
+    let rows = hidden.select(0, indices(&targets.rows, &device));
+    let logprobs = activation::log_softmax(rows.matmul(weight.transpose()) * targets.scale, 1);
+    let picked = logprobs.clone().gather(1, indices(&targets.targets, &device).reshape([count, 1]));
+    let entropy = (logprobs.clone().exp() * logprobs).sum_dim(1).neg();
+    Tensor::cat(vec![picked, entropy], 1).transpose()
+}
+
+/// Scalar head, `[1, rows]`.
+pub fn score(hidden: Tensor<2>, weight: Tensor<2>, rows: Arc<[u32]>) -> Tensor<2> {
+    let rows = indices(&rows, &hidden.device());
+    hidden.select(0, rows).matmul(weight.transpose()).transpose()
+}

@@ -1,0 +1,329 @@
+//! The decoder: forward without recording, and forward with backward, one autodiff segment per block.
+//!
+//! A block's graph ends at its own detached input, so that its gradients can be handed over (reduced, sharded, added) as
+//! soon as its backward pass is done, and so that it can be computed again instead of kept (`checkpointing`).
+
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor};
+use rlflow_api::{ModelConfig, Positions};
+use rlflow_kernels::{
+    AttentionShape, SequenceLayout,
+    attention::{Heads, alibi_slopes},
+    rope::{Llama3Scaling, RopeTable},
+};
+
+use crate::{
+    composed,
+    fused::{AttentionContext, AttentionTensors, MlpTensors, TokenTargets, flex},
+    parameters::{BlockSlots, Head, Parameters, Slots, specs},
+};
+
+/// Tokens of one micro-batch: sequences laid end to end.
+#[derive(Debug, Clone)]
+pub struct PackedBatch {
+    /// Token ids, `[tokens]`.
+    pub ids: Arc<[u32]>,
+    /// Where sequences start.
+    pub layout: Arc<SequenceLayout>,
+}
+
+impl PackedBatch {
+    /// From sequences, each of at least one token.
+    pub fn new<'a>(sequences: impl IntoIterator<Item = &'a [u32]>) -> Self {
+        let mut ids = Vec::new();
+        let mut lengths = Vec::new();
+        for sequence in sequences {
+            ids.extend_from_slice(sequence);
+            lengths.push(sequence.len());
+        }
+        Self { ids: ids.into(), layout: Arc::new(SequenceLayout::from_lengths(lengths)) }
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+}
+
+/// A decoder with its weights on a device.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    config: ModelConfig,
+    head: Head,
+    parameters: Parameters,
+    slots: Slots,
+    device: Device,
+    fused: bool,
+    rope: Option<Arc<RopeTable>>,
+    slopes: Arc<[f32]>,
+}
+
+/// The end of a forward pass, on which losses and statistics are built.
+pub struct HeadView<'a> {
+    decoder: &'a Decoder,
+    normed: Tensor<2>,
+    lm_head: Option<Tensor<2>>,
+    score: Option<Tensor<2>>,
+}
+
+/// Log-probabilities of tokens, and entropies of the distributions they were taken from; each `[rows]`.
+pub struct TokenStats {
+    /// Natural logarithm of the probability.
+    pub logprobs: Tensor<1>,
+    /// Entropy in nats.
+    pub entropies: Tensor<1>,
+}
+
+impl HeadView<'_> {
+    /// For each of `rows` of the batch, statistics of the prediction of `targets` at that row.
+    ///
+    /// # Panics
+    /// Without a language head.
+    pub fn token_stats(&self, targets: TokenTargets) -> TokenStats {
+        let count = targets.rows.len();
+        let weight = self.lm_head.clone().expect("the model has a language head");
+        let head = if self.decoder.fused { flex::token_head } else { composed::token_head };
+        let stats = head(self.normed.clone(), weight, targets);
+        let row = |index: usize| stats.clone().narrow(0, index, 1).reshape([count]);
+        TokenStats { logprobs: row(0), entropies: row(1) }
+    }
+
+    /// Values of the scalar head at `rows` of the batch, `[rows]`.
+    ///
+    /// # Panics
+    /// Without a scalar head.
+    pub fn scores(&self, rows: Arc<[u32]>) -> Tensor<1> {
+        let count = rows.len();
+        let weight = self.score.clone().expect("the model has a scalar head");
+        let head = if self.decoder.fused { flex::score } else { composed::score };
+        head(self.normed.clone(), weight, rows).reshape([count])
+    }
+}
+
+impl Decoder {
+    /// A decoder around `parameters`, which must be those of [`specs`] for `config` and `head`.
+    pub fn new(config: ModelConfig, head: Head, parameters: Parameters, device: Device) -> Self {
+        let (_, slots) = specs(&config, head);
+        let rope = (config.positions == Positions::Rope).then(|| {
+            let scaling = config.rope_scaling.map(|scaling| Llama3Scaling {
+                factor: scaling.factor,
+                low_freq_factor: scaling.low_freq_factor,
+                high_freq_factor: scaling.high_freq_factor,
+                original_context: scaling.original_max_position_embeddings as f64,
+            });
+            Arc::new(RopeTable::new(config.context, config.head_dim, config.rope_theta, scaling))
+        });
+        let slopes = if rope.is_none() { alibi_slopes(config.heads).into() } else { Arc::from([]) };
+        let fused = parameters.tensors().first().is_none_or(|tensor| crate::parameters::flex_view(tensor).is_some());
+        Self { config, head, parameters, slots, device, fused, rope, slopes }
+    }
+
+    /// The same decoder computing with plain tensor operations, for comparisons.
+    pub fn without_fused_operations(self) -> Self {
+        Self { fused: false, ..self }
+    }
+
+    /// Shape of the network.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What stands on top.
+    pub fn head(&self) -> Head {
+        self.head
+    }
+
+    /// The weights.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// The weights, to be updated.
+    pub fn parameters_mut(&mut self) -> &mut Parameters {
+        &mut self.parameters
+    }
+
+    /// Where each weight stands.
+    pub fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub(crate) fn rope(&self) -> Option<&RopeTable> {
+        self.rope.as_deref()
+    }
+
+    pub(crate) fn slopes(&self) -> &[f32] {
+        &self.slopes
+    }
+
+    pub(crate) fn attention_shape(&self) -> AttentionShape {
+        let ModelConfig { heads, kv_heads, head_dim, .. } = self.config;
+        AttentionShape { hidden: self.config.hidden_size, heads: Heads { heads, kv_heads, head_dim }, eps: self.config.norm_eps as f32 }
+    }
+
+    fn eps(&self) -> f32 {
+        self.config.norm_eps as f32
+    }
+
+    fn embed(&self, weight: Tensor<2>, batch: &PackedBatch) -> Tensor<2> {
+        let embed = if self.fused { flex::embed } else { composed::embed };
+        embed(weight, batch.ids.clone())
+    }
+
+    fn rms_norm(&self, x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+        let norm = if self.fused { flex::rms_norm } else { composed::rms_norm };
+        norm(x, weight, self.eps())
+    }
+
+    /// Runs block weights given by `weight`, which says how each is seen (recorded or not).
+    fn block(&self, x: Tensor<2>, slots: &BlockSlots, batch: &PackedBatch, weight: &mut dyn FnMut(usize) -> Tensor<2>) -> Tensor<2> {
+        let context = AttentionContext {
+            shape: self.attention_shape(),
+            rope: self.rope.clone(),
+            slopes: self.slopes.clone(),
+            layout: batch.layout.clone(),
+        };
+        let attention = AttentionTensors {
+            norm: weight(slots.attention_norm),
+            q: weight(slots.q),
+            k: weight(slots.k),
+            v: weight(slots.v),
+            o: weight(slots.o),
+        };
+        let mlp = MlpTensors { norm: weight(slots.mlp_norm), gate: weight(slots.gate), up: weight(slots.up), down: weight(slots.down) };
+        let (attend, feed) = if self.fused {
+            (flex::attention as fn(_, _, _) -> _, flex::mlp as fn(_, _, _) -> _)
+        } else {
+            (composed::attention as _, composed::mlp as _)
+        };
+        let x: Tensor<2> = attend(x, attention, context);
+        feed(x, mlp, self.eps())
+    }
+
+    /// Forward pass without recording; `read` gets the end of it.
+    pub fn evaluate<T>(&self, batch: &PackedBatch, read: impl FnOnce(&HeadView<'_>) -> T) -> T {
+        let weight = |slot: usize| self.parameters.get(slot);
+        let mut x = self.embed(weight(self.slots.embed), batch);
+        for slots in &self.slots.blocks {
+            x = self.block(x, slots, batch, &mut { weight });
+        }
+        let normed = self.rms_norm(x, weight(self.slots.norm));
+        read(&HeadView { decoder: self, normed, lm_head: self.slots.lm_head.map(weight), score: self.slots.score.map(weight) })
+    }
+
+    /// Forward and backward pass. `loss` builds a scalar `[1]` on the end of the forward pass; `take` receives each
+    /// weight's gradient, last block first, each weight once. Returns what `loss` returned beside the scalar.
+    ///
+    /// With `checkpointing` a block keeps its input only and is computed again when its turn comes: the same bits,
+    /// less memory, a third more work.
+    pub fn backward<T>(
+        &self,
+        batch: &PackedBatch,
+        checkpointing: bool,
+        loss: impl FnOnce(&HeadView<'_>) -> (Tensor<1>, T),
+        mut take: impl FnMut(usize, Tensor<2>),
+    ) -> T {
+        let constant = |slot: usize| self.parameters.get(slot);
+        let mut segments = Vec::with_capacity(self.slots.blocks.len());
+        let mut x = self.embed(constant(self.slots.embed), batch);
+        for slots in &self.slots.blocks {
+            if checkpointing {
+                let input = x;
+                x = self.block(input.clone(), slots, batch, &mut { constant });
+                segments.push((input, None));
+            } else {
+                let segment = self.record(x.clone(), slots, batch);
+                let output = segment.output.clone().inner();
+                segments.push((x, Some(segment)));
+                x = output;
+            }
+        }
+
+        let recorded = |slot: usize| constant(slot).autodiff().require_grad();
+        let hidden = x.autodiff().require_grad();
+        let norm = recorded(self.slots.norm);
+        let lm_head = self.slots.lm_head.map(recorded);
+        let score = self.slots.score.map(recorded);
+        let normed = self.rms_norm(hidden.clone(), norm.clone());
+        let view = HeadView { decoder: self, normed, lm_head: lm_head.clone(), score: score.clone() };
+        let (loss, result) = loss(&view);
+        drop(view);
+        let mut gradients = loss.backward();
+        let mut upstream = hidden.grad_remove(&mut gradients).unwrap_or_else(|| hidden.clone().inner().zeros_like());
+        if let Some(gradient) = score.and_then(|score| score.grad_remove(&mut gradients)) {
+            take(self.slots.score.unwrap_or_default(), gradient);
+        }
+        if let Some(gradient) = norm.grad_remove(&mut gradients) {
+            take(self.slots.norm, gradient);
+        }
+        // With tied embeddings the head's gradient waits for the embedding's, so that each weight is taken once.
+        let mut head_gradient = lm_head.and_then(|head| head.grad_remove(&mut gradients));
+        if self.slots.lm_head != Some(self.slots.embed)
+            && let (Some(slot), Some(gradient)) = (self.slots.lm_head, head_gradient.take())
+        {
+            take(slot, gradient);
+        }
+        drop(gradients);
+
+        for (slots, (input, segment)) in self.slots.blocks.iter().zip(segments).rev() {
+            let segment = segment.unwrap_or_else(|| self.record(input, slots, batch));
+            upstream = segment.backward(upstream, &mut take);
+        }
+
+        let weight = recorded(self.slots.embed);
+        let embedded = self.embed(weight.clone(), batch);
+        let mut gradients = backward_from(embedded, upstream);
+        let gradient = weight.grad_remove(&mut gradients).unwrap_or_else(|| weight.inner().zeros_like());
+        take(
+            self.slots.embed,
+            match head_gradient {
+                Some(head) => head + gradient,
+                None => gradient,
+            },
+        );
+        result
+    }
+
+    fn record(&self, input: Tensor<2>, slots: &BlockSlots, batch: &PackedBatch) -> Segment {
+        let input = input.autodiff().require_grad();
+        let mut weights = Vec::with_capacity(9);
+        let output = self.block(input.clone(), slots, batch, &mut |slot| {
+            let weight = self.parameters.get(slot).autodiff().require_grad();
+            weights.push((slot, weight.clone()));
+            weight
+        });
+        Segment { input, weights, output }
+    }
+}
+
+/// A block's own graph, from its detached input to its output.
+struct Segment {
+    input: Tensor<2>,
+    weights: Vec<(usize, Tensor<2>)>,
+    output: Tensor<2>,
+}
+
+impl Segment {
+    /// Hands over the weights' gradients and returns the input's.
+    fn backward(self, upstream: Tensor<2>, take: &mut impl FnMut(usize, Tensor<2>)) -> Tensor<2> {
+        let mut gradients = backward_from(self.output, upstream);
+        for (slot, weight) in self.weights {
+            if let Some(gradient) = weight.grad_remove(&mut gradients) {
+                take(slot, gradient);
+            }
+        }
+        let input = self.input;
+        input.grad_remove(&mut gradients).unwrap_or_else(|| input.inner().zeros_like())
+    }
+}
+
+/// Backward pass of `output` with the given gradient: that of `sum(output * gradient)`.
+fn backward_from(output: Tensor<2>, gradient: Tensor<2>) -> burn::tensor::Gradients {
+    (output * gradient.autodiff()).sum().backward()
+}

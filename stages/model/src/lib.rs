@@ -1,0 +1,18 @@
+//! Models of rlflow on Burn.
+//!
+//! In data order: [`fused`] are the operations, [`composed`] the same from plain tensors; [`parameters`] names and holds
+//! weights; [`Decoder`] runs forward and backward, one autodiff segment per block; [`checkpoint`] stores and loads;
+//! [`Optimizer`] updates at the rate of [`schedule`]; [`generate`] samples over a key-value cache.
+
+pub mod composed;
+mod decoder;
+pub mod fused;
+mod optimizer;
+pub mod parameters;
+pub mod schedule;
+
+pub use decoder::{Decoder, HeadView, PackedBatch, TokenStats};
+pub use fused::TokenTargets;
+pub use optimizer::{Gradients, Optimizer, OptimizerSettings};
+pub use parameters::{Head, ParameterSpec, Parameters};
+pub use schedule::{LearningRate, Schedule};

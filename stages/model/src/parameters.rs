@@ -1,0 +1,255 @@
+//! Names, shapes and storage of a model's weights. Names and layouts are those of Llama checkpoints.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use burn_flex::FlexTensor;
+use rlflow_api::{CounterRng, ModelConfig};
+
+/// What stands on top of the decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Head {
+    /// Next-token distribution (a policy).
+    Language,
+    /// One number per token (a reward model or a critic).
+    Score,
+    /// Both, on one trunk (PPO with `share_backbone`).
+    LanguageAndScore,
+}
+
+impl Head {
+    /// Whether there is an output projection.
+    pub const fn has_language(self) -> bool {
+        matches!(self, Self::Language | Self::LanguageAndScore)
+    }
+
+    /// Whether there is a scalar head.
+    pub const fn has_score(self) -> bool {
+        matches!(self, Self::Score | Self::LanguageAndScore)
+    }
+}
+
+/// Name and shape of one weight.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParameterSpec {
+    /// Name in the checkpoint.
+    pub name: String,
+    /// Shape in the checkpoint.
+    pub shape: Vec<usize>,
+}
+
+impl ParameterSpec {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Norm weights are vectors; weight decay leaves them alone.
+    pub fn is_matrix(&self) -> bool {
+        self.shape.len() > 1
+    }
+
+    fn dims(&self) -> [usize; 2] {
+        match self.shape[..] {
+            [columns] => [1, columns],
+            [rows, columns] => [rows, columns],
+            _ => unreachable!("weights of a decoder are vectors and matrices"),
+        }
+    }
+}
+
+/// Weights of one block, as indices into [`Parameters`].
+#[derive(Debug, Clone, Copy)]
+#[allow(missing_docs)]
+pub struct BlockSlots {
+    pub attention_norm: usize,
+    pub q: usize,
+    pub k: usize,
+    pub v: usize,
+    pub o: usize,
+    pub mlp_norm: usize,
+    pub gate: usize,
+    pub up: usize,
+    pub down: usize,
+}
+
+/// Where each weight stands.
+#[derive(Debug, Clone)]
+pub struct Slots {
+    /// `[vocab, hidden]`
+    pub embed: usize,
+    /// Blocks, first to last.
+    pub blocks: Vec<BlockSlots>,
+    /// `[hidden]`
+    pub norm: usize,
+    /// `[vocab, hidden]`; the embedding when tied, absent without a language head.
+    pub lm_head: Option<usize>,
+    /// `[1, hidden]`
+    pub score: Option<usize>,
+}
+
+/// Name of the scalar head's weight, as in `LlamaForSequenceClassification`.
+pub const SCORE_WEIGHT: &str = "score.weight";
+const LM_HEAD: &str = "lm_head.weight";
+
+/// All weights of a decoder with `head`, in the order in which gradients and optimizer state stand.
+pub fn specs(config: &ModelConfig, head: Head) -> (Vec<ParameterSpec>, Slots) {
+    let mut specs = Vec::new();
+    let mut add = |name: String, shape: &[usize]| {
+        specs.push(ParameterSpec { name, shape: shape.to_vec() });
+        specs.len() - 1
+    };
+    let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+    let (query, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let embed = add("model.embed_tokens.weight".into(), &[config.vocab_size, hidden]);
+    let blocks = (0..config.layers)
+        .map(|layer| {
+            let mut add = |name: &str, shape: &[usize]| add(format!("model.layers.{layer}.{name}.weight"), shape);
+            BlockSlots {
+                attention_norm: add("input_layernorm", &[hidden]),
+                q: add("self_attn.q_proj", &[query, hidden]),
+                k: add("self_attn.k_proj", &[kv, hidden]),
+                v: add("self_attn.v_proj", &[kv, hidden]),
+                o: add("self_attn.o_proj", &[hidden, query]),
+                mlp_norm: add("post_attention_layernorm", &[hidden]),
+                gate: add("mlp.gate_proj", &[intermediate, hidden]),
+                up: add("mlp.up_proj", &[intermediate, hidden]),
+                down: add("mlp.down_proj", &[hidden, intermediate]),
+            }
+        })
+        .collect();
+    let norm = add("model.norm.weight".into(), &[hidden]);
+    let lm_head = match (head.has_language(), config.tie_embeddings) {
+        (false, _) => None,
+        (true, true) => Some(embed),
+        (true, false) => Some(add(LM_HEAD.into(), &[config.vocab_size, hidden])),
+    };
+    let score = head.has_score().then(|| add(SCORE_WEIGHT.into(), &[1, hidden]));
+    (specs, Slots { embed, blocks, norm, lm_head, score })
+}
+
+/// Weights on a device, all of rank 2 (vectors as one row), without autodiff.
+#[derive(Debug, Clone)]
+pub struct Parameters {
+    specs: Vec<ParameterSpec>,
+    tensors: Vec<Tensor<2>>,
+}
+
+impl Parameters {
+    /// From `data`, which gives each weight's elements.
+    ///
+    /// # Errors
+    /// What `data` returns.
+    pub fn from_data<E>(
+        specs: Vec<ParameterSpec>,
+        device: &Device,
+        mut data: impl FnMut(&ParameterSpec) -> Result<Vec<f32>, E>,
+    ) -> Result<Self, E> {
+        let tensors =
+            specs.iter().map(|spec| Ok(Tensor::from_data(TensorData::new(data(spec)?, spec.dims()), device))).collect::<Result<_, E>>()?;
+        Ok(Self { specs, tensors })
+    }
+
+    /// Zeros of the same shapes, on the same device.
+    pub fn zeros_like(&self) -> Vec<Tensor<2>> {
+        self.tensors.iter().map(Tensor::zeros_like).collect()
+    }
+
+    /// Names and shapes.
+    pub fn specs(&self) -> &[ParameterSpec] {
+        &self.specs
+    }
+
+    /// The weight in `slot`.
+    pub fn get(&self, slot: usize) -> Tensor<2> {
+        self.tensors[slot].clone()
+    }
+
+    /// All weights.
+    pub fn tensors(&self) -> &[Tensor<2>] {
+        &self.tensors
+    }
+
+    /// All weights, to be replaced in place.
+    pub fn tensors_mut(&mut self) -> &mut [Tensor<2>] {
+        &mut self.tensors
+    }
+
+    /// Number of elements of all weights.
+    pub fn count(&self) -> usize {
+        self.specs.iter().map(ParameterSpec::len).sum()
+    }
+
+    /// Elements of one weight on the host.
+    pub fn host(&self, slot: usize) -> Vec<f32> {
+        host(&self.tensors[slot])
+    }
+
+    /// Elements by name.
+    pub fn by_name(&self) -> BTreeMap<&str, usize> {
+        self.specs.iter().enumerate().map(|(slot, spec)| (spec.name.as_str(), slot)).collect()
+    }
+}
+
+/// Elements of a tensor on the host.
+pub fn host<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
+    tensor.to_data().convert::<f32>().to_vec().expect("float tensors convert to f32")
+}
+
+/// Reads a `Flex` tensor in place; `None` on other devices.
+pub fn flex_view<const D: usize>(tensor: &Tensor<D>) -> Option<FlexTensor> {
+    let tensor = tensor.clone().try_into_primitive::<burn::backend::Flex>().ok()?;
+    Some(if tensor.as_slice::<f32>().is_some() { tensor } else { tensor.to_contiguous() })
+}
+
+/// Changes the elements of `Flex` tensors in place, without a copy where nobody else holds them. False on other devices.
+pub fn update_in_place<const N: usize>(tensors: [&mut Tensor<2>; N], update: impl FnOnce([&mut [f32]; N])) -> bool {
+    let mut views = Vec::with_capacity(N);
+    for tensor in &tensors {
+        // Placeholders keep no reference to the storage, so that it is unique while it is changed.
+        match flex_view(tensor) {
+            Some(view) => views.push(view),
+            None => return false,
+        }
+    }
+    let device = tensors[0].device();
+    for tensor in tensors.iter() {
+        debug_assert_eq!(tensor.device(), device);
+    }
+    let mut tensors = tensors;
+    for tensor in &mut tensors {
+        **tensor = Tensor::zeros([1, 1], &device);
+    }
+    let mut views: [FlexTensor; N] = views.try_into().unwrap_or_else(|_| unreachable!("one view per tensor"));
+    update(views.each_mut().map(|view| view.storage_mut::<f32>()));
+    for (tensor, view) in tensors.into_iter().zip(views) {
+        *tensor = Tensor::from_primitive::<burn::backend::Flex>(view);
+    }
+    true
+}
+
+/// Fresh weights: normal with standard deviation `std`, output projections of both halves scaled by
+/// `1 / sqrt(2 layers)` (GPT-2), norms one, the scalar head normal with variance `1 / (hidden + 1)`.
+pub fn initial(config: &ModelConfig, seed: u64, std: f64) -> impl Fn(&ParameterSpec) -> Vec<f32> + use<> {
+    let residual = std / (2.0 * config.layers as f64).sqrt();
+    let score = 1.0 / (config.hidden_size as f64 + 1.0).sqrt();
+    move |spec| {
+        let std = match spec.name.as_str() {
+            SCORE_WEIGHT => score,
+            name if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") => residual,
+            _ => std,
+        };
+        if !spec.is_matrix() {
+            return vec![1.0; spec.len()];
+        }
+        // One stream per weight, named after it: a weight's draw does not depend on the others.
+        let mut rng = CounterRng::new(seed, &format!("init/{}", spec.name), 0, 0);
+        (0..spec.len()).map(|_| (rng.normal() * std) as f32).collect()
+    }
+}
