@@ -54,6 +54,8 @@ pub struct StageOutcome {
     pub name: String,
     /// Kind.
     pub kind: String,
+    /// Action key, where it was known.
+    pub key: Option<Digest>,
     /// How it ended.
     pub status: StageStatus,
     /// Time in this run.
@@ -78,6 +80,7 @@ impl StageOutcome {
         json!({
             "name": self.name,
             "kind": self.kind,
+            "key": self.key,
             "status": self.status.name(),
             "seconds": self.seconds,
             "reason": self.rerun.as_ref().map(Rerun::to_json),
@@ -143,12 +146,7 @@ pub enum Event {
         event: StageEvent,
     },
     /// A stage ended.
-    StageFinished {
-        /// Action key.
-        key: Option<Digest>,
-        /// How.
-        outcome: StageOutcome,
-    },
+    StageFinished(StageOutcome),
     /// The run ended.
     Finished {
         /// Whether every stage has its result.
@@ -180,12 +178,11 @@ impl Event {
                 value["stage"] = stage.as_str().into();
                 value
             }
-            Self::StageFinished { key, outcome } => {
+            Self::StageFinished(outcome) => {
                 let mut value = outcome.to_json();
                 let stage = value["name"].take();
                 value["stage"] = stage;
                 value["event"] = "stage_finished".into();
-                value["key"] = json!(key);
                 value
             }
             Self::Finished { ok, interrupted, seconds, stages } => json!({

@@ -293,5 +293,8 @@ fn wrong(what: String) -> StageError {
 fn panicked(payload: &(dyn Any + Send)) -> StageError {
     let message = payload.downcast_ref::<&str>().map(|text| (*text).to_owned()).or_else(|| payload.downcast_ref::<String>().cloned());
     let message = message.unwrap_or_else(|| "no message".into());
-    StageError::invalid_with_hint(format!("the stage panicked: {message}"), "this is a bug in rlflow; please report it with the workflow file")
+    StageError::invalid_with_hint(
+        format!("the stage panicked: {message}"),
+        "this is a bug in rlflow; please report it with the workflow file",
+    )
 }

@@ -94,7 +94,11 @@ mod tests {
         Host { devices, numerics: "test".into() }
     }
 
-    fn place(host: &Host, settings: serde_json::Value, peak: impl Fn(usize, u8) -> Option<u64>) -> Result<(Vec<String>, u8), PlacementError> {
+    fn place(
+        host: &Host,
+        settings: serde_json::Value,
+        peak: impl Fn(usize, u8) -> Option<u64>,
+    ) -> Result<(Vec<String>, u8), PlacementError> {
         let execution: Execution = serde_json::from_value(settings).unwrap();
         let placement = host.place(Some(&execution), peak)?;
         Ok((placement.devices.iter().map(ToString::to_string).collect(), placement.zero))
@@ -108,7 +112,10 @@ mod tests {
         assert_eq!(devices(&host(2), json!(["cuda:1", "cuda"])).unwrap(), "cuda:1 cuda:0");
         assert_eq!(devices(&host(0), json!({ "cpu": 3 })).unwrap(), "cpu cpu cpu");
         assert_eq!(devices(&host(0), json!("cuda:0")).unwrap_err().message, "device `cuda:0` is not available here");
-        assert_eq!(devices(&host(0), json!("tpu")).unwrap_err().message, "`tpu` is not a device: expected `auto`, `cpu`, `cuda` or `cuda:N`");
+        assert_eq!(
+            devices(&host(0), json!("tpu")).unwrap_err().message,
+            "`tpu` is not a device: expected `auto`, `cpu`, `cuda` or `cuda:N`"
+        );
         assert!(devices(&host(0), json!([])).is_err());
     }
 

@@ -7,10 +7,16 @@ pub mod action_key;
 /// Canonical JSON: equal values, equal bytes.
 pub mod canonical;
 pub mod event;
+pub mod history;
+/// What stages measured.
+pub mod metrics;
 /// What a stage reported that belongs to its result.
 pub mod record;
+/// What a run, a plan or a status looks like to people.
+pub mod report;
 /// Settings by dotted path, and what differs between two sets of them.
 pub mod settings;
+pub mod text;
 
 mod error;
 mod execute;
@@ -23,11 +29,13 @@ mod schedule;
 
 mod registry;
 mod suggest;
+#[cfg(test)]
+mod testing;
 
 pub use action::Request;
 pub use error::{EngineError, Result};
 pub use host::{DeviceInfo, Host, PlacementError};
 pub use plan::{Plan, PlannedStage, Status};
 pub use reason::{Rerun, RerunReason, thousands};
-pub use run::{RunOptions, Summary, run};
 pub use registry::{NEWEST_EDITION, Registry};
+pub use run::{RunOptions, Summary, run};

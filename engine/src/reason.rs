@@ -119,7 +119,9 @@ impl RerunReason {
                 let seed = |seed: &Option<u64>| seed.map_or("(none)".to_owned(), |seed| seed.to_string());
                 format!("seed changed: {} -> {}", seed(from), seed(to))
             }
-            Self::ArtifactMissing { port, needed_by } => format!("its result {port} is missing from the store and {needed_by} must read it"),
+            Self::ArtifactMissing { port, needed_by } => {
+                format!("its result {port} is missing from the store and {needed_by} must read it")
+            }
             Self::ArtifactDamaged { port, needed_by } => format!("its result {port} is damaged and {needed_by} must read it"),
             Self::Forced { option } => format!("forced by {option}"),
             Self::DependsOnResultOf { stage, root, because } if stage == root => format!("depends on the result of {stage} ({because})"),
@@ -294,7 +296,12 @@ mod tests {
     }
 
     fn key_files(files: &[(&'static str, Digest)]) -> Vec<Vec<KeyFile>> {
-        vec![files.iter().map(|(name, digest)| KeyFile { label: ("format", name.rsplit('.').next().unwrap_or("").into()), digest: *digest }).collect()]
+        vec![
+            files
+                .iter()
+                .map(|(name, digest)| KeyFile { label: ("format", name.rsplit('.').next().unwrap_or("").into()), digest: *digest })
+                .collect(),
+        ]
     }
 
     struct Made {
@@ -316,7 +323,8 @@ mod tests {
             let inputs: BTreeMap<&str, Vec<(&str, Digest)>> =
                 self.model.iter().map(|model| ("model", vec![("sft", Digest::of(model.as_bytes()))])).collect();
             let digests = inputs.iter().map(|(port, made)| (*port, made.iter().map(|(_, digest)| *digest).collect())).collect();
-            let key = FullKey { kind: "dpo", version: self.version, settings: &self.settings, seed: self.seed, inputs: digests, files: &files };
+            let key =
+                FullKey { kind: "dpo", version: self.version, settings: &self.settings, seed: self.seed, inputs: digests, files: &files };
             then(&Current { key: &key, inputs, files: self.files.clone() })
         }
 

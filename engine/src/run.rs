@@ -275,16 +275,16 @@ impl<'a> Runner<'a> {
         let mut metrics = record.metrics;
         metrics.extend(record.provenance.measurements);
         let outcome = StageOutcome {
-            status,
+            key: Some(record.key),
             seconds,
             rerun,
             outputs: (*outputs).clone(),
             metrics,
             same_output,
-            ..self.outcome(stage, StageStatus::Cached)
+            ..self.outcome(stage, status)
         };
         if status != StageStatus::Cached {
-            self.session.events.emit(&Event::StageFinished { key: Some(record.key), outcome: outcome.clone() });
+            self.session.events.emit(&Event::StageFinished(outcome.clone()));
         }
         self.outcomes[stage] = Some(outcome);
         self.outputs[stage] = Some(outputs);
@@ -294,13 +294,14 @@ impl<'a> Runner<'a> {
 
     fn fail(&mut self, stage: usize, action: &Action, error: &StageError, seconds: f64) {
         let outcome = StageOutcome {
+            key: Some(action.key),
             seconds,
             rerun: Some(action.rerun.clone()),
             error: Some(error.to_string()),
             hint: error.hint().map(str::to_owned),
             ..self.outcome(stage, StageStatus::Failed)
         };
-        self.session.events.emit(&Event::StageFinished { key: Some(action.key), outcome: outcome.clone() });
+        self.session.events.emit(&Event::StageFinished(outcome.clone()));
         self.outcomes[stage] = Some(outcome);
         let name = self.session.actions.workflow.stages[stage].name.clone();
         let why = if matches!(error, StageError::Interrupted) { "was interrupted" } else { "failed" };
@@ -312,7 +313,7 @@ impl<'a> Runner<'a> {
 
     fn skip(&mut self, stage: usize, why: String) {
         let outcome = StageOutcome { error: Some(why), ..self.outcome(stage, StageStatus::Skipped) };
-        self.session.events.emit(&Event::StageFinished { key: None, outcome: outcome.clone() });
+        self.session.events.emit(&Event::StageFinished(outcome.clone()));
         self.outcomes[stage] = Some(outcome);
     }
 
@@ -321,6 +322,7 @@ impl<'a> Runner<'a> {
         StageOutcome {
             name: stage.name.clone(),
             kind: stage.kind.name().to_owned(),
+            key: None,
             status,
             seconds: 0.0,
             rerun: None,

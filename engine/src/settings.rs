@@ -74,7 +74,8 @@ mod tests {
 
     #[test]
     fn changes_name_the_deepest_setting() {
-        let old = json!({ "beta": 0.1, "train": { "lr": 1e-3, "betas": [0.9, 0.95] }, "sources": [{ "weight": 1.0 }], "gone": 1, "null": null });
+        let old =
+            json!({ "beta": 0.1, "train": { "lr": 1e-3, "betas": [0.9, 0.95] }, "sources": [{ "weight": 1.0 }], "gone": 1, "null": null });
         let new = json!({ "beta": 0.2, "train": { "lr": 1e-3, "betas": [0.9, 0.99] }, "sources": [{ "weight": 1.0 }, { "weight": 2.0 }] });
         let names: Vec<String> = changes(&old, &new).into_iter().map(|change| change.setting).collect();
         assert_eq!(names, ["beta", "gone", "sources[1].weight", "train.betas"]);

@@ -1,0 +1,108 @@
+use std::path::{Path, PathBuf};
+
+use clap::{ArgAction, Args};
+use tracing_subscriber::EnvFilter;
+
+use rlflow_engine::{
+    Registry,
+    workflow::{LoadOptions, Workflow, load},
+};
+use rlflow_store::Store;
+
+use crate::failure::Failure;
+
+/// Options that every command takes.
+#[derive(Args)]
+pub struct Common {
+    /// The store's folder [default: .rlflow beside the workflow]
+    #[arg(long, global = true, value_name = "DIR", env = "RLFLOW_STORE")]
+    pub store: Option<PathBuf>,
+    /// Print JSON: one object, or JSON lines for streams
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say less on stderr
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Say more on stderr (repeat for more)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// A workflow file with what changes it from outside.
+#[derive(Args)]
+pub struct WorkflowArgs {
+    /// The workflow file
+    #[arg(value_name = "WORKFLOW")]
+    pub workflow: PathBuf,
+    /// Override a value of the workflow: stage.dpo.beta=0.2
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub sets: Vec<String>,
+}
+
+/// Every stage kind.
+pub fn registry() -> Registry {
+    Registry::new(rlflow_stages::kinds())
+}
+
+impl WorkflowArgs {
+    /// Reads and checks the workflow.
+    pub fn load(&self) -> Result<Workflow, Failure> {
+        Ok(load(&self.workflow, &LoadOptions { sets: self.sets.clone() }, &registry())?)
+    }
+
+    /// Reads the workflow and opens its store.
+    pub fn open(&self, common: &Common) -> Result<(Workflow, Store), Failure> {
+        let workflow = self.load()?;
+        let store = common.store_beside(&workflow)?;
+        Ok((workflow, store))
+    }
+
+    /// The arguments again, for a command to print.
+    pub fn to_arguments(&self) -> Vec<String> {
+        let mut arguments = vec![self.workflow.display().to_string()];
+        arguments.extend(self.sets.iter().flat_map(|set| ["--set".to_owned(), set.clone()]));
+        arguments
+    }
+}
+
+impl Common {
+    /// The store of a workflow.
+    pub fn store_beside(&self, workflow: &Workflow) -> Result<Store, Failure> {
+        let beside = || workflow.folder.join(".rlflow");
+        Ok(Store::open(&self.store.clone().unwrap_or_else(beside))?)
+    }
+
+    /// The store for commands without a workflow: `--store`, or `.rlflow` here. It must exist.
+    pub fn store_here(&self) -> Result<Store, Failure> {
+        let folder = self.store.clone().unwrap_or_else(|| Path::new(".rlflow").to_owned());
+        if !folder.is_dir() {
+            let message = format!("there is no store at {}", folder.display());
+            return Err(Failure::request("no_store", message, "name it with --store DIR, or go to the folder that holds .rlflow"));
+        }
+        Ok(Store::open(&folder)?)
+    }
+}
+
+/// `RUST_LOG` decides; without it warnings, or more with `-v`.
+pub fn init_logging(common: &Common) {
+    let default = match (common.quiet, common.verbose) {
+        (true, _) => "error",
+        (false, 0) => "warn",
+        (false, 1) => "info",
+        (false, _) => "debug",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(crate::failure::use_color())
+        .with_target(false)
+        .without_time()
+        .init();
+}
+
+/// Quotes an argument for a POSIX shell where it needs it.
+pub fn shell_quote(argument: &str) -> String {
+    let plain = |character: char| character.is_ascii_alphanumeric() || "-_./=:,@%+".contains(character);
+    if !argument.is_empty() && argument.chars().all(plain) { argument.to_owned() } else { format!("'{}'", argument.replace('\'', r"'\''")) }
+}

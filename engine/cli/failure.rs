@@ -1,0 +1,146 @@
+use std::{io::Write, process::ExitCode};
+
+use miette::{GraphicalReportHandler, GraphicalTheme};
+use serde_json::json;
+
+use rlflow_engine::{EngineError, workflow::WorkflowErrors};
+use rlflow_store::StoreError;
+
+/// How a command ended when nothing was wrong with the request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Done.
+    Done,
+    /// A stage failed, or a check found damage.
+    Failed,
+    /// The user stopped it.
+    Interrupted,
+}
+
+impl From<Outcome> for ExitCode {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Done => Self::SUCCESS,
+            Outcome::Failed => Self::from(1),
+            Outcome::Interrupted => Self::from(130),
+        }
+    }
+}
+
+/// Why a command could not do what was asked.
+#[derive(Debug)]
+pub enum Failure {
+    /// The engine says why.
+    Engine(EngineError),
+    /// The request is wrong in a way that only the command line knows.
+    Request {
+        /// Stable code.
+        code: &'static str,
+        /// What is wrong.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// Anything else.
+    Other(anyhow::Error),
+}
+
+impl Failure {
+    /// A wrong request.
+    pub fn request(code: &'static str, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Request { code, message: message.into(), hint: Some(hint.into()) }
+    }
+
+    /// Says it, as JSON on stdout if that was asked for, and gives the exit code.
+    pub fn report(&self, as_json: bool) -> ExitCode {
+        let code = match self {
+            Self::Engine(EngineError::Workflow(_)) | Self::Request { .. } => 2,
+            // Whatever went wrong in the machine, the request was right.
+            Self::Engine(_) | Self::Other(_) => 1,
+        };
+        if as_json {
+            let value = match self {
+                Self::Engine(error) => error.to_json(),
+                Self::Request { code, message, hint } => json!({ "errors": [{ "code": code, "message": message, "hint": hint }] }),
+                Self::Other(error) => json!({ "errors": [{ "code": "error", "message": format!("{error:#}") }] }),
+            };
+            print_line(&value.to_string());
+        } else {
+            match self {
+                Self::Engine(EngineError::Workflow(errors)) => say(&render(errors)),
+                Self::Engine(error) => say(&format!("error: {error}\n")),
+                Self::Request { message, hint: None, .. } => say(&format!("error: {message}\n")),
+                Self::Request { message, hint: Some(hint), .. } => say(&format!("error: {message}\n  hint: {hint}\n")),
+                Self::Other(error) => say(&format!("error: {error:#}\n")),
+            }
+        }
+        ExitCode::from(code)
+    }
+}
+
+impl<E: Into<EngineError>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Engine(error.into())
+    }
+}
+
+/// For results that come from neither engine nor store.
+pub fn other(error: impl Into<anyhow::Error>) -> Failure {
+    Failure::Other(error.into())
+}
+
+fn render(errors: &WorkflowErrors) -> String {
+    let theme = if use_color() { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
+    let handler = GraphicalReportHandler::new_themed(theme).with_width(120).with_links(false);
+    let mut out = String::new();
+    for error in errors {
+        if handler.render_report(&mut out, error).is_err() {
+            out = format!("{errors}\n");
+            break;
+        }
+    }
+    let count = errors.len();
+    out + &format!("{count} error{}\n", if count == 1 { "" } else { "s" })
+}
+
+/// Whether stderr takes colour.
+pub fn use_color() -> bool {
+    use std::io::IsTerminal as _;
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+fn say(text: &str) {
+    // There is nobody to tell when stderr is gone.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// Writes a line of data to stdout. A reader that went away (`| head`) is not an error.
+pub fn print_line(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush());
+}
+
+/// Writes text that ends itself to stdout.
+pub fn print_text(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Arguments that cannot be parsed.
+pub fn usage(error: &clap::Error, as_json: bool) -> ExitCode {
+    if as_json && error.use_stderr() {
+        let text = error.to_string();
+        let message = text.trim_start_matches("error: ").lines().next().unwrap_or_default();
+        print_line(&json!({ "errors": [{ "code": "usage", "message": message, "hint": "see `rlflow --help`" }] }).to_string());
+    } else {
+        let _ = error.print();
+    }
+    ExitCode::from(if error.use_stderr() { 2 } else { 0 })
+}
+
+impl Failure {
+    /// A store error in a command that has no engine.
+    pub fn store(error: StoreError) -> Self {
+        Self::Engine(error.into())
+    }
+}

@@ -1,0 +1,40 @@
+use std::fs;
+
+use rlflow_api::DeviceSpec;
+use rlflow_engine::{DeviceInfo, Host};
+
+/// This machine.
+pub fn host() -> Host {
+    let cpu = DeviceInfo { spec: DeviceSpec::Cpu, name: cpu_name(), memory_bytes: memory_bytes() };
+    Host { devices: vec![cpu], numerics: numerics() }
+}
+
+fn cpu_name() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// What this process may use: the machine's memory, or the control group's limit if that is less.
+fn memory_bytes() -> u64 {
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = info.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+    let limit = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let limit = limit.iter().find_map(|path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok());
+    [total.map(|kib| kib * 1024), limit].into_iter().flatten().min().unwrap_or(0)
+}
+
+/// What the bits of a result depend on besides the settings.
+fn numerics() -> String {
+    #[cfg(target_arch = "x86_64")]
+    let simd = if std::is_x86_feature_detected!("avx512f") {
+        "avx512"
+    } else if std::is_x86_feature_detected!("avx2") {
+        "avx2"
+    } else {
+        "sse2"
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let simd = "portable";
+    format!("{}-{simd} kernels {}", std::env::consts::ARCH, env!("CARGO_PKG_VERSION"))
+}

@@ -1,0 +1,100 @@
+use clap::Args;
+
+use rlflow_api::CancelToken;
+use rlflow_engine::{
+    Request, RunOptions,
+    event::{Events, JsonLines, Sink},
+    report::run_report,
+};
+
+use crate::{
+    common::{Common, WorkflowArgs, shell_quote},
+    failure::{Failure, Outcome, print_text},
+    host::host,
+    progress,
+};
+
+/// Run what is not cached
+#[derive(Args)]
+pub struct Run {
+    #[command(flatten)]
+    pub workflow: WorkflowArgs,
+    /// Only these stages and what they need
+    #[arg(value_name = "STAGE")]
+    pub stages: Vec<String>,
+    /// Stages at once
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub jobs: u16,
+    /// Run this stage whether it is cached or not
+    #[arg(long, value_name = "STAGE")]
+    pub force: Vec<String>,
+    /// Go on with stages that do not need a failed one
+    #[arg(long)]
+    pub keep_going: bool,
+    /// Run everything that was asked for, cached or not
+    #[arg(long)]
+    pub no_cache: bool,
+}
+
+impl Run {
+    pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
+        let (workflow, store) = self.workflow.open(common)?;
+        let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
+        if common.json {
+            sinks.push(Box::new(JsonLines::new(std::io::stdout())));
+        }
+        if !common.quiet {
+            sinks.push(progress::sink(common.verbose > 0));
+        }
+        let events = Events::new(sinks);
+        let cancel = CancelToken::default();
+        stop_on_signals(&cancel);
+        let options = RunOptions {
+            request: Request { stages: self.stages.clone(), force: self.force.clone(), no_cache: self.no_cache },
+            jobs: self.jobs.into(),
+            keep_going: self.keep_going,
+            command: std::env::args().collect(),
+        };
+        let summary = rlflow_engine::run(&workflow, &store, &host(), &options, &events, &cancel)?;
+        if !common.json {
+            print_text(&run_report(&workflow, &store, &summary, &self.resume_command(common))?);
+        }
+        Ok(match (summary.interrupted && !summary.ok(), summary.ok()) {
+            (true, _) => Outcome::Interrupted,
+            (false, true) => Outcome::Done,
+            (false, false) => Outcome::Failed,
+        })
+    }
+
+    /// The command that goes on where this one stopped: the same without what would start over.
+    fn resume_command(&self, common: &Common) -> String {
+        let mut arguments = vec!["rlflow".to_owned(), "run".to_owned()];
+        arguments.extend(self.workflow.to_arguments());
+        arguments.extend(self.stages.iter().cloned());
+        if let Some(store) = &common.store {
+            arguments.extend(["--store".to_owned(), store.display().to_string()]);
+        }
+        if self.jobs > 1 {
+            arguments.extend(["--jobs".to_owned(), self.jobs.to_string()]);
+        }
+        if self.keep_going {
+            arguments.push("--keep-going".to_owned());
+        }
+        arguments.iter().map(|argument| shell_quote(argument)).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// The first Ctrl-C (or SIGTERM, SIGHUP) asks stages to stop after a snapshot; the second ends the process.
+pub fn stop_on_signals(cancel: &CancelToken) {
+    let cancel = cancel.clone();
+    let handler = move || {
+        if cancel.is_cancelled() {
+            std::process::exit(130);
+        }
+        cancel.cancel();
+        eprintln!("stopping after a snapshot; once more to stop at once");
+    };
+    if let Err(error) = ctrlc::set_handler(handler) {
+        tracing::warn!(%error, "Ctrl-C will stop the run at once, without a snapshot");
+    }
+}

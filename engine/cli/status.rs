@@ -1,0 +1,30 @@
+use clap::Args;
+
+use rlflow_engine::{Request, action::workflow_name, history::mark_failures, report::plan_report};
+
+use crate::{
+    common::{Common, WorkflowArgs},
+    failure::{Failure, Outcome, print_line, print_text},
+    host::host,
+};
+
+/// Show where each stage stands: cached, stale, partial, failed, running
+#[derive(Args)]
+pub struct Status {
+    #[command(flatten)]
+    pub workflow: WorkflowArgs,
+}
+
+impl Status {
+    pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
+        let (workflow, store) = self.workflow.open(common)?;
+        let mut plan = rlflow_engine::Plan::new(&workflow, &store, &host(), &Request::default())?;
+        mark_failures(&mut plan, &store, &workflow_name(&workflow, &store))?;
+        if common.json {
+            print_line(&plan.to_json(&workflow).to_string());
+        } else {
+            print_text(&plan_report(&workflow, &plan, false));
+        }
+        Ok(Outcome::Done)
+    }
+}

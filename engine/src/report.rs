@@ -1,0 +1,167 @@
+use std::{collections::BTreeMap, fmt::Write as _};
+
+use rlflow_api::{ArtifactType, Kind, Table};
+use rlflow_store::Store;
+
+use crate::{
+    Plan, Result, Summary,
+    event::{StageOutcome, StageStatus},
+    record::StageRecord,
+    text,
+    workflow::{Stage, Workflow},
+};
+
+/// Metrics that are shown beside a stage.
+const MAIN_METRICS: usize = 3;
+/// Widest reason in a table.
+const REASON_COLUMNS: usize = 56;
+
+/// The end of a run as people read it: one line if everything was cached; else a table of stages, the tables of
+/// evaluations that ran, what failed, and where to look next. `command` is how this program was called.
+pub fn run_report(workflow: &Workflow, store: &Store, summary: &Summary, command: &str) -> Result<String> {
+    if summary.is_all_cached() {
+        let count = summary.stages.len();
+        let what = if count == 1 { "the stage is".to_owned() } else { format!("all {count} stages are") };
+        return Ok(format!("everything is cached: {what} up to date ({})\n", text::seconds(summary.seconds)));
+    }
+    let mut out = text::table(&["stage", "result", "time", "metrics", "why"], &rows(workflow, summary));
+    for (stage, outcome) in ran(workflow, summary) {
+        if !stage.described.outputs.values().any(|meta| meta.artifact_type == ArtifactType::Evaluation) {
+            continue;
+        }
+        let Some(record) = outcome.key.map(|key| store.action(key)).transpose()?.flatten() else { continue };
+        for table in StageRecord::load(store, &record.records)?.tables {
+            let _ = write!(out, "\n{}", render(&table));
+        }
+    }
+    let file = workflow.path.display();
+    let failed: Vec<&StageOutcome> = summary.stages.iter().filter(|stage| stage.status == StageStatus::Failed).collect();
+    for stage in &failed {
+        let _ = writeln!(out, "\n{} failed: {}", stage.name, stage.error.as_deref().unwrap_or("no message"));
+        if let Some(hint) = &stage.hint {
+            let _ = writeln!(out, "  hint: {hint}");
+        }
+    }
+    let _ = writeln!(out, "\n{} in {}", outcome_line(summary), text::seconds(summary.seconds));
+    if summary.ok() {
+        let _ = writeln!(out, "\nnext:\n  rlflow metrics {file}");
+        if let Some((stage, _)) = ran(workflow, summary).last() {
+            let _ = writeln!(out, "  rlflow show {file} {}", stage.name);
+        }
+        if let Some(policy) = last_policy(workflow, summary) {
+            let _ = writeln!(out, "  rlflow chat {file} {}", policy.name);
+        }
+    } else {
+        let _ = writeln!(out, "\nto continue from here:\n  {command}");
+    }
+    Ok(out)
+}
+
+fn outcome_line(summary: &Summary) -> String {
+    let mut counts: Vec<(&str, usize)> = Vec::new();
+    for stage in &summary.stages {
+        match counts.iter_mut().find(|(name, _)| *name == stage.status.name()) {
+            Some((_, count)) => *count += 1,
+            None => counts.push((stage.status.name(), 1)),
+        }
+    }
+    let counts: Vec<String> = counts.into_iter().map(|(name, count)| format!("{count} {name}")).collect();
+    let what = if summary.interrupted { "interrupted: " } else { "" };
+    format!("{what}{}", counts.join(", "))
+}
+
+fn stages<'a>(workflow: &'a Workflow, summary: &'a Summary) -> impl DoubleEndedIterator<Item = (&'a Stage, &'a StageOutcome)> {
+    let by_name: BTreeMap<&str, &Stage> = workflow.stages.iter().map(|stage| (stage.name.as_str(), stage)).collect();
+    summary.stages.iter().filter_map(move |outcome| Some((*by_name.get(outcome.name.as_str())?, outcome)))
+}
+
+fn ran<'a>(workflow: &'a Workflow, summary: &'a Summary) -> impl DoubleEndedIterator<Item = (&'a Stage, &'a StageOutcome)> {
+    let ran = |status| matches!(status, StageStatus::Ran | StageStatus::Resumed | StageStatus::Extended);
+    stages(workflow, summary).filter(move |(_, outcome)| ran(outcome.status))
+}
+
+/// The policy that most was done for: the last one that no other stage makes into a policy.
+fn last_policy<'a>(workflow: &'a Workflow, summary: &'a Summary) -> Option<&'a Stage> {
+    let makes_policy = |stage: &Stage| {
+        let main = stage.kind.outputs().first().and_then(|port| stage.described.outputs.get(port.name));
+        main.is_some_and(|meta| meta.artifact_type == ArtifactType::Policy)
+    };
+    stages(workflow, summary).rev().map(|(stage, _)| stage).find(|stage| makes_policy(stage))
+}
+
+fn rows(workflow: &Workflow, summary: &Summary) -> Vec<Vec<String>> {
+    stages(workflow, summary)
+        .map(|(stage, outcome)| {
+            let result =
+                if outcome.same_output { format!("{}, same output", outcome.status.name()) } else { outcome.status.name().to_owned() };
+            let did_nothing = matches!(outcome.status, StageStatus::Cached | StageStatus::Skipped);
+            let why = match (&outcome.rerun, &outcome.error) {
+                (Some(rerun), _) => rerun.text(),
+                (None, Some(error)) => error.clone(),
+                (None, None) => String::new(),
+            };
+            let time = if did_nothing { String::new() } else { text::seconds(outcome.seconds) };
+            vec![outcome.name.clone(), result, time, main_metrics(stage.kind, &outcome.metrics), text::clip(&why, REASON_COLUMNS)]
+        })
+        .collect()
+}
+
+/// The first metrics that the kind documents, with their final values.
+pub fn main_metrics(kind: &dyn Kind, metrics: &BTreeMap<String, f64>) -> String {
+    let documented = kind.metrics().iter().filter_map(|(name, _)| Some((*name, *metrics.get(*name)?)));
+    let mut shown: Vec<String> = documented.take(MAIN_METRICS).map(|(name, value)| format!("{name} {}", text::number(value))).collect();
+    if shown.is_empty() {
+        shown.extend(metrics.iter().take(MAIN_METRICS).map(|(name, value)| format!("{name} {}", text::number(*value))));
+    }
+    shown.join("  ")
+}
+
+/// A stage's table as people read it.
+pub fn render(table: &Table) -> String {
+    let columns: Vec<&str> = table.columns.iter().map(String::as_str).collect();
+    let rows: Vec<Vec<String>> = table.rows.iter().map(|row| row.iter().map(|cell| text::clip(cell, 72)).collect()).collect();
+    format!("{}\n{}", table.title, text::table(&columns, &rows))
+}
+
+/// A plan or a status as people read it.
+pub fn plan_report(workflow: &Workflow, plan: &Plan, estimates: bool) -> String {
+    let mut out = String::new();
+    let rows: Vec<Vec<String>> = plan
+        .stages
+        .iter()
+        .map(|planned| {
+            let why = match (&planned.error, &planned.rerun) {
+                (Some(error), _) => error.clone(),
+                (None, Some(rerun)) => rerun.text(),
+                (None, None) => String::new(),
+            };
+            let why = match (planned.continues_from_step, &planned.holder) {
+                (_, Some(holder)) => format!("running in process {} on {} (run {})", holder.pid, holder.host, holder.run_id),
+                (Some(step), None) => format!("{why}; continues from step {}", crate::thousands(step)),
+                (None, None) => why,
+            };
+            let placement = &planned.placement;
+            let mut devices = placement.devices.iter().map(ToString::to_string).collect::<Vec<_>>();
+            let ranks = devices.len();
+            devices.dedup();
+            let ranks = if ranks > devices.len() { format!(" x{ranks}") } else { String::new() };
+            let zero = if placement.zero > 0 { format!(" ZeRO {}", placement.zero) } else { String::new() };
+            let place = format!("{}{ranks}{zero}", devices.join(" "));
+            let memory = if planned.peak_bytes > 0 { text::bytes(planned.peak_bytes) } else { String::new() };
+            let name = workflow.stages[planned.stage].name.clone();
+            if estimates {
+                let time = planned.estimated_seconds.map(|time| format!("~{}", text::seconds(time))).unwrap_or_default();
+                vec![name, planned.status.name().into(), place, memory, time, why]
+            } else {
+                vec![name, planned.status.name().into(), why]
+            }
+        })
+        .collect();
+    let columns: &[&str] = if estimates { &["stage", "status", "devices", "memory", "time", "why"] } else { &["stage", "status", "why"] };
+    out.push_str(&text::table(columns, &rows));
+    let cached = plan.stages.iter().filter(|stage| stage.status == crate::Status::Cached).count();
+    let known: f64 = plan.stages.iter().filter_map(|stage| stage.estimated_seconds).sum();
+    let about = if estimates && known > 0.0 { format!(", about {} by what past runs took", text::seconds(known)) } else { String::new() };
+    let _ = writeln!(out, "\n{} of {} stages cached{about}", cached, plan.stages.len());
+    out
+}

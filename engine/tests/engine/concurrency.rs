@@ -1,0 +1,75 @@
+//! Several stages at once, and several runs on one store.
+
+use std::{collections::BTreeMap, thread};
+
+use rlflow_api::CancelToken;
+use rlflow_engine::{
+    RunOptions,
+    event::{Event, StageStatus},
+};
+
+use crate::world::{CHAIN, Recorder, World};
+
+#[test]
+fn independent_stages_overlap_when_jobs_allow() {
+    let slow = CHAIN.replace("beta = 0.1", "beta = 0.1\nstep_ms = 20").replace("beta = 0.2", "beta = 0.2\nstep_ms = 20");
+    for jobs in [1, 2] {
+        let world = World::new(&slow);
+        let recorder = Recorder::default();
+        let options = RunOptions { jobs, ..RunOptions::default() };
+        assert!(world.run_watched(&[], &options, &CancelToken::default(), vec![Box::new(recorder.clone())]).ok());
+        let mut running = 0;
+        let mut most = 0;
+        for event in recorder.0.lock().unwrap().iter() {
+            match event {
+                Event::StageStarted { .. } => running += 1,
+                Event::StageFinished(_) => running -= 1,
+                _ => {}
+            }
+            most = most.max(running);
+        }
+        assert_eq!(most, jobs);
+    }
+}
+
+#[test]
+fn two_runs_on_one_store_share_the_work() {
+    let world = World::new(&CHAIN.replace("train = { steps = 20 }", "train = { steps = 20 }\nstep_ms = 5"));
+    let (first, second) = thread::scope(|scope| {
+        let runs = [scope.spawn(|| world.run()), scope.spawn(|| world.run())];
+        let [first, second] = runs.map(|run| run.join().unwrap());
+        (first, second)
+    });
+    assert!(first.ok() && second.ok());
+    let mut counts = BTreeMap::new();
+    for stage in world.ran() {
+        *counts.entry(stage).or_insert(0) += 1;
+    }
+    assert!(counts.len() == 5 && counts.values().all(|count| *count == 1), "{counts:?}");
+    for (first, second) in first.stages.iter().zip(&second.stages) {
+        assert_eq!(first.outputs, second.outputs);
+        let cached = [first, second].iter().filter(|stage| stage.status == StageStatus::Cached).count();
+        assert_eq!(cached, 1, "{}", first.name);
+    }
+}
+
+#[test]
+fn who_waits_says_for_whom_and_plans_say_who_runs() {
+    let slow = CHAIN.replace("train = { steps = 20 }", "train = { steps = 20 }\nstep_ms = 20");
+    let world = World::new(&slow);
+    let recorder = Recorder::default();
+    thread::scope(|scope| {
+        let owner = scope.spawn(|| world.run());
+        while !world.path("ran.txt").exists() || world.plan().stages[1].status != rlflow_engine::Status::Running {
+            assert!(!owner.is_finished());
+            thread::yield_now();
+        }
+        let holder = world.plan().stages[1].holder.clone().unwrap();
+        assert_eq!((holder.pid, holder.stage.as_str()), (std::process::id(), "base"));
+        let waiting = world.run_watched(&[], &RunOptions::default(), &CancelToken::default(), vec![Box::new(recorder.clone())]);
+        assert!(waiting.ok() && owner.join().unwrap().ok());
+    });
+    let events = recorder.0.lock().unwrap();
+    assert!(events.iter().any(|event| matches!(event, Event::Waiting { stage, .. } if stage == "base")));
+    assert!(events.iter().any(|event| matches!(event, Event::Cached { stage, waited: true, .. } if stage == "base")));
+}

@@ -1,0 +1,272 @@
+//! What runs again, what does not, and why.
+
+use rlflow_api::{CancelToken, StageEvent};
+use rlflow_engine::{Request, RunOptions, event::Event};
+use rlflow_store::Digest;
+
+use crate::world::{CHAIN, CancelAt, Recorder, World, outcomes};
+
+fn force(stage: &str) -> RunOptions {
+    RunOptions { request: Request { force: vec![stage.into()], ..Request::default() }, ..RunOptions::default() }
+}
+
+#[test]
+fn everything_runs_once_and_then_is_cached() {
+    let world = World::new(CHAIN);
+    assert_eq!(
+        world.planned(),
+        [
+            "data run: never ran",
+            "base pending: depends on the result of data (never ran)",
+            "a pending: depends on the result of base (data: never ran)",
+            "b pending: depends on the result of base (data: never ran)",
+            "all pending: depends on the result of a (data: never ran)",
+        ]
+    );
+    let first = world.run();
+    assert!(first.ok());
+    assert_eq!(world.ran(), ["data", "base", "a", "b", "all"]);
+    assert!(world.plan().is_all_cached());
+    let second = world.run();
+    assert!(second.is_all_cached());
+    assert_eq!(world.ran(), [] as [&str; 0]);
+    let outputs = |summary: &rlflow_engine::Summary| summary.stages.iter().map(|stage| stage.outputs.clone()).collect::<Vec<_>>();
+    assert_eq!(outputs(&first), outputs(&second));
+}
+
+#[test]
+fn a_setting_reruns_its_stage_and_what_reads_it() {
+    let world = World::new(CHAIN);
+    world.run();
+    world.ran();
+    world.edit("beta = 0.2", "beta = 0.3");
+    assert_eq!(world.planned(), ["b run: beta changed: 0.2 -> 0.3", "all pending: depends on the result of b (beta changed: 0.2 -> 0.3)"]);
+    let summary = world.run();
+    assert_eq!(world.ran(), ["b", "all"]);
+    let [data, base, a, b, all] = outcomes(&summary).try_into().unwrap();
+    assert_eq!([data, base, a], ["data cached", "base cached", "a cached"]);
+    assert_eq!([b, all], ["b ran: beta changed: 0.2 -> 0.3", "all ran: input models changed (because b changed)"]);
+    // Going back costs nothing.
+    world.edit("beta = 0.3", "beta = 0.2");
+    assert!(world.run().is_all_cached());
+}
+
+#[test]
+fn what_cannot_change_a_result_reruns_nothing() {
+    let world = World::new(CHAIN);
+    world.run();
+    world.ran();
+    // Another name, another order, comments, defaults spelled out, execution settings.
+    let other = r#"
+        name = "other"       # renamed
+        [stage.collected]
+        inputs = { models = ["first", "b"] }
+        kind = "collect"
+        [stage.first]
+        seed = 7
+        beta = 0.1
+        inputs = { model = "trunk" }
+        kind = "trainer"
+        step_ms = 1
+        snapshot_every = 3
+        device = { cpu = 4 }
+        zero = 2
+        offload = "cpu"
+        train = { steps = 10, lr = 0.5, constant = true }
+        [stage.b]
+        kind = "trainer"
+        seed = 7
+        inputs = { model = "trunk.model" }
+        beta = 0.2
+        [stage.trunk]
+        kind = "trainer"
+        seed = 7
+        inputs = { data = "lines" }
+        train.steps = 20
+        [stage.lines]
+        kind = "lines"
+        keep = 2
+        seed = 99
+        sources = [{ path = "moved.txt" }]
+    "#;
+    world.write("flow.toml", other);
+    std::fs::rename(world.path("data.txt"), world.path("moved.txt")).unwrap();
+    assert_eq!(world.planned(), [] as [&str; 0]);
+    assert!(world.run_with(&[], &RunOptions { jobs: 3, ..RunOptions::default() }).is_all_cached());
+}
+
+#[test]
+fn every_kind_of_change_has_its_reason() {
+    let world = World::new(CHAIN);
+    world.run();
+    let mut reasons = Vec::new();
+    let mut with = |from: &str, to: &str| {
+        world.edit(from, to);
+        reasons.push(world.planned().swap_remove(0));
+        world.edit(to, from);
+    };
+    with("seed = 7", "seed = 8");
+    with("steps = 20", "steps = 19");
+    with("models = [\"a\", \"b\"]", "models = [\"a\"]");
+    with("models = [\"a\", \"b\"]", "models = [\"b\", \"a\"]");
+    with("keep = 2", "keep = 1");
+    world.write("data.txt", "one\ntwo\n3\n");
+    reasons.push(world.planned().swap_remove(0));
+    assert_eq!(
+        reasons,
+        [
+            "base run: seed changed: 7 -> 8",
+            "base run: train.steps changed: 20 -> 19",
+            "all run: input models is no longer connected",
+            "all run: input models changed (because b changed), and input models changed (because a changed)",
+            "data run: keep changed: 2 -> 1",
+            "data run: data file data.txt changed",
+        ]
+    );
+}
+
+#[test]
+fn the_wave_stops_at_an_equal_output() {
+    let world = World::new(CHAIN);
+    world.run();
+    world.ran();
+    world.write("data.txt", "one\ntwo\nchanged after what is kept\n");
+    let summary = world.run();
+    assert_eq!(world.ran(), ["data"]);
+    assert_eq!(outcomes(&summary)[..2], ["data ran (same output): data file data.txt changed", "base cached"]);
+    world.write("data.txt", "ONE\ntwo\n");
+    world.run();
+    assert_eq!(world.ran(), ["data", "base", "a", "b", "all"]);
+}
+
+#[test]
+fn a_forced_stage_runs_and_nothing_below_it() {
+    let world = World::new(CHAIN);
+    world.run();
+    world.ran();
+    let plan = world.plan_of(&force("base").request);
+    let statuses: Vec<&str> = plan.stages.iter().map(|stage| stage.status.name()).collect();
+    assert_eq!(statuses, ["cached", "run", "pending", "pending", "pending"]);
+    let summary = world.run_with(&[], &force("base"));
+    assert_eq!(world.ran(), ["base"]);
+    assert_eq!(outcomes(&summary)[1], "base ran (same output): forced by --force base");
+    let all = RunOptions { request: Request { no_cache: true, ..Request::default() }, ..RunOptions::default() };
+    world.run_with(&[], &all);
+    assert_eq!(world.ran(), ["data", "base", "a", "b", "all"]);
+}
+
+#[test]
+fn only_named_stages_and_what_they_need_run() {
+    let world = World::new(CHAIN);
+    let only = RunOptions { request: Request { stages: vec!["a".into()], ..Request::default() }, ..RunOptions::default() };
+    let summary = world.run_with(&[], &only);
+    assert_eq!(world.ran(), ["data", "base", "a"]);
+    assert_eq!(summary.stages.len(), 3);
+    let wrong = Request { stages: vec!["bse".into()], force: vec!["nothing_like_it".into()], ..Request::default() };
+    let error = rlflow_engine::Plan::new(&world.load(), &world.store(), &world.host, &wrong).unwrap_err().to_json();
+    let errors = error["errors"].as_array().unwrap();
+    assert_eq!(errors.len(), 2);
+    assert_eq!(errors[0]["hint"], "did you mean `base`?");
+    assert_eq!(errors[1]["code"], "unknown_stage");
+}
+
+/// Removes every blob and manifest of a stage's outputs.
+fn collect(world: &World, digest: Digest) {
+    let store = world.store();
+    let artifact = store.open_artifact(digest).unwrap().unwrap();
+    let blobs = artifact.manifest().entries.iter().map(|entry| ("blobs", entry.digest));
+    for (family, digest) in blobs.chain([("manifests", digest)]) {
+        let name = digest.to_string();
+        let path = store.folder().join(family).join(&name[..2]).join(&name);
+        std::fs::remove_file(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+}
+
+#[test]
+fn a_collected_result_is_made_again_only_when_something_must_read_it() {
+    let world = World::new(CHAIN);
+    let first = world.run();
+    world.ran();
+    collect(&world, first.stages[1].outputs["model"]);
+    collect(&world, first.stages[0].outputs["text"]);
+    assert!(world.run().is_all_cached());
+    world.edit("beta = 0.2", "beta = 0.3");
+    let missing = |port: &str, needed_by: &str| format!("its result {port} is missing from the store and {needed_by} must read it");
+    let expected = [
+        format!("data run: {}", missing("text", "base")),
+        // The final snapshot shares the blob that was lost, so this starts over.
+        format!("base run: {}", missing("model", "b")),
+        "b run: beta changed: 0.2 -> 0.3".into(),
+        "all pending: depends on the result of b (beta changed: 0.2 -> 0.3)".into(),
+    ];
+    assert_eq!(world.planned(), expected);
+    let summary = world.run();
+    assert!(summary.ok());
+    assert_eq!(world.ran(), ["data", "base", "b", "all"]);
+    assert_eq!(summary.stages[1].outputs, first.stages[1].outputs);
+    assert_eq!(outcomes(&summary)[2], "a cached");
+}
+
+#[test]
+fn an_interrupted_stage_continues_and_ends_like_an_uninterrupted_one() {
+    let whole = World::new(CHAIN).run();
+    for step in [1, 7, 13] {
+        let world = World::new(CHAIN);
+        let cancel = CancelToken::default();
+        let at = CancelAt { stage: "base", step, cancel: cancel.clone() };
+        let stopped = world.run_watched(&[], &RunOptions::default(), &cancel, vec![Box::new(at)]);
+        assert!(stopped.interrupted && !stopped.ok());
+        assert_eq!(outcomes(&stopped)[1..3], ["base failed: never ran", "a skipped: base was interrupted"]);
+        assert_eq!(world.planned()[0], format!("base resume: was interrupted after step {step}"));
+        world.ran();
+        let resumed = world.run();
+        assert_eq!(world.ran(), ["base", "a", "b", "all"]);
+        assert_eq!(outcomes(&resumed)[1], format!("base resumed: was interrupted after step {step}"));
+        for (resumed, whole) in resumed.stages.iter().zip(&whole.stages) {
+            assert_eq!((&resumed.name, &resumed.outputs, &resumed.metrics), (&whole.name, &whole.outputs, &whole.metrics));
+        }
+        let records = |world: &World, summary: &rlflow_engine::Summary| {
+            world.store().action(summary.stages[1].key.unwrap()).unwrap().unwrap().records
+        };
+        let other = World::new(CHAIN);
+        let other_whole = other.run();
+        assert_eq!(records(&world, &resumed), records(&other, &other_whole), "series and samples are equal bit by bit");
+    }
+}
+
+#[test]
+fn more_steps_continue_from_a_finished_shorter_run() {
+    let world = World::new(CHAIN);
+    world.run();
+    world.edit("steps = 20", "steps = 30");
+    assert_eq!(world.planned()[0], "base extend: train.steps changed: 20 -> 30");
+    assert_eq!(world.plan().stages[1].continues_from_step, Some(20));
+    let recorder = Recorder::default();
+    let extended = world.run_watched(&[], &RunOptions::default(), &CancelToken::default(), vec![Box::new(recorder.clone())]);
+    assert_eq!(outcomes(&extended)[1], "base extended: train.steps changed: 20 -> 30");
+    let events = recorder.0.lock().unwrap();
+    let trained =
+        events.iter().filter(|event| matches!(event, Event::Stage { stage, event: StageEvent::Metrics { .. } } if stage == "base"));
+    assert_eq!(trained.count(), 10);
+    let scratch = World::new(&CHAIN.replace("steps = 20", "steps = 30")).run();
+    assert_eq!(extended.stages[1].outputs, scratch.stages[1].outputs);
+    assert_eq!(extended.stages[1].metrics, scratch.stages[1].metrics);
+}
+
+#[test]
+fn a_schedule_that_depends_on_its_end_starts_over() {
+    let world = World::new(&CHAIN.replace("steps = 20", "steps = 20, constant = false"));
+    world.run();
+    world.edit("steps = 20", "steps = 30");
+    assert_eq!(world.planned()[0], "base run: train.steps changed: 20 -> 30");
+}
+
+#[test]
+fn intermediate_results_outlive_other_settings() {
+    let world = World::new(&CHAIN.replace("beta = 0.1", "beta = 0.1\nmemo = true"));
+    world.run();
+    assert_eq!(world.ran(), ["data", "base", "a", "memo", "b", "all"]);
+    world.edit("memo = true", "memo = true\ntrain = { lr = 0.25 }");
+    world.run();
+    assert_eq!(world.ran(), ["a", "all"]);
+}
