@@ -267,7 +267,10 @@ impl StageKind for Pretrain {
         if hidden_size % heads == 0 {
             return Vec::new();
         }
-        vec![Problem::new("indivisible", "model.heads", format!("{heads} heads do not divide hidden_size {hidden_size}")).hint("use 4 heads")]
+        vec![
+            Problem::new("indivisible", "model.heads", format!("{heads} heads do not divide hidden_size {hidden_size}"))
+                .hint("use 4 heads"),
+        ]
     }
 
     fn describe(config: &PretrainConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {

@@ -123,7 +123,8 @@ fn seed(node: &Node, errors: &mut Collector) -> Option<u64> {
 pub(crate) fn stages(root: &mut Table, registry: &Registry, errors: &mut Collector) -> Vec<Declared> {
     let hint = "a workflow has at least one stage: `[stage.corpus]` with `kind = \"corpus\"`";
     match root.shift_remove("stage") {
-        None => errors.add(Span { source: 0, start: 0, end: 0 }, WorkflowError::new("empty_workflow", "the workflow has no stages").with_hint(hint)),
+        None => errors
+            .add(Span { source: 0, start: 0, end: 0 }, WorkflowError::new("empty_workflow", "the workflow has no stages").with_hint(hint)),
         Some(Entry { key, node: Node { data: Data::Table(table), .. } }) => {
             if table.is_empty() {
                 errors.add(key, WorkflowError::new("empty_workflow", "the workflow has no stages").with_hint(hint));
@@ -179,7 +180,9 @@ fn kind(
     let Some(entry) = entry else {
         let hint = if registry.get(stage).is_some() {
             format!("add `kind = \"{stage}\"`")
-        } else if let Some((key, _)) = settings.iter().find(|(key, entry)| crate::suggest::closest(key, ["kind"]).is_some() && entry.node.as_str().is_some()) {
+        } else if let Some((key, _)) =
+            settings.iter().find(|(key, entry)| crate::suggest::closest(key, ["kind"]).is_some() && entry.node.as_str().is_some())
+        {
             format!("did you mean `kind` instead of `{key}`?")
         } else {
             all()

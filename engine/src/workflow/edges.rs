@@ -28,8 +28,12 @@ impl Wiring<'_> {
     /// The graph of declared stages.
     pub fn dag(&self) -> Dag {
         let edges = self.declared.iter().enumerate().flat_map(|(index, stage)| {
-            let references = stage.inputs.values().flat_map(|input| &input.references);
-            references.filter_map(move |reference| Some((*self.by_name.get(reference.stage.as_str())?, index)))
+            // What is connected to an input that does not exist leads nowhere.
+            let exists = |port: &str| stage.kind.is_none_or(|kind| kind.inputs().iter().any(|known| known.name == port));
+            let inputs = stage.inputs.iter().filter(move |(port, _)| exists(port));
+            inputs
+                .flat_map(|(_, input)| &input.references)
+                .filter_map(move |reference| Some((*self.by_name.get(reference.stage.as_str())?, index)))
         });
         Dag::new(self.declared.len(), edges.collect::<Vec<_>>())
     }
@@ -74,9 +78,9 @@ impl Wiring<'_> {
             self.unknown_input(stage, kind, name, input.key);
         }
         let port = port.flatten();
-        if let Some(port) = port.filter(|port| port.arity != Arity::Many && input.references.len() > 1) {
+        if port.is_some_and(|port| port.arity != Arity::Many) && input.references.len() > 1 {
             let message = format!("input `{name}` of stage `{}` takes one stage, found {}", stage.name, input.references.len());
-            self.errors.add(input.span, WorkflowError::new("too_many_inputs", message).with_hint(format!("{name}: {}", port.doc)));
+            self.errors.add(input.span, WorkflowError::new("too_many_inputs", message).with_hint("keep one of them"));
         }
         for reference in &input.references {
             let Some(&source) = self.by_name.get(reference.stage.as_str()) else {
@@ -126,14 +130,14 @@ impl Wiring<'_> {
 
     fn wrong_type(&self, stage: &str, name: &str, port: &InputPort, source: &str, found: &[ArtifactType]) -> WorkflowError {
         let error = wrong_artifact_type(stage, name, port, source, found);
-        match self.makers(port) {
+        match self.makers(port, stage) {
             Some(hint) => error.with_hint(hint),
             None => error,
         }
     }
 
     /// A hint that names the stages that a port could take.
-    fn makers(&self, port: &InputPort) -> Option<String> {
+    fn makers(&self, port: &InputPort, except: &str) -> Option<String> {
         if self.errors.len() > MAX_SUGGESTIONS {
             return None;
         }
@@ -141,7 +145,8 @@ impl Wiring<'_> {
             (port.kinds.is_empty() || port.kinds.contains(&kind.name()))
                 && kind.outputs().first().is_some_and(|output| output.types.iter().any(|made| port.types.contains(made)))
         };
-        let names = self.names_of(fits);
+        let mut names = self.names_of(fits);
+        names.retain(|name| *name != except);
         (!names.is_empty()).then(|| format!("stages that make {}: {}", types_text(port.types), listed(&names)))
     }
 
@@ -163,19 +168,27 @@ impl Wiring<'_> {
         let suggestion = (self.errors.len() <= MAX_SUGGESTIONS)
             .then(|| did_you_mean(&reference.stage, self.by_name.keys().copied().filter(|other| *other != stage.name)))
             .flatten();
-        let hint = suggestion.or_else(|| port.and_then(|port| self.makers(port)));
+        let hint = suggestion.or_else(|| port.and_then(|port| self.makers(port, &stage.name)));
         let error = WorkflowError::new("unknown_stage", message);
-        self.errors.add(reference.span, match hint {
-            Some(hint) => error.with_hint(hint),
-            None => error,
-        });
+        self.errors.add(
+            reference.span,
+            match hint {
+                Some(hint) => error.with_hint(hint),
+                None => error,
+            },
+        );
     }
 
     fn missing(&mut self, stage: &Declared, port: &InputPort) {
         let span = stage.inputs.get(port.name).map_or(stage.span, |input| input.span);
-        let message =
-            format!("stage `{}` needs the input `{}` ({}): {}", stage.name, port.name, types_text(port.types), port.doc.trim_end_matches('.'));
-        let makers = self.makers(port).map(|makers| format!("; {makers}")).unwrap_or_default();
+        let message = format!(
+            "stage `{}` needs the input `{}` ({}): {}",
+            stage.name,
+            port.name,
+            types_text(port.types),
+            port.doc.trim_end_matches('.')
+        );
+        let makers = self.makers(port, &stage.name).map(|makers| format!("; {makers}")).unwrap_or_default();
         let hint = format!("add `{} = \"STAGE\"` to its `inputs`{makers}", port.name);
         self.errors.add(span, WorkflowError::new("missing_input", message).with_hint(hint));
     }

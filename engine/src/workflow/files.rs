@@ -98,7 +98,8 @@ fn unavailable(path: &Path, shown: &str, error: &std::io::Error) -> WorkflowErro
         ErrorKind::NotFound | ErrorKind::NotADirectory => {
             let is_link = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink());
             let message = if is_link { format!("`{shown}` is a link to nothing") } else { format!("there is no file `{shown}`") };
-            let looked = || format!("looked in `{}`; paths are relative to the workflow file", folder_name(path.parent().unwrap_or(Path::new(""))));
+            let looked =
+                || format!("looked in `{}`; paths are relative to the workflow file", folder_name(path.parent().unwrap_or(Path::new(""))));
             WorkflowError::new("missing_file", message).with_hint(similar_file(path).unwrap_or_else(looked))
         }
         _ => WorkflowError::new("unreadable_file", format!("`{shown}` cannot be read: {}", plain(error))),

@@ -127,9 +127,10 @@ impl Loading<'_> {
             });
         }
         let mut finder = Finder::default();
-        let found = work.into_iter().zip(&expansion.stages).map(|((_, checked), expanded)| {
-            checked.map(|checked| self.found(&declared[expanded.base], checked, &mut finder))
-        });
+        let found = work
+            .into_iter()
+            .zip(&expansion.stages)
+            .map(|((_, checked), expanded)| checked.map(|checked| self.found(&declared[expanded.base], checked, &mut finder)));
         (seeds, found.collect())
     }
 
@@ -162,7 +163,13 @@ impl Loading<'_> {
     }
 
     /// Describes every stage whose inputs are described, so that one cause gives one error.
-    fn describe(&mut self, declared: &[Declared], stages: &[Expanded], found: &[Option<Found>], order: &[usize]) -> Vec<Option<Description>> {
+    fn describe(
+        &mut self,
+        declared: &[Declared],
+        stages: &[Expanded],
+        found: &[Option<Found>],
+        order: &[usize],
+    ) -> Vec<Option<Description>> {
         let mut descriptions: Vec<Option<Description>> = (0..stages.len()).map(|_| None).collect();
         for &index in order {
             let (expanded, stage) = (&stages[index], &declared[stages[index].base]);
@@ -173,7 +180,9 @@ impl Loading<'_> {
                 let Some((port, source)) = port_of(stage, declared, stages, edge) else { return false };
                 let (Some(description), Some(found)) = (&descriptions[edge.stage], &found[edge.stage]) else { return false };
                 let Some(meta) = description.outputs.get(port) else { return false };
-                let (Some((name, _)), Some(source_config)) = (stage.inputs.get_index(edge.input), &found.checked.config) else { return false };
+                let (Some((name, _)), Some(source_config)) = (stage.inputs.get_index(edge.input), &found.checked.config) else {
+                    return false;
+                };
                 let settings = source_config.settings().clone();
                 let kind = source.to_owned();
                 let meta = InputMeta { stage: stages[edge.stage].name.clone(), port: port.to_owned(), kind, meta: meta.clone(), settings };
@@ -257,7 +266,12 @@ impl Loading<'_> {
 }
 
 /// Output port that an edge comes from, and kind of its stage.
-fn port_of(stage: &Declared, declared: &[Declared], stages: &[Expanded], edge: &matrix::ExpandedEdge) -> Option<(&'static str, &'static str)> {
+fn port_of(
+    stage: &Declared,
+    declared: &[Declared],
+    stages: &[Expanded],
+    edge: &matrix::ExpandedEdge,
+) -> Option<(&'static str, &'static str)> {
     let (_, input) = stage.inputs.get_index(edge.input)?;
     let kind = declared[stages[edge.stage].base].kind?;
     let port = edges::output_port(kind, input.references.get(edge.reference)?.port.as_deref())?;
@@ -279,12 +293,10 @@ fn input_edges(stage: &Declared, declared: &[Declared], bases: &[usize], expande
     let mut inputs: BTreeMap<String, Vec<Edge>> = BTreeMap::new();
     for edge in &expanded.edges {
         let Some((name, input)) = stage.inputs.get_index(edge.input) else { continue };
-        let output = declared[bases[edge.stage]]
-            .kind
-            .and_then(|kind| edges::output_port(kind, input.references[edge.reference].port.as_deref()));
+        let output =
+            declared[bases[edge.stage]].kind.and_then(|kind| edges::output_port(kind, input.references[edge.reference].port.as_deref()));
         let port = output.map_or("", |output| output.name).to_owned();
         inputs.entry(name.clone()).or_default().push(Edge { stage: edge.stage, port });
     }
     inputs
 }
-

@@ -163,7 +163,8 @@ fn own_axes(base: usize, stage: &Declared, axes: &mut Vec<Axis>, errors: &mut Co
             continue;
         }
         if let Some(set) = entry_at(&stage.settings, &axis.path).or(stage.seed.filter(|_| axis.path == "seed").map(|_| axis.key)) {
-            let error = WorkflowError::new("bad_matrix", format!("`{}` of stage `{}` is set and is a matrix axis too", axis.path, stage.name));
+            let error =
+                WorkflowError::new("bad_matrix", format!("`{}` of stage `{}` is set and is a matrix axis too", axis.path, stage.name));
             refuse(set, error.with_hint(format!("set `matrix.{}` to a list, or take the axis out", axis.path)));
             continue;
         }
@@ -201,9 +202,10 @@ fn label(value: &Node, index: usize) -> String {
         Data::Bool(flag) => flag.to_string(),
         Data::Integer(integer) => integer.to_string(),
         Data::Float(float) => number_label(*float),
-        Data::String(text) if text.len() <= 60 && !text.is_empty() => {
-            text.chars().map(|c| if c.is_control() || c.is_whitespace() || matches!(c, '[' | ']' | ',' | '=' | '*') { '_' } else { c }).collect()
-        }
+        Data::String(text) if text.len() <= 60 && !text.is_empty() => text
+            .chars()
+            .map(|c| if c.is_control() || c.is_whitespace() || matches!(c, '[' | ']' | ',' | '=' | '*') { '_' } else { c })
+            .collect(),
         _ => format!("#{}", index + 1),
     }
 }
@@ -250,7 +252,8 @@ fn resolve_inputs(
             let grid = &grids[source];
             let all = reference.points == Points::All;
             if all && !many && grid.points > 1 {
-                let message = format!("input `{port}` of stage `{}` takes one stage, but `{}[*]` is {}", stage.name, reference.stage, grid.points);
+                let message =
+                    format!("input `{port}` of stage `{}` takes one stage, but `{}[*]` is {}", stage.name, reference.stage, grid.points);
                 let hint = format!("name one of them, or write \"{}\" to expand `{}` too", reference.stage, stage.name);
                 errors.add(reference.span, WorkflowError::new("too_many_inputs", message).with_hint(hint));
                 *broken = true;
@@ -278,7 +281,8 @@ fn pin(reference: &Reference, grid: &Grid, axes: &[Axis], source: &str) -> Resul
             let hint = if grid.names.is_empty() {
                 format!("no matrix expands it: write \"{source}\"")
             } else {
-                did_you_mean(axis_name, grid.names.iter().map(String::as_str)).unwrap_or_else(|| format!("it is expanded over: {}", grid.names.join(", ")))
+                did_you_mean(axis_name, grid.names.iter().map(String::as_str))
+                    .unwrap_or_else(|| format!("it is expanded over: {}", grid.names.join(", ")))
             };
             return Err(error.with_hint(hint));
         };
@@ -296,8 +300,13 @@ fn pin(reference: &Reference, grid: &Grid, axes: &[Axis], source: &str) -> Resul
 fn expanded(base: usize, stage: &Declared, point: usize, grids: &[Grid], axes: &[Axis], inputs: &[Resolved]) -> Expanded {
     let grid = &grids[base];
     let values = coordinates(point, &grid.axes, axes);
-    let pairs: Vec<(String, String)> =
-        grid.names.iter().zip(&grid.axes).zip(&values).map(|((name, axis), value)| (name.clone(), axes[*axis].labels[*value].clone())).collect();
+    let pairs: Vec<(String, String)> = grid
+        .names
+        .iter()
+        .zip(&grid.axes)
+        .zip(&values)
+        .map(|((name, axis), value)| (name.clone(), axes[*axis].labels[*value].clone()))
+        .collect();
     let name = match &pairs[..] {
         [] => stage.name.clone(),
         pairs => {

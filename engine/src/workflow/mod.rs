@@ -12,19 +12,16 @@ mod error;
 mod files;
 mod load;
 mod matrix;
-mod node;
+pub(crate) mod node;
 mod read;
 mod reference;
 mod set;
 mod settings;
 pub(crate) mod shape;
-mod source;
+pub(crate) mod source;
 pub(crate) mod validate;
 
-use std::{
-    collections::BTreeMap,
-    path::PathBuf,
-};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use rlflow_api::{DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Problem};
 use serde_json::Value;
@@ -178,3 +175,6 @@ impl Workflow {
         error.at(&self.places.sources, span)
     }
 }
+
+#[cfg(test)]
+mod tests;

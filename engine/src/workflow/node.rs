@@ -109,7 +109,7 @@ impl Node {
             Data::Null => "nothing".into(),
             Data::Bool(flag) => format!("`{flag}`"),
             Data::Integer(integer) => format!("the integer {integer}"),
-            Data::Float(float) => format!("the number {float}"),
+            Data::Float(float) => format!("the number {float:?}"),
             Data::String(text) => format!("the text {}", quoted(text)),
             Data::Datetime(text) => format!("the date {text}"),
             Data::Array(_) => "a list".into(),

@@ -85,12 +85,19 @@ impl<'a> Reader<'a> {
     fn parse(&mut self, text: &str, source: u32) -> Option<Table> {
         let (table, errors) = DeTable::parse_recoverable(text);
         let mut fatal = false;
+        let mut repeated_stage = None;
         for error in errors.iter().take(MAX_SYNTAX_ERRORS) {
             let range = error.span().unwrap_or(0..0);
             let span = Span::new(source, range.start.min(text.len())..range.end.min(text.len()));
             let duplicate = error.message() == "duplicate key";
             fatal |= !duplicate;
-            let found = if duplicate { duplicate_error(text, range) } else { syntax_error(error.message(), text, range) };
+            if duplicate && repeated_stage.is_some_and(|start| !text[start..range.start].contains("\n[")) {
+                continue;
+            }
+            let found = if duplicate { duplicate_error(text, range.clone()) } else { syntax_error(error.message(), text, range.clone()) };
+            if found.code == "duplicate_stage" {
+                repeated_stage = Some(range.start);
+            }
             self.errors.add(span, found);
         }
         // The rest of a file with a repeated key can still be checked; of one that is no TOML, it cannot.
@@ -141,10 +148,8 @@ impl<'a> Reader<'a> {
                     && first != second
                 {
                     let message = format!("stage `{name}` is a `{first}` in an included file and a `{second}` here");
-                    self.errors.add(
-                        stage.key,
-                        WorkflowError::new("duplicate_stage", message).with_hint("give one of the two another name"),
-                    );
+                    self.errors
+                        .add(stage.key, WorkflowError::new("duplicate_stage", message).with_hint("give one of the two another name"));
                 }
             }
         }

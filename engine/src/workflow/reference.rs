@@ -64,10 +64,8 @@ fn parse_points(inside: &str) -> Option<Points> {
     if inside.trim() == "*" {
         return Some(Points::All);
     }
-    let pairs: Option<Vec<_>> = inside
-        .split(',')
-        .map(|pair| pair.split_once('=').map(|(axis, value)| (axis.trim().to_owned(), value.trim().to_owned())))
-        .collect();
+    let pairs: Option<Vec<_>> =
+        inside.split(',').map(|pair| pair.split_once('=').map(|(axis, value)| (axis.trim().to_owned(), value.trim().to_owned()))).collect();
     pairs.filter(|pairs| !pairs.is_empty()).map(Points::At)
 }
 

@@ -57,9 +57,9 @@ fn check_target(steps: &[Step], root: &Table, argument: &str) -> Option<Workflow
         [Step::Key(first), ..] if first == "stage" => {
             Some(WorkflowError::new("bad_set", format!("`--set {argument}` names no setting of a stage")).with_hint(usage))
         }
-        [Step::Key(first)] if first == "defaults" => {
-            Some(WorkflowError::new("bad_set", format!("`--set {argument}` names no setting")).with_hint("write `--set defaults.SETTING=VALUE`"))
-        }
+        [Step::Key(first)] if first == "defaults" => Some(
+            WorkflowError::new("bad_set", format!("`--set {argument}` names no setting")).with_hint("write `--set defaults.SETTING=VALUE`"),
+        ),
         _ if known_root => None,
         [Step::Key(first), ..] => {
             let stages = root.get("stage").and_then(|entry| entry.node.as_table());

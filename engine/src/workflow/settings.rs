@@ -10,7 +10,7 @@ use super::{
     WorkflowError,
     declare::{Declared, Header, STRUCTURE},
     error::Collector,
-    node::{Data, Node, Table, merge, split_path, span_of_path, table_to_json},
+    node::{Data, Node, Table, merge, span_of_path, split_path, table_to_json},
     shape::{SettingsShape, ShapeId},
     source::Span,
     validate::{Finding, validate},
@@ -24,12 +24,7 @@ pub(crate) struct Layer {
 }
 
 /// Prepares what lies under the stages, and reports defaults that no stage has a use for.
-pub(crate) fn layers(
-    header: &Header,
-    declared: &[Declared],
-    registry: &Registry,
-    errors: &mut Collector,
-) -> HashMap<&'static str, Layer> {
+pub(crate) fn layers(header: &Header, declared: &[Declared], registry: &Registry, errors: &mut Collector) -> HashMap<&'static str, Layer> {
     let mut layers = HashMap::new();
     let mut used = HashSet::new();
     for kind in declared.iter().filter_map(|stage| stage.kind) {
@@ -58,7 +53,7 @@ pub(crate) fn layers(
     }
     if !declared.is_empty() {
         let at: Vec<(&SettingsShape, ShapeId)> = shapes.iter().map(|shape| (shape.as_ref(), shape.root)).collect();
-        report_unused(&header.defaults, "", &at, &used, errors);
+        report_unused(&header.defaults, "", &at, &used, registry, errors);
     }
     layers
 }
@@ -85,12 +80,19 @@ fn applicable(shape: &SettingsShape, id: ShapeId, defaults: &Table, used: &mut H
     found
 }
 
-fn report_unused(defaults: &Table, prefix: &str, at: &[(&SettingsShape, ShapeId)], used: &HashSet<Span>, errors: &mut Collector) {
+fn report_unused(
+    defaults: &Table,
+    prefix: &str,
+    at: &[(&SettingsShape, ShapeId)],
+    used: &HashSet<Span>,
+    registry: &Registry,
+    errors: &mut Collector,
+) {
     for (key, entry) in defaults.iter().filter(|(_, entry)| !used.contains(&entry.key)) {
         let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
         let inner: Vec<_> = at.iter().filter_map(|(shape, id)| Some((*shape, *shape[*id].fields.get(key)?))).collect();
         if let (Some(table), false) = (entry.node.as_table(), inner.is_empty()) {
-            report_unused(table, &path, &inner, used, errors);
+            report_unused(table, &path, &inner, used, registry, errors);
             continue;
         }
         let error = WorkflowError::new("unknown_key", format!("no stage of this workflow has a setting `{path}`"));
@@ -101,10 +103,20 @@ fn report_unused(defaults: &Table, prefix: &str, at: &[(&SettingsShape, ShapeId)
             "seed" if prefix.is_empty() => Some("`seed` stands at the top of the file, outside of `[defaults]`".to_owned()),
             _ => did_you_mean(key, known),
         };
-        errors.add(entry.key, match hint {
-            Some(hint) => error.with_hint(hint),
-            None => error,
+        let hint = hint.or_else(|| {
+            let having = registry.iter().filter(|kind| {
+                registry.shape(kind.name()).is_some_and(|shape| prefix.is_empty() && shape[shape.root].fields.contains_key(key))
+            });
+            let names: Vec<_> = having.map(|kind| format!("`{}`", kind.name())).collect();
+            (!names.is_empty()).then(|| format!("kinds that have it: {}", names.join(", ")))
         });
+        errors.add(
+            entry.key,
+            match hint {
+                Some(hint) => error.with_hint(hint),
+                None => error,
+            },
+        );
     }
 }
 
@@ -143,7 +155,7 @@ pub(crate) fn check(stage: &str, span: Span, own: Table, kind: &'static dyn Kind
     let partial = findings.iter().any(|finding| finding.code != "unknown_key");
     let config = match kind.parse(&usable) {
         Ok(config) => Some(config),
-        Err(_) if partial => None,
+        Err(_) if !findings.is_empty() => None,
         Err(message) => {
             let at = quoted_names(&message).iter().find_map(|name| span_of_path(&written, name)).unwrap_or(span);
             errors.push((at, WorkflowError::new("wrong_type", format!("stage `{stage}`: {message}"))));
@@ -154,8 +166,9 @@ pub(crate) fn check(stage: &str, span: Span, own: Table, kind: &'static dyn Kind
         Some(config) if errors.is_empty() => layer.shape.split(config.settings()),
         _ => (Value::Null, Value::Null),
     };
-    if let Some(config) = config.as_ref().filter(|_| !partial) {
-        for problem in kind.check(config).iter().chain(&device_problems(kind, config)) {
+    if let Some(config) = &config {
+        let between = if partial { Vec::new() } else { kind.check(config) };
+        for problem in between.iter().chain(&device_problems(kind, config)) {
             errors.push(problem_error(stage, span, &written, &BTreeMap::new(), problem));
         }
     }
@@ -238,13 +251,17 @@ fn device_problems(kind: &dyn Kind, config: &ErasedStage) -> Vec<Problem> {
     let hint = "devices are \"auto\", \"cpu\", \"cuda\", \"cuda:N\", a list of those, or { cpu = RANKS }";
     let problem = |setting: String, message: String| Problem::new("unknown_value", setting, message).hint(hint);
     match &execution.device {
-        DeviceChoice::One(name) if wrong(name) => vec![problem("device".into(), format!("`device` must name a device, found {}", super::node::quoted(name)))],
+        DeviceChoice::One(name) if wrong(name) => {
+            vec![problem("device".into(), format!("`device` must name a device, found {}", super::node::quoted(name)))]
+        }
         DeviceChoice::List(names) if names.is_empty() => vec![problem("device".into(), "`device` lists no device".into())],
         DeviceChoice::List(names) => names
             .iter()
             .enumerate()
             .filter(|(_, name)| wrong(name) || *name == "auto")
-            .map(|(index, name)| problem(format!("device[{index}]"), format!("`device` must list devices, found {}", super::node::quoted(name))))
+            .map(|(index, name)| {
+                problem(format!("device[{index}]"), format!("`device` must list devices, found {}", super::node::quoted(name)))
+            })
             .collect(),
         _ => Vec::new(),
     }

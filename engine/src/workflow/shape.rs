@@ -49,6 +49,12 @@ pub(crate) struct Shape {
     pub any_of: Vec<Vec<ShapeId>>,
     /// Its own mark or that of what it refers to.
     pub mark: Option<Mark>,
+    /// `description`, its own or that of what it refers to.
+    pub doc: Option<String>,
+    /// `default`.
+    pub default: Option<Value>,
+    /// `x-unit`.
+    pub unit: Option<String>,
     /// Whether anything in it is marked.
     pub has_marks: bool,
     /// Every key that it may have, from itself and from all that it refers to.
@@ -116,6 +122,8 @@ impl SettingsShape {
         for id in 0..self.shapes.len() {
             let parts = self.parts(id);
             self.shapes[id].mark = parts.iter().find_map(|part| self.shapes[*part].mark);
+            self.shapes[id].doc = parts.iter().find_map(|part| self.shapes[*part].doc.clone());
+            self.shapes[id].unit = parts.iter().find_map(|part| self.shapes[*part].unit.clone());
             let mut fields: IndexMap<String, Vec<ShapeId>> = IndexMap::new();
             for &part in &parts {
                 for (name, field) in &self.shapes[part].properties {
@@ -273,6 +281,7 @@ impl<'a> Compiler<'a> {
         let number = |keyword: &str| schema.get(keyword).and_then(Value::as_f64);
         let count = |keyword: &str| schema.get(keyword).and_then(Value::as_u64);
         let text = |keyword: &str| schema.get(keyword).and_then(Value::as_str);
+        let format = text("format");
         let types = match schema.get("type") {
             Some(Value::String(name)) => Type::parse(name).into_iter().collect(),
             Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).filter_map(Type::parse).collect(),
@@ -286,11 +295,11 @@ impl<'a> Compiler<'a> {
         let mut shape = Shape {
             types,
             allowed,
-            minimum: number("minimum"),
+            minimum: number("minimum").or(format.and_then(smallest)),
             exclusive_minimum: number("exclusiveMinimum"),
-            maximum: number("maximum"),
+            maximum: number("maximum").or(format.and_then(largest)),
             exclusive_maximum: number("exclusiveMaximum"),
-            single_precision: text("format") == Some("float"),
+            single_precision: format == Some("float"),
             min_length: count("minLength"),
             max_length: count("maxLength"),
             min_items: count("minItems"),
@@ -300,6 +309,9 @@ impl<'a> Compiler<'a> {
                 Some(setting::PATH) => Some(Mark::Path),
                 _ => None,
             },
+            doc: text("description").map(str::to_owned),
+            default: schema.get("default").cloned(),
+            unit: text(setting::UNIT).map(str::to_owned),
             ..Shape::default()
         };
         if let Some(Value::Object(properties)) = schema.get("properties") {
@@ -321,4 +333,26 @@ impl<'a> Compiler<'a> {
         shape.any_of = ["anyOf", "oneOf"].iter().map(|keyword| self.list(schema, keyword)).filter(|group| !group.is_empty()).collect();
         self.shapes[id] = shape;
     }
+}
+
+/// The largest value that a machine type holds, by its name in schemas.
+fn largest(format: &str) -> Option<f64> {
+    Some(match format {
+        "uint8" => f64::from(u8::MAX),
+        "uint16" => f64::from(u16::MAX),
+        "uint32" => f64::from(u32::MAX),
+        "int8" => f64::from(i8::MAX),
+        "int16" => f64::from(i16::MAX),
+        "int32" => f64::from(i32::MAX),
+        _ => return None,
+    })
+}
+
+fn smallest(format: &str) -> Option<f64> {
+    Some(match format {
+        "int8" => f64::from(i8::MIN),
+        "int16" => f64::from(i16::MIN),
+        "int32" => f64::from(i32::MIN),
+        _ => return None,
+    })
 }

@@ -5,7 +5,7 @@ use super::{
     shape::{Additional, SettingsShape, Shape, ShapeId, Type},
     source::Span,
 };
-use crate::suggest::did_you_mean;
+use crate::suggest::{closest, did_you_mean};
 
 /// Deepest nesting of settings; only a schema that refers to itself without end gets there.
 const MAX_DEPTH: usize = 200;
@@ -27,6 +27,11 @@ pub(crate) fn validate(shape: &SettingsShape, settings: &Table, span: Span) -> V
     let mut findings = Vec::new();
     checker.table(shape.root, settings, span, false, &mut findings);
     findings
+}
+
+/// What a setting takes, in words: `an integer from 0 to 3 or `auto``.
+pub(crate) fn type_text(shape: &SettingsShape, id: ShapeId) -> String {
+    Checker { shape, path: String::new(), depth: 0 }.expected(id)
 }
 
 struct Checker<'a> {
@@ -72,7 +77,9 @@ impl Checker<'_> {
                 Some(format!("write {text} without quotes"))
             }
             Data::Datetime(text) if types.contains(&Type::String) => Some(format!("put quotes around it: \"{text}\"")),
-            Data::Integer(_) | Data::Float(_) | Data::Bool(_) if types.contains(&Type::String) => Some("put quotes around it".into()),
+            Data::Integer(_) | Data::Float(_) | Data::Bool(_) if types.contains(&Type::String) && self.names(id).is_empty() => {
+                Some("put quotes around it".into())
+            }
             Data::String(_) | Data::Integer(_) | Data::Float(_) if types.contains(&Type::Array) => {
                 Some("put it into a list: `[...]`".into())
             }
@@ -159,7 +166,8 @@ impl Checker<'_> {
     fn list(&mut self, shape: &Shape, items: &[Node], span: Span, out: &mut Vec<Finding>) {
         let length = items.len() as u64;
         if let Some(minimum) = shape.min_items.filter(|minimum| length < *minimum) {
-            let message = if length == 0 { "must not be empty".into() } else { format!("must have at least {minimum} items, has {length}") };
+            let message =
+                if length == 0 { "must not be empty".into() } else { format!("must have at least {minimum} items, has {length}") };
             out.push(self.finding("out_of_range", span, message));
         } else if let Some(maximum) = shape.max_items.filter(|maximum| length > *maximum) {
             out.push(self.finding("out_of_range", span, format!("must have at most {maximum} items, has {length}")));
@@ -191,7 +199,11 @@ impl Checker<'_> {
             }
         }
         for name in shape.required.iter().filter(|name| !table.contains_key(*name)) {
-            out.push(self.missing(id, name, span));
+            // A misspelled key is one error, not a missing one and an unknown one.
+            let misspelled = table.keys().any(|key| !shape.fields.contains_key(key) && closest(key, known(shape)) == Some(name));
+            if !misspelled {
+                out.push(self.missing(id, name, span));
+            }
         }
         if !wrapper || shape.all_of.is_empty() && shape.any_of.is_empty() {
             let closed = match shape.additional {
@@ -270,7 +282,9 @@ impl Checker<'_> {
         // The branches that would take a value of this type know better what is wrong with it.
         let mut close: Vec<_> = tried.into_iter().filter(|(branch, _)| self.takes(*branch, &node.data)).collect();
         match close.len() {
-            1 => out.append(&mut close[0].1),
+            1 if close[0].1.iter().any(|finding| finding.path != self.path || finding.code != "unknown_value") => {
+                out.append(&mut close[0].1)
+            }
             0 => out.push(self.wrong_type(id, node)),
             _ => {
                 let code = if close.iter().any(|(_, findings)| findings.iter().any(|f| f.code == "unknown_value")) {
@@ -362,12 +376,15 @@ impl Checker<'_> {
 
     /// What `id` takes, in words.
     fn expected(&self, id: ShapeId) -> String {
-        let mut words = Vec::new();
-        self.expected_words(id, 0, &mut words);
+        let (mut words, mut values) = (Vec::new(), Vec::new());
+        self.expected_words(id, 0, &mut words, &mut values);
+        if !values.is_empty() {
+            words.push(one_of_values(&values));
+        }
         if words.is_empty() { "something else".into() } else { words.join(" or ") }
     }
 
-    fn expected_words(&self, id: ShapeId, depth: usize, words: &mut Vec<String>) {
+    fn expected_words(&self, id: ShapeId, depth: usize, words: &mut Vec<String>, values: &mut Vec<Value>) {
         let shape = &self.shape[id];
         let mut say = |text: String| {
             if !words.contains(&text) {
@@ -375,7 +392,7 @@ impl Checker<'_> {
             }
         };
         if let Some(allowed) = &shape.allowed {
-            return say(one_of_values(allowed));
+            return values.extend(allowed.iter().cloned());
         }
         for kind in &shape.types {
             match kind {
@@ -393,10 +410,14 @@ impl Checker<'_> {
         }
         if shape.types.is_empty() && depth < 8 {
             for part in shape.all_of.iter().chain(shape.any_of.iter().flatten()) {
-                self.expected_words(*part, depth + 1, words);
+                self.expected_words(*part, depth + 1, words, values);
             }
         }
     }
+}
+
+fn known(shape: &Shape) -> impl Iterator<Item = &str> {
+    shape.fields.keys().map(String::as_str)
 }
 
 fn with_range(what: &str, shape: &Shape) -> String {
@@ -406,16 +427,21 @@ fn with_range(what: &str, shape: &Shape) -> String {
     }
 }
 
-/// The range of a number in words: `at least 0`, `above 0 and at most 1`.
+/// The range of a number in words: `at least 0`, `from 0 to 1`, `above 0 and at most 1`.
 pub(crate) fn range_text(shape: &Shape) -> Option<String> {
     // Bounds that only say which machine type holds the value would be noise.
-    let is_type_bound = |bound: &f64| bound.abs() >= 65535.0 && (bound.abs().log2().fract() == 0.0 || (bound.abs() + 1.0).log2().fract() == 0.0);
+    let is_type_bound =
+        |bound: &f64| bound.abs() >= 65535.0 && (bound.abs().log2().fract() == 0.0 || (bound.abs() + 1.0).log2().fract() == 0.0);
+    let upper_bound = shape.maximum.filter(|bound| !is_type_bound(bound));
+    if let (None, Some(lower), None, Some(upper)) = (shape.exclusive_minimum, shape.minimum, shape.exclusive_maximum, upper_bound) {
+        return Some(format!("from {lower} to {upper}"));
+    }
     let lower = match (shape.exclusive_minimum, shape.minimum) {
         (Some(bound), _) => Some(format!("above {bound}")),
         (None, Some(bound)) => Some(format!("at least {bound}")),
         _ => None,
     };
-    let upper = match (shape.exclusive_maximum, shape.maximum.filter(|bound| !is_type_bound(bound))) {
+    let upper = match (shape.exclusive_maximum, upper_bound) {
         (Some(bound), _) => Some(format!("below {bound}")),
         (None, Some(bound)) => Some(format!("at most {bound}")),
         _ => None,
@@ -427,7 +453,11 @@ pub(crate) fn range_text(shape: &Shape) -> Option<String> {
 }
 
 fn one_of_values(allowed: &[Value]) -> String {
-    let shown: Vec<String> = allowed.iter().filter(|value| !value.is_null()).map(|value| format!("`{}`", value.as_str().map_or_else(|| value.to_string(), str::to_owned))).collect();
+    let shown: Vec<String> = allowed
+        .iter()
+        .filter(|value| !value.is_null())
+        .map(|value| format!("`{}`", value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
+        .collect();
     match &shown[..] {
         [one] => one.clone(),
         many => format!("one of {}", many.join(", ")),
@@ -464,7 +494,9 @@ fn equals(allowed: &Value, data: &Data) -> bool {
         (Value::Null, Data::Null) => true,
         (Value::Bool(allowed), Data::Bool(flag)) => allowed == flag,
         (Value::String(allowed), Data::String(text)) => allowed == text,
-        (Value::Number(allowed), Data::Integer(integer)) => allowed.as_i128() == Some(*integer) || allowed.as_f64() == Some(*integer as f64),
+        (Value::Number(allowed), Data::Integer(integer)) => {
+            allowed.as_i128() == Some(*integer) || allowed.as_f64() == Some(*integer as f64)
+        }
         (Value::Number(allowed), Data::Float(float)) => allowed.as_f64() == Some(*float),
         _ => false,
     }
