@@ -135,20 +135,25 @@ pub(crate) struct ProvenanceHead {
 }
 
 impl Store {
-    /// The bytes of an action's JSON, handed to `read`, if it is there and whole; a damaged one is set aside.
-    pub(crate) fn with_action<T>(&self, key: Digest, read: impl FnOnce(&Path, &[u8]) -> Result<T>) -> Result<Option<T>> {
+    /// The bytes of an action's JSON, handed to `read`, if it is there and whole. Touches nothing.
+    fn with_action<T>(&self, key: Digest, read: impl FnOnce(&Path, &[u8]) -> Result<T>) -> Result<Option<T>> {
         let path = self.layout().file(Family::Action, key);
         let Some(bytes) = read_record(&path)? else { return Ok(None) };
         match unseal(SEAL, &bytes) {
             Unsealed::Intact(body) => read(&path, body).map(Some),
-            Unsealed::Broken(actual) => {
-                self.set_aside(Family::Action, key);
-                Err(StoreError::Damaged { what: "action", digest: key, actual })
-            }
+            Unsealed::Broken(actual) => Err(StoreError::Damaged { what: "action", digest: key, actual }),
         }
     }
 
-    pub(crate) fn read_action(&self, key: Digest) -> Result<Option<ActionRecord>> {
+    fn set_aside_if_damaged<T>(&self, key: Digest, found: Result<T>) -> Result<T> {
+        if matches!(found, Err(StoreError::Damaged { .. })) {
+            self.set_aside(Family::Action, key);
+        }
+        found
+    }
+
+    /// Reads an action. Touches nothing.
+    pub(crate) fn examine_action(&self, key: Digest) -> Result<Option<ActionRecord>> {
         self.with_action(key, |path, body| {
             let record: ActionRecord = parse(path, body)?;
             check_identity(path, key, record.key, record.format)?;
@@ -156,13 +161,19 @@ impl Store {
         })
     }
 
+    /// Reads an action; a damaged one is set aside.
+    pub(crate) fn read_action(&self, key: Digest) -> Result<Option<ActionRecord>> {
+        self.set_aside_if_damaged(key, self.examine_action(key))
+    }
+
     /// Like [`Store::read_action`], at a fraction of the price.
     pub(crate) fn read_action_head(&self, key: Digest) -> Result<Option<ActionHead>> {
-        self.with_action(key, |path, body| {
+        let head = self.with_action(key, |path, body| {
             let head: ActionHead = parse(path, body)?;
             check_identity(path, key, head.key, head.format)?;
             Ok(head)
-        })
+        });
+        self.set_aside_if_damaged(key, head)
     }
 
     pub(crate) fn write_action(&self, record: &ActionRecord) -> Result<()> {

@@ -1,9 +1,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    fs::{self, File},
+    fs::File,
     io::Write,
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
 
 use serde_json::Value;
@@ -74,8 +75,8 @@ impl std::fmt::Debug for Artifact {
 /// A blob on its way into the store.
 struct Staged {
     size_bytes: u64,
-    /// Its content under a temporary name. Absent only where the file system cannot link a blob that is there already.
-    temp: Option<TempFile>,
+    /// Its content under a temporary name.
+    temp: TempFile,
     /// Whether this builder wrote it, so that it is not durable yet.
     fresh: bool,
 }
@@ -116,8 +117,8 @@ impl ArtifactBuilder {
         self.check_new(name)?;
         let (digest, size_bytes, temp) = import_file(&self.store, path)?;
         let entry = Entry { name: name.to_owned(), digest, size_bytes, dtype: None, shape: Vec::new() };
-        if !self.hold(digest, size_bytes)? {
-            self.staged.insert(digest, Staged { size_bytes, temp: Some(temp), fresh: true });
+        if !self.hold(digest, size_bytes) {
+            self.staged.insert(digest, Staged { size_bytes, temp, fresh: true });
         }
         self.entries.insert(entry.name.clone(), entry);
         Ok(())
@@ -127,8 +128,12 @@ impl ArtifactBuilder {
     pub fn share(&mut self, entry: &Entry) -> Result<()> {
         self.check_new(&entry.name)?;
         entry.check_shape().map_err(|message| self.invalid(message))?;
-        if !self.hold(entry.digest, entry.size_bytes)? {
-            return Err(StoreError::Missing { what: "blob", digest: entry.digest });
+        if !self.hold(entry.digest, entry.size_bytes) {
+            // Not there, or on a file system without links: then a copy takes hold of it.
+            let missing = StoreError::Missing { what: "blob", digest: entry.digest };
+            let content = self.store.load_verified(Family::Blob, entry.digest)?.ok_or(missing)?;
+            let temp = TempFile::write(self.store.layout(), &content)?;
+            self.staged.insert(entry.digest, Staged { size_bytes: content.len() as u64, temp, fresh: true });
         }
         self.entries.insert(entry.name.clone(), entry.clone());
         Ok(())
@@ -152,8 +157,8 @@ impl ArtifactBuilder {
         let bytes = manifest.encode(&layout.family(Family::Manifest))?;
         let digest = Digest::of(&bytes);
 
-        let fresh = self.staged.values().filter(|staged| staged.fresh).filter_map(|staged| staged.temp.as_ref());
-        sync_files(fresh.map(TempFile::path))?;
+        let fresh = self.staged.values().filter(|staged| staged.fresh);
+        sync_files(fresh.map(|staged| staged.temp.path()))?;
         fault_point("blob.sync").map_err(StoreError::io("sync", layout.temp()))?;
 
         // From here to the manifest no collection may run: it would see blobs that nothing names.
@@ -184,27 +189,22 @@ impl ArtifactBuilder {
         let size_bytes = content.len() as u64;
         let entry = Entry { name: name.to_owned(), digest, size_bytes, dtype, shape: shape.to_vec() };
         entry.check_shape().map_err(|message| self.invalid(message))?;
-        if !self.hold(digest, size_bytes)? {
+        if !self.hold(digest, size_bytes) {
             let temp = TempFile::write(self.store.layout(), content)?;
-            self.staged.insert(digest, Staged { size_bytes, temp: Some(temp), fresh: true });
+            self.staged.insert(digest, Staged { size_bytes, temp, fresh: true });
         }
         self.entries.insert(entry.name.clone(), entry);
         Ok(())
     }
 
     /// Takes hold of a blob that is staged or stored already, so that no collection can take it before it is published.
-    /// False if there is none.
-    fn hold(&mut self, digest: Digest, size_bytes: u64) -> Result<bool> {
+    /// False if there is none, or no link can be made.
+    fn hold(&mut self, digest: Digest, size_bytes: u64) -> bool {
         if self.staged.contains_key(&digest) {
-            return Ok(true);
+            return true;
         }
-        if !self.store.has_blob(digest, size_bytes) {
-            return Ok(false);
-        }
-        // Where links cannot be made, publishing checks that the blob is still there.
-        let temp = self.store.hold_blob(digest).ok();
-        self.staged.insert(digest, Staged { size_bytes, temp, fresh: false });
-        Ok(true)
+        let held = self.store.has_blob(digest, size_bytes).then(|| self.store.hold_blob(digest).ok()).flatten();
+        held.is_some_and(|temp| self.staged.insert(digest, Staged { size_bytes, temp, fresh: false }).is_none())
     }
 
     fn check_new(&self, name: &str) -> Result<()> {
@@ -227,24 +227,25 @@ impl Store {
         if self.has_blob(digest, staged.size_bytes) {
             return Ok(false);
         }
-        let Some(temp) = staged.temp else { return Err(StoreError::Missing { what: "blob", digest }) };
         fault_point("blob.rename").map_err(StoreError::io("create", &target))?;
-        temp.persist(&target)
+        staged.temp.persist(&target)
     }
 
     /// Stores one blob durably.
     pub(crate) fn write_blob(&self, content: &[u8]) -> Result<Digest> {
         let digest = hash_parallel(content);
         let size_bytes = content.len() as u64;
-        if self.has_blob(digest, size_bytes) {
-            self.refresh_blob(digest);
-            return Ok(digest);
+        {
+            let _guard = self.share_collect_lock()?;
+            if self.has_blob(digest, size_bytes) && self.refresh_blob(digest).is_ok() {
+                return Ok(digest);
+            }
         }
         let (temp, mut file) = TempFile::create(self.layout())?;
         fault_point("temp.write").and_then(|()| file.write_all(content)).map_err(StoreError::io("write", temp.path()))?;
         file.sync_all().map_err(StoreError::io("sync", temp.path()))?;
         let guard = self.share_collect_lock()?;
-        let made_folder = self.place_blob(digest, Staged { size_bytes, temp: Some(temp), fresh: true })?;
+        let made_folder = self.place_blob(digest, Staged { size_bytes, temp, fresh: true })?;
         let shard = self.layout().shard(Family::Blob, digest.as_bytes()[0]);
         sync_folder(&shard)?;
         if made_folder {
@@ -254,9 +255,8 @@ impl Store {
         Ok(digest)
     }
 
-    /// Gives a loose blob today's time, so that its grace period starts again. Best effort.
-    fn refresh_blob(&self, digest: Digest) {
-        let path = self.layout().file(Family::Blob, digest);
-        let _ = fs::metadata(&path).and_then(|_| File::open(&path)?.set_modified(std::time::SystemTime::now()));
+    /// Gives a loose blob today's time, so that its grace period starts again.
+    fn refresh_blob(&self, digest: Digest) -> std::io::Result<()> {
+        File::open(self.layout().file(Family::Blob, digest))?.set_modified(SystemTime::now())
     }
 }

@@ -2,7 +2,7 @@ use std::{
     fs::{self, File},
     io::{self, Read},
     ops::Deref,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use crate::{
@@ -68,20 +68,30 @@ pub(crate) fn load(path: &Path) -> Result<Option<Blob>> {
 impl Store {
     /// Reads content named by its digest and verifies it; what does not fit its name is set aside.
     pub(crate) fn load_verified(&self, family: Family, digest: Digest) -> Result<Option<Blob>> {
+        match self.examine(family, digest) {
+            Ok(found) => Ok(found.map(|(_, content)| content)),
+            Err(error) => {
+                if matches!(error, StoreError::Damaged { .. }) {
+                    self.set_aside(family, digest);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Reads content named by its digest and verifies it. Touches nothing.
+    pub(crate) fn examine(&self, family: Family, digest: Digest) -> Result<Option<(PathBuf, Blob)>> {
         let path = self.layout().file(family, digest);
         let Some(content) = load(&path)? else { return Ok(None) };
         let actual = hash_parallel(&content);
-        if actual == digest {
-            return Ok(Some(content));
-        }
-        self.set_aside(family, digest);
-        Err(StoreError::Damaged { what: family.name(), digest, actual })
+        if actual == digest { Ok(Some((path, content))) } else { Err(StoreError::Damaged { what: family.name(), digest, actual }) }
     }
 
     /// Moves a damaged file to `damaged/`, so that it counts as absent. Best effort: a read-only store keeps it.
     pub(crate) fn set_aside(&self, family: Family, digest: Digest) {
         let path = self.layout().file(family, digest);
         let name = format!("{}-{digest}", family.name());
+        self.presence().forget(digest);
         if let Err(error) = self.move_to_damaged(&path, &name) {
             tracing::warn!(%error, "damaged {} {} could not be set aside", family.name(), digest.short());
         }

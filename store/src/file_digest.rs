@@ -19,6 +19,9 @@ pub struct FileDigest {
     pub size_bytes: u64,
 }
 
+/// Bytes that are hashed in the time that one lookup without the index takes.
+const HASHED_PER_LOOKUP: u64 = 16 << 10;
+
 /// What a file's content is recognised by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FileStamp {
@@ -26,7 +29,6 @@ pub(crate) struct FileStamp {
     pub modified_ns: i128,
     pub changed_ns: i128,
     pub inode: u64,
-    pub device: u64,
 }
 
 impl FileStamp {
@@ -37,7 +39,6 @@ impl FileStamp {
             modified_ns: nanos(metadata.mtime(), metadata.mtime_nsec()),
             changed_ns: nanos(metadata.ctime(), metadata.ctime_nsec()),
             inode: metadata.ino(),
-            device: metadata.dev(),
         }
     }
 
@@ -75,6 +76,12 @@ impl Store {
         if let Some(digest) = self.file_memory().get(&path, &stamp) {
             return Ok(digest);
         }
+        // Hashing a little is cheaper than opening the index; a lot is not.
+        self.index().expect(self, metadata.len() / HASHED_PER_LOOKUP);
+        if let Some(digest) = self.indexed_file(&path, &stamp) {
+            self.file_memory().put(path, stamp, digest);
+            return Ok(digest);
+        }
         let hashed_at = SystemTime::now();
         let mut hasher = Hasher::new();
         let read = read_steadily(&path, |bytes| {
@@ -83,6 +90,7 @@ impl Store {
         })?;
         let digest = FileDigest { digest: hasher.finish(), size_bytes: read.size_bytes };
         if read.is_settled(hashed_at) {
+            self.index_file(&path, &read, &digest);
             self.file_memory().put(path, read, digest);
         }
         Ok(digest)

@@ -10,6 +10,7 @@ use crate::{
     Artifact, ArtifactBuilder, Digest, Result, Store, StoreError,
     canonical::to_canonical,
     durable::{WritePoints, write_durably},
+    fault::fault_point,
     sealed::{Unsealed, check_depth, check_length, is_absent, parse, read_record, seal, unseal},
 };
 
@@ -103,10 +104,19 @@ impl SnapshotSet {
             Ok(snapshots) => snapshots,
             Err(error) => return tracing::debug!(%error, "older snapshots were not dropped"),
         };
+        let mut dropped = Vec::new();
         for snapshot in older.into_iter().filter(|snapshot| snapshot.step < newest_step && snapshot.retain == Retain::Latest) {
-            if let Err(error) = fs::remove_file(self.path(snapshot.step)) {
-                tracing::debug!(%error, "an older snapshot was not dropped");
+            match fs::remove_file(self.path(snapshot.step)) {
+                Ok(()) => dropped.push(snapshot.digest),
+                Err(error) => tracing::debug!(%error, "an older snapshot was not dropped"),
             }
+        }
+        if dropped.is_empty() {
+            return;
+        }
+        let discarded = fault_point("snapshot.dropped").map_err(StoreError::io("remove", self.folder()));
+        if let Err(error) = discarded.and_then(|()| self.store.discard_snapshots(&dropped)) {
+            tracing::debug!(%error, "the state of older snapshots was not removed");
         }
     }
 }
@@ -124,15 +134,23 @@ pub(crate) fn read_snapshots(folder: &Path) -> Result<Vec<Snapshot>> {
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
         }
-        let Some(bytes) = read_record(&path)? else { continue };
-        let Unsealed::Intact(body) = unseal(SEAL, &bytes) else {
-            tracing::warn!("snapshot record {} is damaged and is not used", path.display());
-            continue;
-        };
-        match parse::<Snapshot>(&path, body) {
+        match check_record(&path)? {
             Ok(snapshot) => snapshots.push(snapshot),
-            Err(error) => tracing::warn!(%error, "a snapshot record is not used"),
+            Err(problem) => tracing::warn!("snapshot record {} is not used: {problem}", path.display()),
         }
     }
     Ok(snapshots)
+}
+
+/// The snapshot that a file records, or what is wrong with it.
+pub(crate) fn check_record(path: &Path) -> Result<Result<Snapshot, String>> {
+    let Some(bytes) = read_record(path)? else { return Ok(Err("it is gone".into())) };
+    Ok(match unseal(SEAL, &bytes) {
+        Unsealed::Intact(body) => parse::<Snapshot>(path, body).map_err(|error| error.to_string()).and_then(|snapshot| {
+            // A copy under another name must not pass for another step.
+            let named = path.file_stem().is_some_and(|stem| *stem == *snapshot.step.to_string());
+            if named { Ok(snapshot) } else { Err(format!("it records step {}", snapshot.step)) }
+        }),
+        Unsealed::Broken(_) => Err("it is damaged".into()),
+    })
 }

@@ -10,10 +10,14 @@ use serde_json::Value;
 use crate::{
     ActionRecord, Artifact, ArtifactBuilder, Blob, Digest, FileDigest, LeaseHolder, LeaseOutcome, Manifest, Result, RunLog, SnapshotSet,
     StoreError,
+    collect::ManifestBlobs,
     durable::{WritePoints, create_folder, sync_folder, write_durably},
     file_digest::FileMemory,
+    index::Index,
     layout::{Family, Layout},
     lease::is_unsupported,
+    lookup::Latest,
+    presence::Presence,
     sealed::is_absent,
 };
 
@@ -26,6 +30,10 @@ struct Inner {
     read_only: bool,
     on_network: bool,
     file_memory: FileMemory,
+    presence: Presence,
+    latest: Latest,
+    manifest_blobs: ManifestBlobs,
+    index: Index,
 }
 
 /// Version of the layout on disk.
@@ -45,7 +53,16 @@ impl Store {
         }
         let read_only = rustix::fs::access(&layout.root, rustix::fs::Access::WRITE_OK).is_err();
         let on_network = is_on_network(&layout.root);
-        Ok(Self(Arc::new(Inner { layout, read_only, on_network, file_memory: FileMemory::default() })))
+        Ok(Self(Arc::new(Inner {
+            layout,
+            read_only,
+            on_network,
+            file_memory: FileMemory::default(),
+            presence: Presence::default(),
+            latest: Latest::default(),
+            manifest_blobs: ManifestBlobs::default(),
+            index: Index::default(),
+        })))
     }
 
     /// The folder.
@@ -64,6 +81,22 @@ impl Store {
 
     pub(crate) fn file_memory(&self) -> &FileMemory {
         &self.0.file_memory
+    }
+
+    pub(crate) fn presence(&self) -> &Presence {
+        &self.0.presence
+    }
+
+    pub(crate) fn latest(&self) -> &Latest {
+        &self.0.latest
+    }
+
+    pub(crate) fn manifest_blobs(&self) -> &ManifestBlobs {
+        &self.0.manifest_blobs
+    }
+
+    pub(crate) fn index(&self) -> &Index {
+        &self.0.index
     }
 
     /// Whether other hosts may write to the same files without seeing this host's locks.
@@ -108,25 +141,15 @@ impl Store {
 
     /// Records an action durably, after its outputs are.
     pub fn put_action(&self, record: &ActionRecord) -> Result<()> {
-        self.write_action(record)
+        self.write_action(record)?;
+        self.note_action(record);
+        Ok(())
     }
 
     /// Newest action of a stage of this kind and name, whatever its key: what rerun reasons compare with.
     /// Prefers records of the same workflow file.
     pub fn last_action(&self, workflow: &str, stage: &str, kind: &str) -> Result<Option<ActionRecord>> {
-        let mut best: Option<(bool, f64, Digest)> = None;
-        for key in self.list_family(Family::Action)? {
-            let Ok(Some(head)) = self.read_action_head(key) else { continue };
-            let provenance = &head.provenance;
-            if provenance.stage != stage || provenance.kind != kind {
-                continue;
-            }
-            let candidate = (provenance.workflow == workflow, provenance.started_at, key);
-            if best.is_none_or(|best| (candidate.0, candidate.1) > (best.0, best.1)) {
-                best = Some(candidate);
-            }
-        }
-        best.map_or(Ok(None), |(_, _, key)| self.read_action(key))
+        self.newest_action(workflow, stage, kind)
     }
 
     /// Every action record (for `log`, `gc`, `lineage`).
@@ -175,14 +198,17 @@ impl Store {
 
     /// The manifest named `digest`, verified. `None` if absent.
     pub fn manifest(&self, digest: Digest) -> Result<Option<Manifest>> {
-        let Some(bytes) = self.load_verified(Family::Manifest, digest)? else { return Ok(None) };
-        Manifest::decode(&self.layout().file(Family::Manifest, digest), &bytes).map(Some)
+        let found = self.examine_manifest(digest);
+        if matches!(found, Err(StoreError::Damaged { .. })) {
+            self.set_aside(Family::Manifest, digest);
+        }
+        found
     }
 
-    /// Whether an artifact is there with all its blobs. Content is not verified; that happens when it is read.
-    pub fn contains_artifact(&self, digest: Digest) -> bool {
-        let Ok(Some(manifest)) = self.manifest(digest) else { return false };
-        manifest.entries.iter().all(|entry| self.has_blob(entry.digest, entry.size_bytes))
+    /// Like [`Store::manifest`], but touches nothing.
+    pub(crate) fn examine_manifest(&self, digest: Digest) -> Result<Option<Manifest>> {
+        let Some((path, bytes)) = self.examine(Family::Manifest, digest)? else { return Ok(None) };
+        Manifest::decode(&path, &bytes).map(Some)
     }
 
     /// Held while content becomes visible, so that a collection in another process does not take it at once.

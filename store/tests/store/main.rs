@@ -1,4 +1,8 @@
 //! The store from outside: what is written is read back, whatever happened in between.
 
+mod collection;
+mod crash;
+mod index;
 mod life;
+mod property;
 mod support;

@@ -1,0 +1,401 @@
+//! The index: copies of what files say, in sled, so that thousands of lookups are fast. Never the truth.
+//!
+//! It is opened only when it pays (opening costs more than a few hundred file reads), by one process at a time, behind
+//! a guard: damage of any kind sets it aside, and it fills again from the files. See `store/DESIGN.md`.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::Read,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, MutexGuard, Once, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use crate::{Digest, Hasher, Store, fault::fault_point, layout::Layout};
+
+/// Lookups answered from files before the index is opened.
+const LOOKUPS_BEFORE_OPENING: u64 = 512;
+/// An index larger than this is not checked as a whole before it is opened; sled's own checks and the envelopes remain.
+const MAX_SEALED_BYTES: u64 = 64 << 20;
+/// Version of the values' layout.
+const ENVELOPE: u8 = 1;
+/// File that says what the index's files hashed to when they were closed.
+const SEAL: &str = "SEAL";
+
+/// One of the index's trees. Keys have 32 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tree {
+    /// Action key to what its file says of outputs and origin.
+    Actions,
+    /// Manifest digest to its blobs.
+    Manifests,
+    /// Digest of a data file's path to what it is recognised by, and its digest.
+    Files,
+}
+
+pub(crate) struct Index {
+    state: RwLock<State>,
+    lookups: AtomicU64,
+    /// Said once per store object.
+    announced: Once,
+    opening: Mutex<()>,
+}
+
+enum State {
+    /// Not needed so far.
+    Waiting,
+    /// Not to be had: another process has it, or it cannot be opened.
+    Off,
+    Open(Box<Open>),
+}
+
+struct Open {
+    db: sled::Db,
+    trees: [sled::Tree; 3],
+    folder: PathBuf,
+    /// Held until everything else is closed.
+    lock: File,
+}
+
+impl Default for Index {
+    fn default() -> Self {
+        Self { state: RwLock::new(State::Waiting), lookups: AtomicU64::new(0), announced: Once::new(), opening: Mutex::new(()) }
+    }
+}
+
+impl Index {
+    /// Announces `lookups` lookups, of which one costs about a file read without the index. Opens the index if that many pay for it.
+    pub fn expect(&self, store: &Store, lookups: u64) {
+        let before = self.lookups.fetch_add(lookups, Ordering::Relaxed);
+        if before + lookups >= LOOKUPS_BEFORE_OPENING && before < u64::MAX / 2 {
+            self.open(store);
+        }
+    }
+
+    fn open(&self, store: &Store) {
+        let waiting = |state: &State| matches!(state, State::Waiting);
+        if !waiting(&self.state.read().unwrap_or_else(PoisonError::into_inner)) {
+            return;
+        }
+        let _opening: MutexGuard<'_, ()> = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        if !waiting(&self.state.read().unwrap_or_else(PoisonError::into_inner)) {
+            return;
+        }
+        let opened = match place(store) {
+            Some(place) => Open::open(&place, |reason| self.announce(&place.folder, reason)),
+            None => None,
+        };
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = opened.map_or(State::Off, |open| State::Open(Box::new(open)));
+    }
+
+    /// The value under `key`, if the index is open, has it and it is whole.
+    pub fn get(&self, tree: Tree, key: Digest) -> Option<Vec<u8>> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let State::Open(open) = &*state else { return None };
+        let found = guard(|| open.trees[tree as usize].get(key.as_bytes()).map_err(|error| error.to_string()));
+        match found {
+            Ok(None) => None,
+            // Another version's value is as good as none.
+            Ok(Some(bytes)) if bytes.first() != Some(&ENVELOPE) => None,
+            Ok(Some(bytes)) => {
+                let payload = unwrap_envelope(key, &bytes);
+                if payload.is_none() {
+                    drop(state);
+                    self.give_up("a value is damaged");
+                }
+                payload
+            }
+            Err(reason) => {
+                drop(state);
+                self.give_up(&reason);
+                None
+            }
+        }
+    }
+
+    /// Remembers `payload` under `key`, if the index is open.
+    pub fn put(&self, tree: Tree, key: Digest, payload: &[u8]) {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let State::Open(open) = &*state else { return };
+        let bytes = wrap_envelope(key, payload);
+        let written = guard(|| {
+            fault_point("index.write").map_err(|error| error.to_string())?;
+            open.trees[tree as usize].insert(key.as_bytes(), bytes).map_err(|error| error.to_string())
+        });
+        if let Err(reason) = written {
+            drop(state);
+            self.give_up(&reason);
+        }
+    }
+
+    /// Whether lookups go to the index.
+    pub fn is_open(&self) -> bool {
+        matches!(&*self.state.read().unwrap_or_else(PoisonError::into_inner), State::Open(_))
+    }
+
+    /// Sets a damaged index aside and works from files until the store is opened again.
+    fn give_up(&self, reason: &str) {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        if let State::Open(open) = std::mem::replace(&mut *state, State::Off) {
+            let Open { db, trees, folder, lock } = *open;
+            let _ = guard(move || {
+                drop(trees);
+                drop(db);
+                Ok(())
+            });
+            set_aside(&folder);
+            self.announce(&folder, reason);
+            drop(lock);
+        }
+    }
+
+    fn announce(&self, folder: &Path, reason: &str) {
+        self.announced.call_once(|| {
+            tracing::warn!("index was rebuilt: {} was damaged ({reason}); nothing is lost, files hold all that it held", folder.display());
+        });
+    }
+}
+
+impl Drop for Index {
+    fn drop(&mut self) {
+        let state = std::mem::replace(&mut *self.state.write().unwrap_or_else(PoisonError::into_inner), State::Off);
+        if let State::Open(open) = state {
+            open.close();
+        }
+    }
+}
+
+/// Where an index lives.
+struct Place {
+    folder: PathBuf,
+    lock: PathBuf,
+}
+
+/// Beside the files, or on a local disk when those are on a network file system. Nowhere if the store is read-only.
+fn place(store: &Store) -> Option<Place> {
+    if store.is_read_only() {
+        return None;
+    }
+    let Layout { root } = store.layout();
+    if !store.is_on_network() {
+        return Some(Place { folder: root.join("index"), lock: root.join("index.lock") });
+    }
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let cache = cache.or_else(|| std::env::home_dir().map(|home| home.join(".cache")))?.join("rlflow");
+    fs::create_dir_all(&cache).ok()?;
+    let name = Digest::of(root.as_os_str().as_encoded_bytes()).short();
+    Some(Place { folder: cache.join(format!("index-{name}")), lock: cache.join(format!("index-{name}.lock")) })
+}
+
+impl Open {
+    fn open(place: &Place, announce: impl Fn(&str)) -> Option<Self> {
+        let mut lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&place.lock).ok()?;
+        // Another process has it: files answer everything.
+        lock.try_lock().ok()?;
+        if let Err(reason) = check(&mut lock, &place.folder) {
+            announce(reason);
+            set_aside(&place.folder);
+        }
+        mark(&mut lock, OPENING).ok()?;
+        let opened = guard(|| open_sled(&place.folder)).or_else(|reason| {
+            announce(&reason);
+            set_aside(&place.folder);
+            guard(|| open_sled(&place.folder))
+        });
+        mark(&mut lock, b' ').ok()?;
+        match opened {
+            Ok((db, trees)) => Some(Self { db, trees, folder: place.folder.clone(), lock }),
+            Err(reason) => {
+                tracing::debug!(reason, "the index cannot be opened; files answer everything");
+                None
+            }
+        }
+    }
+
+    /// Closes sled and says what its files hash to, so that damage is found before sled reads them again.
+    fn close(self) {
+        let Self { db, trees, folder, lock } = self;
+        let closed = guard(move || {
+            let flushed = db.flush().map(drop).map_err(|error| error.to_string());
+            drop(trees);
+            drop(db);
+            flushed
+        });
+        if closed.is_ok()
+            && is_closed(&folder)
+            && let Some(seal) = seal_of(&folder)
+        {
+            let _ = fs::write(folder.join(SEAL), seal.to_string());
+        }
+        drop(lock);
+    }
+}
+
+/// Content of the lock file while sled opens. Whoever finds it knows that the process died there.
+const OPENING: u8 = b'o';
+
+fn mark(lock: &mut File, mark: u8) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    lock.write_all_at(&[mark], 0)
+}
+
+/// What can be known of the index's files without sled. A missing seal is no damage: a killed process leaves none.
+fn check(lock: &mut File, folder: &Path) -> Result<(), &'static str> {
+    let mut content = [0];
+    if lock.read(&mut content).is_ok_and(|length| length == 1) && content[0] == OPENING {
+        return Err("a process died while opening it");
+    }
+    let path = folder.join(SEAL);
+    let Ok(text) = fs::read(&path) else { return Ok(()) };
+    if fs::remove_file(&path).is_err() || text != seal_of(folder).map(|seal| seal.to_string()).unwrap_or_default().into_bytes() {
+        return Err("its files are not as they were left");
+    }
+    Ok(())
+}
+
+/// Digest over names and contents of all files in the index. `None` if they cannot be read or are too many bytes to check.
+fn seal_of(folder: &Path) -> Option<Digest> {
+    fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                collect(&entry.path(), files)?;
+            } else {
+                files.push(entry.path());
+            }
+        }
+        Ok(())
+    }
+    let mut files = Vec::new();
+    collect(folder, &mut files).ok()?;
+    files.retain(|path| path.file_name().is_none_or(|name| name != SEAL));
+    files.sort();
+    let mut hasher = Hasher::new();
+    let mut total = 0;
+    for path in files {
+        total += fs::metadata(&path).ok()?.len();
+        if total > MAX_SEALED_BYTES {
+            return None;
+        }
+        let content = fs::read(&path).ok()?;
+        let name = path.strip_prefix(folder).ok()?.as_os_str().as_encoded_bytes();
+        hasher.update(&(name.len() as u64).to_be_bytes()).update(name).update(&(content.len() as u64).to_be_bytes());
+        hasher.update_parallel(&content);
+    }
+    Some(hasher.finish())
+}
+
+/// Whether sled has let go of its file, so that nothing writes to it any more.
+fn is_closed(folder: &Path) -> bool {
+    let Ok(file) = File::open(folder.join("db")) else { return false };
+    (0..20).any(|_| {
+        let free = file.try_lock().is_ok();
+        if !free {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        free
+    })
+}
+
+fn open_sled(folder: &Path) -> Result<(sled::Db, [sled::Tree; 3]), String> {
+    let open = || -> sled::Result<_> {
+        // No flushing thread: what is lost with a killed process is filled in again.
+        let db = sled::Config::new().path(folder).flush_every_ms(None).cache_capacity(64 << 20).open()?;
+        let trees = [db.open_tree("actions")?, db.open_tree("manifests")?, db.open_tree("files")?];
+        Ok((db, trees))
+    };
+    open().map_err(|error| error.to_string())
+}
+
+/// Moves the index out of the way. If even that fails it is removed: it holds nothing that files do not.
+fn set_aside(folder: &Path) {
+    if !folder.exists() {
+        return;
+    }
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis());
+    let mut target = folder.as_os_str().to_owned();
+    target.push(format!(".bad-{time}"));
+    if fs::rename(folder, &target).is_err() {
+        let _ = fs::remove_dir_all(folder);
+    }
+}
+
+/// Runs `work` on sled, turning panics into errors: sled panics on some kinds of damage.
+fn guard<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    silence_sled_panics();
+    IN_SLED.with(|flag| flag.set(true));
+    let result = catch_unwind(AssertUnwindSafe(work));
+    IN_SLED.with(|flag| flag.set(false));
+    result.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(format!("sled panicked: {}", text.unwrap_or("no message").lines().next().unwrap_or_default()))
+    })
+}
+
+thread_local! {
+    static IN_SLED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// A damaged cache is no reason to show people a panic; all other panics go to whoever handled them before.
+fn silence_sled_panics() {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let previous = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            let in_sled = IN_SLED.with(std::cell::Cell::get) || std::thread::current().name().is_some_and(|name| name.starts_with("sled-"));
+            if !in_sled {
+                previous(info);
+            }
+        }));
+    });
+}
+
+/// `[version, 8 bytes of BLAKE3(key, payload), payload]`.
+fn wrap_envelope(key: Digest, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(9 + payload.len());
+    bytes.push(ENVELOPE);
+    bytes.extend_from_slice(&check_bytes(key, payload));
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+fn unwrap_envelope(key: Digest, bytes: &[u8]) -> Option<Vec<u8>> {
+    let payload = bytes.get(9..)?;
+    (bytes[0] == ENVELOPE && bytes[1..9] == check_bytes(key, payload)).then(|| payload.to_vec())
+}
+
+fn check_bytes(key: Digest, payload: &[u8]) -> [u8; 8] {
+    let digest = Hasher::new().update(key.as_bytes()).update(payload).finish();
+    digest.as_bytes()[..8].try_into().expect("a digest has more than 8 bytes")
+}
+
+/// Reads fixed-width big-endian values off the front of a payload.
+pub(crate) struct Reader<'a>(pub &'a [u8]);
+
+impl<'a> Reader<'a> {
+    pub fn bytes(&mut self, length: usize) -> Option<&'a [u8]> {
+        let (head, tail) = self.0.split_at_checked(length)?;
+        self.0 = tail;
+        Some(head)
+    }
+
+    pub fn u64(&mut self) -> Option<u64> {
+        Some(u64::from_be_bytes(self.bytes(8)?.try_into().ok()?))
+    }
+
+    pub fn i128(&mut self) -> Option<i128> {
+        Some(i128::from_be_bytes(self.bytes(16)?.try_into().ok()?))
+    }
+
+    pub fn digest(&mut self) -> Option<Digest> {
+        Some(Digest::from_bytes(self.bytes(32)?.try_into().ok()?))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}

@@ -1,0 +1,283 @@
+//! Lookups that planning makes for every stage, answered from the index where it is open, always agreeing with the files.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    path::Path,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use crate::{
+    ActionRecord, Digest, FileDigest, Manifest, Result, Store, StoreError,
+    action::ActionHead,
+    file_digest::FileStamp,
+    index::{Reader, Tree},
+    layout::Family,
+    sealed::is_absent,
+};
+
+/// Manifests with more entries are read from their files: values in the index stay small.
+const MAX_INDEXED_ENTRIES: usize = 64;
+
+impl Store {
+    /// Announces that about `stages` stages will be looked up, so that the index is opened if that many pay for it.
+    pub fn expect_lookups(&self, stages: usize) {
+        self.index().expect(self, stages as u64);
+    }
+
+    /// Outputs of the action recorded under `key`: port to artifact. Like [`Store::action`], for a fraction of the price.
+    pub fn outputs(&self, key: Digest) -> Result<Option<BTreeMap<String, Digest>>> {
+        Ok(self.action_summary(key)?.map(|summary| summary.outputs))
+    }
+
+    fn action_summary(&self, key: Digest) -> Result<Option<Summary>> {
+        self.index().expect(self, 1);
+        let path = self.layout().file(Family::Action, key);
+        let indexed = self.index().is_open();
+        let stamp = if indexed {
+            match fs::metadata(&path) {
+                Ok(metadata) => Some(FileStamp::of(&metadata)),
+                Err(error) if is_absent(&error) => return Ok(None),
+                Err(error) => return Err(StoreError::io("examine", path)(error)),
+            }
+        } else {
+            None
+        };
+        // The index is believed only about the very file that it was filled from.
+        if let Some(stamp) = stamp
+            && let Some(payload) = self.index().get(Tree::Actions, key)
+            && let Some((known, summary)) = Summary::decode(&payload)
+            && known == stamp
+        {
+            return Ok(Some(summary));
+        }
+        let Some(summary) = self.read_action_head(key)?.map(Summary::from) else { return Ok(None) };
+        if let Some(stamp) = stamp
+            && let Some(payload) = summary.encode(&stamp)
+        {
+            self.index().put(Tree::Actions, key, &payload);
+        }
+        Ok(Some(summary))
+    }
+
+    /// Whether an artifact is there with all its blobs. Content is not verified; that happens when it is read.
+    pub fn contains_artifact(&self, digest: Digest) -> bool {
+        self.index().expect(self, 1);
+        let path = self.layout().file(Family::Manifest, digest);
+        if self.index().is_open() {
+            if fs::metadata(&path).is_err() {
+                return false;
+            }
+            if let Some(blobs) = self.index().get(Tree::Manifests, digest).and_then(|payload| decode_blobs(&payload)) {
+                return blobs.into_iter().all(|(digest, size_bytes)| self.sees_blob(digest, size_bytes));
+            }
+        }
+        let manifest = match self.manifest(digest) {
+            Ok(Some(manifest)) => manifest,
+            Ok(None) => return false,
+            Err(error) => {
+                tracing::warn!(%error, "an artifact cannot be used");
+                return false;
+            }
+        };
+        if manifest.entries.len() <= MAX_INDEXED_ENTRIES {
+            self.index().put(Tree::Manifests, digest, &encode_blobs(&manifest));
+        }
+        manifest.entries.iter().all(|entry| self.sees_blob(entry.digest, entry.size_bytes))
+    }
+
+    pub(crate) fn newest_action(&self, workflow: &str, stage: &str, kind: &str) -> Result<Option<ActionRecord>> {
+        let (stage_hash, workflow_hash) = (hash_texts(&[stage, kind]), hash_texts(&[workflow]));
+        let key = {
+            let mut latest = self.latest().0.lock().unwrap_or_else(PoisonError::into_inner);
+            let map = match latest.take() {
+                Some(map) if map.made.elapsed() < Latest::BELIEVED => map,
+                _ => self.read_latest()?,
+            };
+            let map = latest.insert(map);
+            map.in_workflow.get(&(stage_hash, workflow_hash)).or_else(|| map.anywhere.get(&stage_hash)).map(|newest| newest.key)
+        };
+        let Some(key) = key else { return Ok(None) };
+        Ok(self.read_action(key)?.filter(|record| record.provenance.stage == stage && record.provenance.kind == kind))
+    }
+
+    fn read_latest(&self) -> Result<LatestMap> {
+        let keys = self.list_family(Family::Action)?;
+        self.index().expect(self, keys.len() as u64);
+        let mut map = LatestMap { made: Instant::now(), in_workflow: HashMap::new(), anywhere: HashMap::new() };
+        for key in keys {
+            match self.action_summary(key) {
+                Ok(Some(summary)) => map.add(key, &summary),
+                Ok(None) => {}
+                Err(error @ (StoreError::Damaged { .. } | StoreError::Format { .. })) => tracing::warn!(%error, "an action is left out"),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(map)
+    }
+
+    /// Tells the memory of newest actions about one that was just written.
+    pub(crate) fn note_action(&self, record: &ActionRecord) {
+        if let Some(map) = &mut *self.latest().0.lock().unwrap_or_else(PoisonError::into_inner) {
+            map.add(record.key, &Summary::of(record));
+        }
+    }
+
+    pub(crate) fn indexed_file(&self, path: &Path, stamp: &FileStamp) -> Option<FileDigest> {
+        let payload = self.index().get(Tree::Files, key_of_path(path))?;
+        let mut reader = Reader(&payload);
+        let known = FileStamp::decode(&mut reader)?;
+        let digest = reader.digest()?;
+        (known == *stamp && reader.is_empty()).then_some(FileDigest { digest, size_bytes: known.size_bytes })
+    }
+
+    pub(crate) fn index_file(&self, path: &Path, stamp: &FileStamp, digest: &FileDigest) {
+        let mut payload = stamp.encode();
+        payload.extend_from_slice(digest.digest.as_bytes());
+        self.index().put(Tree::Files, key_of_path(path), &payload);
+    }
+}
+
+fn key_of_path(path: &Path) -> Digest {
+    Digest::of(path.as_os_str().as_encoded_bytes())
+}
+
+/// What lookups need of an action.
+struct Summary {
+    outputs: BTreeMap<String, Digest>,
+    stage_hash: u64,
+    workflow_hash: u64,
+    started_at: f64,
+}
+
+impl From<ActionHead> for Summary {
+    fn from(head: ActionHead) -> Self {
+        let ActionHead { outputs, provenance, .. } = head;
+        Self {
+            outputs,
+            stage_hash: hash_texts(&[&provenance.stage, &provenance.kind]),
+            workflow_hash: hash_texts(&[&provenance.workflow]),
+            started_at: provenance.started_at,
+        }
+    }
+}
+
+impl Summary {
+    fn of(record: &ActionRecord) -> Self {
+        let provenance = &record.provenance;
+        Self {
+            outputs: record.outputs.clone(),
+            stage_hash: hash_texts(&[&provenance.stage, &provenance.kind]),
+            workflow_hash: hash_texts(&[&provenance.workflow]),
+            started_at: provenance.started_at,
+        }
+    }
+
+    /// `None` if a port's name is too long for the index.
+    fn encode(&self, stamp: &FileStamp) -> Option<Vec<u8>> {
+        let mut bytes = stamp.encode();
+        bytes.extend_from_slice(&self.stage_hash.to_be_bytes());
+        bytes.extend_from_slice(&self.workflow_hash.to_be_bytes());
+        bytes.extend_from_slice(&self.started_at.to_bits().to_be_bytes());
+        for (port, digest) in &self.outputs {
+            bytes.push(u8::try_from(port.len()).ok()?);
+            bytes.extend_from_slice(port.as_bytes());
+            bytes.extend_from_slice(digest.as_bytes());
+        }
+        Some(bytes)
+    }
+
+    fn decode(bytes: &[u8]) -> Option<(FileStamp, Self)> {
+        let mut reader = Reader(bytes);
+        let stamp = FileStamp::decode(&mut reader)?;
+        let (stage_hash, workflow_hash) = (reader.u64()?, reader.u64()?);
+        let started_at = f64::from_bits(reader.u64()?);
+        let mut outputs = BTreeMap::new();
+        while !reader.is_empty() {
+            let length = reader.bytes(1)?[0];
+            let port = std::str::from_utf8(reader.bytes(usize::from(length))?).ok()?;
+            outputs.insert(port.to_owned(), reader.digest()?);
+        }
+        Some((stamp, Self { outputs, stage_hash, workflow_hash, started_at }))
+    }
+}
+
+impl FileStamp {
+    fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(48 + 96);
+        bytes.extend_from_slice(&self.size_bytes.to_be_bytes());
+        bytes.extend_from_slice(&self.modified_ns.to_be_bytes());
+        bytes.extend_from_slice(&self.changed_ns.to_be_bytes());
+        bytes.extend_from_slice(&self.inode.to_be_bytes());
+        bytes
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Option<Self> {
+        let (size_bytes, modified_ns, changed_ns) = (reader.u64()?, reader.i128()?, reader.i128()?);
+        Some(Self { size_bytes, modified_ns, changed_ns, inode: reader.u64()? })
+    }
+}
+
+fn encode_blobs(manifest: &Manifest) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(40 * manifest.entries.len());
+    for entry in &manifest.entries {
+        bytes.extend_from_slice(entry.digest.as_bytes());
+        bytes.extend_from_slice(&entry.size_bytes.to_be_bytes());
+    }
+    bytes
+}
+
+fn decode_blobs(bytes: &[u8]) -> Option<Vec<(Digest, u64)>> {
+    let mut reader = Reader(bytes);
+    let mut blobs = Vec::with_capacity(bytes.len() / 40);
+    while !reader.is_empty() {
+        blobs.push((reader.digest()?, reader.u64()?));
+    }
+    Some(blobs)
+}
+
+/// The first 8 bytes of a digest over texts, told apart by their lengths. Whoever finds something by it compares the texts.
+fn hash_texts(texts: &[&str]) -> u64 {
+    let mut hasher = crate::Hasher::new();
+    for text in texts {
+        hasher.update(&(text.len() as u64).to_be_bytes()).update(text.as_bytes());
+    }
+    let digest = hasher.finish();
+    u64::from_be_bytes(digest.as_bytes()[..8].try_into().expect("a digest has more than 8 bytes"))
+}
+
+/// Newest action of every stage, remembered for a moment: a plan asks for many in a row.
+#[derive(Default)]
+pub(crate) struct Latest(Mutex<Option<LatestMap>>);
+
+impl Latest {
+    /// Other processes' actions are seen at the latest after this.
+    const BELIEVED: Duration = Duration::from_secs(1);
+}
+
+struct LatestMap {
+    made: Instant,
+    in_workflow: HashMap<(u64, u64), Newest>,
+    anywhere: HashMap<u64, Newest>,
+}
+
+#[derive(Clone, Copy)]
+struct Newest {
+    started_at: f64,
+    key: Digest,
+}
+
+impl LatestMap {
+    fn add(&mut self, key: Digest, summary: &Summary) {
+        let found = Newest { started_at: summary.started_at, key };
+        // Of two that started together any will do, but always the same one.
+        let replace = |newest: &mut Newest| {
+            if (found.started_at, found.key) > (newest.started_at, newest.key) || found.key == newest.key {
+                *newest = found;
+            }
+        };
+        self.in_workflow.entry((summary.stage_hash, summary.workflow_hash)).and_modify(replace).or_insert(found);
+        self.anywhere.entry(summary.stage_hash).and_modify(replace).or_insert(found);
+    }
+}
