@@ -112,7 +112,7 @@ mod tests {
         let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
         assert_eq!(&*Array::<u32>::new(Blob::from(bytes.clone())), &numbers);
         // A copy is taken exactly where the bytes are not aligned; both ways must agree.
-        let copied = Array { blob: Blob::from(Vec::new()), copy: Some(bytes.chunks_exact(4).map(u32::from_le).collect()) };
+        let copied = Array { blob: Blob::from(Vec::new()), copy: Some(bytes.chunks_exact(4).map(<u32 as Element>::from_le).collect()) };
         assert_eq!(&*copied, &numbers);
         assert!(Array::<u64>::new(Blob::from(Vec::new())).is_empty());
     }

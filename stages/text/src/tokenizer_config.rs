@@ -10,15 +10,10 @@ const TOKEN_KEYS: &[&str] = &["bos_token", "eos_token", "pad_token", "unk_token"
 pub struct TokenizerConfig(Map<String, Value>);
 
 impl TokenizerConfig {
-    /// A config with these special tokens and this template.
-    pub fn new(pad_token: &str, eos_token: &str, chat_template: Option<&str>) -> Self {
+    /// Config of a tokenizer made here.
+    pub fn trained() -> Self {
         let mut config = Self::default();
         config.set("tokenizer_class", "PreTrainedTokenizerFast");
-        config.set("pad_token", pad_token);
-        config.set("eos_token", eos_token);
-        if let Some(template) = chat_template {
-            config.set("chat_template", template);
-        }
         config
     }
 
