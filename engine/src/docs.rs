@@ -86,7 +86,7 @@ fn settings_rows(
         let setting = &shape[field];
         let mark = mark.or(setting.mark);
         let default = setting.default.as_ref().or_else(|| defaults?.get(name));
-        let required = default.is_none() && shape[id].required.contains(name);
+        let required = default.is_none() && requires(shape, id, name, 0);
         // A table that has rows of its own needs no default: its rows have them.
         let has_rows = depth < MAX_DEPTH && !setting.fields.is_empty();
         let shown = match default {
@@ -114,6 +114,13 @@ fn settings_rows(
             settings_rows(shape, element, &format!("{path}[]"), None, mark, depth + 1, rows);
         }
     }
+}
+
+/// Whether a table, or what it refers to, requires `name`.
+fn requires(shape: &SettingsShape, id: ShapeId, name: &str, depth: usize) -> bool {
+    let table = &shape[id];
+    table.required.iter().any(|required| required == name)
+        || depth < MAX_DEPTH && table.all_of.iter().any(|part| requires(shape, *part, name, depth + 1))
 }
 
 /// A default as it would be written in a workflow.

@@ -6,7 +6,7 @@ use super::{
     WorkflowError,
     declare::{Declared, Input},
     error::Collector,
-    node::{Data, Entry, Node, Step, Table, split_path},
+    node::{Data, Entry, MAX_STEPS, Node, Step, Table, split_path},
     reference::{Points, Reference, same_value},
     source::Span,
 };
@@ -160,6 +160,10 @@ fn own_axes(base: usize, stage: &Declared, axes: &mut Vec<Axis>, errors: &mut Co
         if axis.path == "inputs" || axis.path.starts_with("inputs.") {
             let error = WorkflowError::new("bad_matrix", format!("inputs of stage `{}` cannot be a matrix axis", stage.name));
             refuse(axis.key, error.with_hint("a matrix above this stage expands it; `dpo[beta=0.1]` names one point"));
+            continue;
+        }
+        if axis.path.split(['.', '[']).count() > MAX_STEPS {
+            refuse(axis.key, WorkflowError::new("bad_matrix", format!("a matrix axis of stage `{}` is nested too deeply", stage.name)));
             continue;
         }
         if let Some(set) = entry_at(&stage.settings, &axis.path).or(stage.seed.filter(|_| axis.path == "seed").map(|_| axis.key)) {

@@ -163,6 +163,9 @@ pub(crate) fn merge(under: &mut Table, over: Table) {
     }
 }
 
+/// Most steps of a dotted path that anybody means.
+pub(crate) const MAX_STEPS: usize = 64;
+
 /// A step of a dotted path such as `sources[0].path`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {

@@ -5,7 +5,7 @@ use toml::de::DeValue;
 use super::{
     WorkflowError,
     error::Collector,
-    node::{Data, Entry, Node, Step, Table, split_path},
+    node::{Data, Entry, MAX_STEPS, Node, Step, Table, split_path},
     source::{Source, Sources, Span},
 };
 use crate::suggest::did_you_mean;
@@ -24,6 +24,9 @@ pub(crate) fn apply(argument: &str, root: &mut Table, folder: &Path, sources: &m
     };
     let steps = split_path(path.trim());
     let key = Span::new(source, 0..path.len());
+    if steps.len() > MAX_STEPS {
+        return errors.add(key, WorkflowError::new("bad_set", format!("`--set` names a place more than {MAX_STEPS} tables deep")));
+    }
     let Some(value) = parse_value(value, source, path.len() + 1) else {
         let error = WorkflowError::new("bad_set", format!("`--set {argument}`: the value cannot be read"));
         return errors.add(Span::new(source, path.len()..argument.len()), error.with_hint("values are written as in TOML"));
