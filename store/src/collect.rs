@@ -2,7 +2,7 @@
 //! shares, and nothing younger than the grace period is touched.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet, hash_map::Entry},
     fs::{self, TryLockError},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -162,13 +162,14 @@ pub(crate) struct ManifestBlobs {
 impl ManifestBlobs {
     fn with(&self, store: &Store, digest: Digest, use_blobs: impl FnOnce(&[Digest])) -> Result<()> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if !known.contains_key(&digest) {
-            let Some(manifest) = store.manifest(digest)? else { return Ok(()) };
-            known.insert(digest, manifest.entries.iter().map(|entry| entry.digest).collect());
-        }
-        if let Some(blobs) = known.get(&digest) {
-            use_blobs(blobs);
-        }
+        let blobs = match known.entry(digest) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => {
+                let Some(manifest) = store.manifest(digest)? else { return Ok(()) };
+                unknown.insert(manifest.entries.iter().map(|entry| entry.digest).collect())
+            }
+        };
+        use_blobs(blobs);
         Ok(())
     }
 }

@@ -50,10 +50,10 @@ enum State {
     Waiting,
     /// Not to be had: another process has it, or it cannot be opened.
     Off,
-    Open(Box<Open>),
+    Open(Box<OpenIndex>),
 }
 
-struct Open {
+struct OpenIndex {
     db: sled::Db,
     trees: [sled::Tree; 3],
     folder: PathBuf,
@@ -86,7 +86,7 @@ impl Index {
             return;
         }
         let opened = match place(store) {
-            Some(place) => Open::open(&place, |reason| self.announce(&place.folder, reason)),
+            Some(place) => OpenIndex::open(&place, |reason| self.announce(&place.folder, reason)),
             None => None,
         };
         *self.state.write().unwrap_or_else(PoisonError::into_inner) = opened.map_or(State::Off, |open| State::Open(Box::new(open)));
@@ -141,7 +141,7 @@ impl Index {
     fn give_up(&self, reason: &str) {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         if let State::Open(open) = std::mem::replace(&mut *state, State::Off) {
-            let Open { db, trees, folder, lock } = *open;
+            let OpenIndex { db, trees, folder, lock } = *open;
             let _ = guard(move || {
                 drop(trees);
                 drop(db);
@@ -191,7 +191,7 @@ fn place(store: &Store) -> Option<Place> {
     Some(Place { folder: cache.join(format!("index-{name}")), lock: cache.join(format!("index-{name}.lock")) })
 }
 
-impl Open {
+impl OpenIndex {
     fn open(place: &Place, announce: impl Fn(&str)) -> Option<Self> {
         let mut lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&place.lock).ok()?;
         // Another process has it: files answer everything.

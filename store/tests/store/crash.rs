@@ -10,7 +10,7 @@ use std::{
 use rlflow_store::{Digest, Dtype, FAULT_POINTS, GcOptions, LeaseOutcome, Result, Retain, Store};
 use serde_json::json;
 
-use crate::support::{action, holder, key};
+use crate::support::{action, fast_folder, holder, key};
 
 const STAGES: [&str; 3] = ["tokenizer", "base", "sft"];
 
@@ -110,7 +110,7 @@ fn a_process_killed_at_any_step_leaves_no_wrong_hit() {
     for point in FAULT_POINTS {
         let mut struck = false;
         for count in [1, 3, 8] {
-            let folder = tempfile::tempdir().unwrap();
+            let folder = fast_folder();
             let output = run_child(folder.path(), Some(&format!("{point}:{count}")));
             if output.status.signal() != Some(9) {
                 assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -138,7 +138,7 @@ fn a_process_killed_at_any_step_leaves_no_wrong_hit() {
 #[test]
 fn a_full_disk_is_an_error_and_the_next_run_continues() {
     for point in FAULT_POINTS {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = fast_folder();
         let output = run_child(folder.path(), Some(&format!("{point}:2:full")));
         let stdout = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "{point}: {stdout}{}", String::from_utf8_lossy(&output.stderr));

@@ -4,6 +4,12 @@ use rlflow_store::{ActionRecord, Digest, LeaseHolder, Provenance, Store};
 use serde_json::json;
 use tempfile::TempDir;
 
+/// A folder in memory where there is one: processes that are killed leave it as they would leave a disk, and fsync is free.
+pub fn fast_folder() -> TempDir {
+    let builder = || tempfile::Builder::new();
+    builder().tempdir_in("/dev/shm").or_else(|_| builder().tempdir()).unwrap()
+}
+
 /// A store in a folder that goes away with the test. The name has a space and a non-ASCII letter, as users' paths do.
 pub fn new_store() -> (TempDir, Store) {
     let folder = tempfile::Builder::new().prefix("rlflow störe ").tempdir().unwrap();
