@@ -8,7 +8,7 @@ Standard library only, one fixed seed, the same bytes every time. The tables sta
 
 The files, in the order in which the workflow needs them:
 
-    corpus.jsonl               every fact many times over, in portraits, lists, talk and little stories
+    corpus.jsonl               every fact many times over, in portraits, lists, talk, guessing games and little stories
     instructions.jsonl         demonstrations of mixed quality, as scraped data is
     preferences.jsonl          better and worse answers: the fact comes first, then the manner
     prompts.jsonl              questions with their answers, for PPO
@@ -32,6 +32,8 @@ from world import (
     ANIMALS,
     ATTRIBUTES,
     CLOSINGS,
+    CONFIRMATIONS,
+    CORRECTIONS,
     ENDINGS,
     EVENTS,
     GROUPS,
@@ -55,12 +57,12 @@ from world import (
 SEED = 20260
 HERE = Path(__file__).resolve().parent
 
-CORPUS_BYTES = 1_500_000
+CORPUS_BYTES = 1_350_000
 INSTRUCTIONS = 2_200
-PREFERENCE_PAIRS = 2_000
+PREFERENCE_PAIRS = 2_400
 RANKED_LISTS = 200
-PROMPTS = 800
-HELDOUT_PROMPTS = 180
+PROMPTS = 700
+HELDOUT_PROMPTS = 160
 HELDOUT_PREFERENCES = 240  # two pairs on each of 120 questions
 
 # What a demonstration is, by the tone of its question. Scraped answers are as good as the questions were kind, so the
@@ -109,9 +111,9 @@ class Deck:
         return self.left.pop()
 
     def hand(self, size: int) -> list:
-        """`size` different items."""
+        """`size` different items, or all if there are fewer."""
         chosen: list = []
-        while len(chosen) < size:
+        while len(chosen) < min(size, len(self.items)):
             item = self.draw()
             if item not in chosen:
                 chosen.append(item)
@@ -120,6 +122,10 @@ class Deck:
 
 def sentence(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def wrong_value(rng: random.Random, fact: Fact) -> str:
+    return rng.choice([v for v in fact.attribute.values if v not in (fact.value, fact.entity.name)])
 
 
 def weighted(rng: random.Random, weights: dict[str, int]) -> str:
@@ -202,7 +208,7 @@ class Corpus:
         self.lists = Deck(rng, [name for name, own in self.of_attribute.items() for _ in range(max(1, len(own) // 4))])
         self.listed = {name: Deck(rng, own) for name, own in self.of_attribute.items()}
         self.statements = {attribute.name: Deck(rng, attribute.statements) for attribute in ATTRIBUTES}
-        self.questions = Deck(rng, questions)
+        self.questions, self.facts = Deck(rng, questions), Deck(rng, facts)
         self.scenes, self.events, self.endings = Deck(rng, SCENES), Deck(rng, EVENTS), Deck(rng, ENDINGS)
 
     def say(self, fact: Fact, pronoun: bool = False) -> str:
@@ -210,7 +216,7 @@ class Corpus:
 
     def about(self, name: str, count: int) -> list[str]:
         """`count` facts about one entity: by name first, then by name or pronoun."""
-        own = self.own[name].hand(min(count, len(self.of_entity[name])))
+        own = self.own[name].hand(count)
         return [self.say(fact, pronoun=i > 0 and self.rng.random() < 0.35) for i, fact in enumerate(own)]
 
     def portrait(self) -> list[str]:
@@ -231,6 +237,18 @@ class Corpus:
             lines += [f'{a} asked: "{question.text}"', f'{b} said: "{answer}"']
         return lines
 
+    def quiz(self) -> list[str]:
+        a, b = self.people.hand(2)
+        lines = []
+        for fact in self.facts.hand(self.rng.randint(2, 4)):
+            template = self.rng.choice(fact.attribute.answers)
+            if self.rng.random() < 0.5:
+                guess, verdict = fact.say(template), self.rng.choice(CONFIRMATIONS)
+            else:
+                guess, verdict = fact.say(template, value=wrong_value(self.rng, fact)), self.rng.choice(CORRECTIONS).format(a=fact.say(template))
+            lines += [f'{a} guessed: "{guess}"', f'{b} said: "{verdict}"']
+        return lines
+
     def story(self) -> list[str]:
         a, b = self.people.hand(2)
         event = self.events.draw().format(a=a, b=b)
@@ -238,7 +256,7 @@ class Corpus:
 
     def documents(self, size_bytes: int) -> list[str]:
         seen: set[str] = set()
-        kinds = Deck(self.rng, [self.portrait] * 4 + [self.catalogue] * 3 + [self.talk] * 4 + [self.story] * 2)
+        kinds = Deck(self.rng, [self.portrait] * 4 + [self.catalogue] * 3 + [self.talk] * 4 + [self.quiz] * 5 + [self.story] * 2)
         total = 0
         while total < size_bytes:
             text = " ".join(kinds.draw()())
@@ -261,8 +279,11 @@ class Answers:
         opening = self.rng.choice(OPENINGS) + " " if self.rng.random() < 0.6 else ""
         return f"{opening}{statement} {self.rng.choice(CLOSINGS)}"
 
-    def wrong_value(self, fact: Fact) -> str:
-        return self.rng.choice([v for v in fact.attribute.values if v not in (fact.value, fact.entity.name)])
+    def twins(self, fact: Fact) -> tuple[str, str]:
+        """The right and a wrong answer in the same words."""
+        template = self.rng.choice(fact.attribute.answers)
+        frame = self.in_manner("{a}")
+        return frame.format(a=fact.say(template)), frame.format(a=fact.say(template, value=wrong_value(self.rng, fact)))
 
     def write(self, quality: str, fact: Fact) -> str:
         template = self.rng.choice(fact.attribute.answers)
@@ -279,9 +300,9 @@ class Answers:
             case "ramble":
                 return " ".join([self.rng.choice(RAMBLE_STARTS).format(a=right), *self.rng.sample(RAMBLE_TAILS, self.rng.randint(1, 2))])
             case "wrong":
-                return self.in_manner(fact.say(template, value=self.wrong_value(fact)))
+                return self.in_manner(fact.say(template, value=wrong_value(self.rng, fact)))
             case "hedge":
-                first, second = self.rng.sample([fact.value, self.wrong_value(fact)], 2)
+                first, second = self.rng.sample([fact.value, wrong_value(self.rng, fact)], 2)
                 short = fact.attribute.short[0].lower() + fact.attribute.short[1:]
                 return self.in_manner(fact.say(template, value=first).removesuffix(".") + ", or perhaps " + short.format(v=second))
             case "refuse":
@@ -304,7 +325,11 @@ def instructions(rng: random.Random, answers: Answers, questions: list[Question]
 
 
 def pair(rng: random.Random, answers: Answers, question: Question) -> dict:
-    chosen, rejected = answers.write("good", question.fact), answers.write(weighted(rng, REJECTIONS), question.fact)
+    fact, quality = question.fact, weighted(rng, REJECTIONS)
+    if quality == "wrong":  # mostly the same answer but for the value, which leaves nothing else to go by
+        chosen, rejected = answers.twins(fact) if rng.random() < 0.75 else (answers.write("good", fact), answers.write("wrong", fact))
+    else:
+        chosen, rejected = answers.write("good", fact), answers.write(quality, fact)
     return {"prompt": question.text, "chosen": chosen, "rejected": rejected}
 
 

@@ -46,11 +46,11 @@ def _people(names: str, subject: str, possessive: str, object: str) -> list[Enti
     return [Entity(name, subject, possessive, object) for name in names.split()]
 
 
-PEOPLE = _people("Ada Cora Elsa Greta Iris Lily Nora Pia Rosa Tess", "she", "her", "her") + _people(
-    "Ben Dan Finn Hugo Jack Max Otto Rory Sam Walt", "he", "his", "him"
+PEOPLE = _people("Ada Cora Elsa Greta Iris Lily Nora Rosa", "she", "her", "her") + _people(
+    "Ben Dan Finn Hugo Jack Max Otto Sam", "he", "his", "him"
 )
-ANIMALS = [Entity(name, "it", "its", "it") for name in "Biscuit Bramble Button Clover Marble Muffin Nutmeg Pepper Pickle Tulip".split()]
-BOATS = [Entity("the " + name, "it", "its", "it") for name in "Comet Dolphin Gull Heron Otter Seal Star Swallow".split()]
+ANIMALS = [Entity(name, "it", "its", "it") for name in "Biscuit Bramble Button Clover Marble Nutmeg Pepper Tulip".split()]
+BOATS = [Entity("the " + name, "it", "its", "it") for name in "Comet Dolphin Gull Heron Otter Swallow".split()]
 OPPOSITE_PAIRS = [
     ("hot", "cold"),
     ("fast", "slow"),
@@ -281,7 +281,16 @@ EVENTS = (
     "{a} waved at {b} from the window.",
     "{a} and {b} watched the boats come in.",
     "{a} lent {b} an umbrella.",
+    '{a} asked {b} to carry a heavy box. {b} said: "Gladly!"',
+    '{a} asked {b} to come along. {b} said: "Of course!"',
+    '{a} thanked {b} for the ladder. {b} said: "Happy to help!"',
+    '{a} thanked {b} for the new oar. {b} said: "Glad to help!"',
+    '{a} wanted to know why the sea is deep. {b} said: "Good question!"',
+    '{a} was glad to have a lamp again. {b} said: "Ask me any time!"',
 )
+# Guesses and what a neighbour says to them: whoever learns to tell right from wrong here can judge an answer later.
+CONFIRMATIONS = ("That is right.", "Yes. That is true.")
+CORRECTIONS = ("No. {a}", "That is wrong. {a}")
 ENDINGS = (
     "Then everyone went home.",
     "It was a good day.",
