@@ -35,7 +35,12 @@ pub type Outputs = Arc<BTreeMap<String, Digest>>;
 #[derive(Debug)]
 pub enum Decision {
     /// Nothing.
-    Cached(Box<ActionRecord>),
+    Cached {
+        /// Action key.
+        key: Digest,
+        /// Its result.
+        outputs: Outputs,
+    },
     /// Run it.
     Run(Box<Action>),
 }
@@ -142,6 +147,7 @@ impl<'a> Actions<'a> {
             return Err(WorkflowErrors::new(errors).into());
         }
         let files = (0..count).map(|_| OnceLock::new()).collect();
+        store.expect_lookups(selected.iter().filter(|selected| **selected).count());
         let workflow_name = workflow_name(workflow, store);
         Ok(Self { workflow, store, host, workflow_name, selected, forced, no_cache: request.no_cache, placements, files })
     }
@@ -186,10 +192,10 @@ impl<'a> Actions<'a> {
         let key = full_key.digest();
         let must_run = must_run.cloned().or_else(|| self.forced(index));
         if must_run.is_none()
-            && let Some(record) = self.store.action(key)?
-            && stage.described.outputs.keys().all(|port| record.outputs.contains_key(port))
+            && let Some(outputs) = self.store.outputs(key)?
+            && stage.described.outputs.keys().all(|port| outputs.contains_key(port))
         {
-            return Ok(Decision::Cached(Box::new(record)));
+            return Ok(Decision::Cached { key, outputs: outputs.into() });
         }
         let last = self.store.last_action(&self.workflow_name, &stage.name, stage.kind.name())?;
         let fresh = matches!(must_run, Some(RerunReason::Forced { .. }));
@@ -217,15 +223,29 @@ impl<'a> Actions<'a> {
     pub fn unreadable_inputs(&self, action: &Action) -> Result<Vec<Unreadable>> {
         let mut unreadable = Vec::new();
         for input in action.inputs.values().flatten() {
+            if self.store.contains_artifact(input.digest) {
+                continue;
+            }
+            // Opened once more to learn whether it is gone or damaged.
             let damaged = match self.store.open_artifact(input.digest) {
-                Ok(Some(_)) => continue,
-                Ok(None) | Err(StoreError::Missing { .. }) => false,
+                Ok(_) | Err(StoreError::Missing { .. }) => false,
                 Err(StoreError::Damaged { .. } | StoreError::Format { .. }) => true,
                 Err(error) => return Err(error.into()),
             };
             unreadable.push(Unreadable { stage: input.stage, port: input.port.clone(), damaged });
         }
         Ok(unreadable)
+    }
+
+    /// The key of the stage's snapshots, for kinds whose snapshots outlive the run: longer runs continue from them.
+    pub fn lasting_prefix_key(&self, index: usize, outputs: &[Option<Outputs>]) -> Result<Option<Digest>> {
+        let stage = &self.workflow.stages[index];
+        let horizon = stage.kind.horizon(&stage.config);
+        if horizon.is_empty() {
+            return Ok(None);
+        }
+        let inputs = self.inputs(stage, outputs);
+        Ok(Some(full_key(stage, &inputs, &self.files(index)?.key).prefix(&horizon)))
     }
 
     /// Stage names and digests of an action's inputs, as they go into provenance.

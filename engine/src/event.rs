@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use rlflow_api::StageEvent;
 use rlflow_store::{Digest, LeaseHolder, RunLog};
 
-use crate::Rerun;
+use crate::{Rerun, action::Outputs};
 
 /// How a stage ended, as in the last line of `run --json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -63,7 +63,7 @@ pub struct StageOutcome {
     /// Why it ran.
     pub rerun: Option<Rerun>,
     /// Output port to manifest digest.
-    pub outputs: BTreeMap<String, Digest>,
+    pub outputs: Outputs,
     /// Final metrics, and measured values.
     pub metrics: BTreeMap<String, f64>,
     /// Whether it ran and gave what it had given before.
@@ -84,7 +84,7 @@ impl StageOutcome {
             "status": self.status.name(),
             "seconds": self.seconds,
             "reason": self.rerun.as_ref().map(Rerun::to_json),
-            "outputs": self.outputs,
+            "outputs": *self.outputs,
             "metrics": self.metrics,
             "same_output": self.same_output,
             "error": self.error,
@@ -276,8 +276,11 @@ impl<W: Write + Send> Sink for JsonLines<W> {
     }
 }
 
-/// The run's own record, `runs/<id>/events.jsonl`. Progress is left out, and so are cached stages: a run of 10,000 cached
-/// stages writes two lines.
+/// Cached stages that a run's log names one by one. Of more it only keeps the number: a run of 10,000 cached stages
+/// writes two short lines.
+const MAX_CACHED_LOGGED: usize = 256;
+
+/// The run's own record, `runs/<id>/events.jsonl`. Progress is left out.
 pub struct RunLogSink {
     log: std::sync::Arc<RunLog>,
     failed: bool,
@@ -295,9 +298,11 @@ impl Sink for RunLogSink {
         let appended = match event {
             Event::Cached { waited: false, .. } | Event::Stage { event: StageEvent::Progress { .. }, .. } => return,
             Event::Finished { ok, interrupted, seconds, stages } => {
-                let (cached, other): (Vec<_>, Vec<_>) = stages.iter().cloned().partition(|stage| stage.status == StageStatus::Cached);
-                let mut value = Event::Finished { ok: *ok, interrupted: *interrupted, seconds: *seconds, stages: other }.to_json(time);
-                value["cached"] = cached.len().into();
+                let is_cached = |stage: &&StageOutcome| stage.status == StageStatus::Cached;
+                let cached = stages.iter().filter(is_cached).count();
+                let named = stages.iter().filter(|stage| cached <= MAX_CACHED_LOGGED || !is_cached(stage)).cloned().collect();
+                let mut value = Event::Finished { ok: *ok, interrupted: *interrupted, seconds: *seconds, stages: named }.to_json(time);
+                value["cached"] = cached.into();
                 self.log.append(&value)
             }
             event => self.log.append(&event.to_json(time)),

@@ -4,6 +4,7 @@ use std::{
     any::Any,
     collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
+    sync::Mutex,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -34,6 +35,8 @@ pub struct Session<'a> {
     pub run_id: &'a str,
     /// Name of this machine.
     pub host_name: &'a str,
+    /// Keys of the intermediate results that were used.
+    pub memo_keys: &'a Mutex<Vec<Digest>>,
 }
 
 /// How the attempt to have a stage's result ended.
@@ -152,7 +155,7 @@ impl Session<'_> {
         let Some(record) = self.actions.store.action(action.key)? else { return Ok(None) };
         let ports = &self.actions.workflow.stages[index].described.outputs;
         let complete = ports.keys().all(|port| record.outputs.contains_key(port));
-        let readable = |digest: &Digest| matches!(self.actions.store.open_artifact(*digest), Ok(Some(_)));
+        let readable = |digest: &Digest| self.actions.store.contains_artifact(*digest);
         Ok((complete && (!lost || record.outputs.values().all(readable))).then_some(record))
     }
 
@@ -173,6 +176,7 @@ impl Session<'_> {
             workflow: &actions.workflow_name,
             run_id: self.run_id,
             ignore: actions.no_cache(),
+            used: self.memo_keys,
         };
         let context = RunContext {
             stage: &stage.name,

@@ -1,6 +1,6 @@
 //! What past runs left behind, read from their logs.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -33,8 +33,10 @@ pub struct PastRun {
     pub seconds: Option<f64>,
     /// Stages whose results were there.
     pub cached: u64,
-    /// Stages that were not cached, as `run --json` shows them at its end.
+    /// Stages that were not cached, as `run --json` shows them when they end.
     pub stages: Vec<Value>,
+    /// Every stage with its key, cached ones too (unless there were very many): known once a run has ended.
+    pub keys: BTreeMap<String, Digest>,
 }
 
 /// Past runs, newest first. A log that cannot be read is left out with a warning.
@@ -63,6 +65,7 @@ fn read_run(folder: &Path) -> Option<PastRun> {
         seconds: None,
         cached: 0,
         stages: Vec::new(),
+        keys: BTreeMap::new(),
     };
     // The last line of a killed run may be half written: what does not parse is not an event.
     for event in content.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
@@ -80,6 +83,8 @@ fn read_run(folder: &Path) -> Option<PastRun> {
                 run.interrupted = event["interrupted"].as_bool().unwrap_or(false);
                 run.seconds = event["seconds"].as_f64();
                 run.cached = event["cached"].as_u64().unwrap_or(0);
+                let key = |stage: &Value| Some((stage["name"].as_str()?.to_owned(), stage["key"].as_str()?.parse().ok()?));
+                run.keys = event["stages"].as_array().into_iter().flatten().filter_map(key).collect();
             }
             _ => {}
         }

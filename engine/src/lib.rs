@@ -6,8 +6,12 @@ pub mod action;
 pub mod action_key;
 /// Canonical JSON: equal values, equal bytes.
 pub mod canonical;
+/// Differences between two workflows, runs or results.
+pub mod diff;
 pub mod event;
 pub mod history;
+/// Where an artifact comes from, drawn.
+pub mod lineage;
 /// What stages measured.
 pub mod metrics;
 /// What a stage reported that belongs to its result.
@@ -17,7 +21,9 @@ pub mod report;
 /// Settings by dotted path, and what differs between two sets of them.
 pub mod settings;
 pub mod text;
+pub mod watch;
 
+mod adopt;
 mod error;
 mod execute;
 mod host;
@@ -27,12 +33,17 @@ mod reason;
 mod run;
 mod schedule;
 
+pub mod docs;
+pub mod graph;
+pub mod schema;
+
 mod registry;
 mod suggest;
 #[cfg(test)]
 mod testing;
 
 pub use action::Request;
+pub use adopt::adopt;
 pub use error::{EngineError, Result};
 pub use host::{DeviceInfo, Host, PlacementError};
 pub use plan::{Plan, PlannedStage, Status};

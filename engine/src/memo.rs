@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Mutex};
 
 use serde_json::{Value, json};
 
@@ -24,6 +24,14 @@ pub struct Memos<'a> {
     pub run_id: &'a str,
     /// Whether stored results are left aside.
     pub ignore: bool,
+    /// Keys of what was found or stored.
+    pub used: &'a Mutex<Vec<Digest>>,
+}
+
+impl Memos<'_> {
+    fn note(&self, key: Digest) {
+        self.used.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(key);
+    }
 }
 
 fn full_key(key: &Value) -> (Value, Digest) {
@@ -37,10 +45,14 @@ impl MemoStore for Memos<'_> {
         if self.ignore {
             return Ok(None);
         }
-        let Some(record) = self.store.action(full_key(key).1)? else { return Ok(None) };
+        let (_, key) = full_key(key);
+        let Some(record) = self.store.action(key)? else { return Ok(None) };
         let Some(digest) = record.outputs.get(PORT) else { return Ok(None) };
         match self.store.open_artifact(*digest) {
-            Ok(artifact) => Ok(artifact),
+            Ok(artifact) => {
+                self.note(key);
+                Ok(artifact)
+            }
             // It can be made again, so damage costs time and nothing else.
             Err(error) => {
                 tracing::warn!(stage = self.stage, %error, "intermediate result cannot be used and is made again");
@@ -70,6 +82,8 @@ impl MemoStore for Memos<'_> {
             records: BTreeMap::new(),
             provenance,
         };
-        Ok(self.store.put_action(&record)?)
+        self.store.put_action(&record)?;
+        self.note(key);
+        Ok(())
     }
 }

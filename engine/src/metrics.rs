@@ -2,10 +2,10 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use rlflow_store::{ActionRecord, Store};
+use rlflow_store::{ActionRecord, Digest, Store};
 
 use crate::{
-    Host, Plan, Request, Result,
+    Host, Plan, Request, Result, Status,
     action::workflow_name,
     record::{Series, StageRecord},
     workflow::Workflow,
@@ -54,19 +54,17 @@ pub fn metrics(workflow: &Workflow, store: &Store, host: &Host, stages: &[String
 /// The results of `wanted` stages: (stage, whether stale, action). Stages that never ran are left out.
 pub fn results(workflow: &Workflow, store: &Store, host: &Host, wanted: &[usize]) -> Result<Vec<(usize, bool, ActionRecord)>> {
     let plan = Plan::new(workflow, store, host, &Request::default())?;
-    let mut current: BTreeMap<usize, ActionRecord> =
-        plan.stages.into_iter().filter_map(|planned| Some((planned.stage, *planned.record?))).collect();
+    let cached = plan.stages.iter().filter(|planned| planned.status == Status::Cached);
+    let current: BTreeMap<usize, Digest> = cached.filter_map(|planned| Some((planned.stage, planned.key?))).collect();
     let name = workflow_name(workflow, store);
     let mut found = Vec::new();
     for index in wanted {
         let stage = &workflow.stages[*index];
-        match current.remove(index) {
-            Some(record) => found.push((*index, false, record)),
-            None => {
-                let last = store.last_action(&name, &stage.name, stage.kind.name())?;
-                found.extend(last.map(|record| (*index, true, record)));
-            }
-        }
+        let record = match current.get(index) {
+            Some(key) => store.action(*key)?,
+            None => store.last_action(&name, &stage.name, stage.kind.name())?,
+        };
+        found.extend(record.map(|record| (*index, !current.contains_key(index), record)));
     }
     Ok(found)
 }

@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
 use rlflow_api::Placement;
-use rlflow_store::{ActionRecord, Digest, LeaseHolder, Retain, Store};
+use rlflow_store::{Digest, LeaseHolder, Retain, Store};
 
 use crate::{
     Host, Rerun, Result,
@@ -75,8 +75,6 @@ pub struct PlannedStage {
     pub holder: Option<LeaseHolder>,
     /// What its last run died of.
     pub error: Option<String>,
-    /// Its result, if cached.
-    pub record: Option<Box<ActionRecord>>,
 }
 
 /// What a run would do, stage by stage in topological order.
@@ -109,9 +107,9 @@ impl Plan {
                     PlannedStage { status: Status::Pending, rerun: Some(rerun), ..PlannedStage::new(actions, index) }
                 }
                 None => match actions.decide(index, &outputs, None)? {
-                    Decision::Cached(record) => {
-                        outputs[index] = Some(record.outputs.clone().into());
-                        PlannedStage::cached(actions, index, record)
+                    Decision::Cached { key, outputs: made } => {
+                        outputs[index] = Some(made);
+                        PlannedStage { status: Status::Cached, key: Some(key), ..PlannedStage::new(actions, index) }
                     }
                     Decision::Run(action) => {
                         let planned = PlannedStage::running(actions, index, &action)?;
@@ -166,12 +164,7 @@ impl PlannedStage {
             estimated_seconds: None,
             holder: None,
             error: None,
-            record: None,
         }
-    }
-
-    fn cached(actions: &Actions<'_>, stage: usize, record: Box<ActionRecord>) -> Self {
-        Self { status: Status::Cached, key: Some(record.key), record: Some(record), ..Self::new(actions, stage) }
     }
 
     fn running(actions: &Actions<'_>, stage: usize, action: &Action) -> Result<Self> {

@@ -1,6 +1,6 @@
 use std::{
     collections::BTreeMap,
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::Instant,
 };
@@ -11,7 +11,7 @@ use rlflow_api::{CancelToken, StageError, StageEvent};
 use rlflow_store::{ActionRecord, Store, StoreError};
 
 use crate::{
-    Host, Rerun, RerunReason, Result,
+    Host, RerunReason, Result,
     action::{Action, Actions, Decision, Outputs, Request},
     event::{Event, Events, RunLogSink, StageOutcome, StageStatus, now},
     execute::{Attempt, Session},
@@ -97,10 +97,15 @@ pub fn run(
     let workflow_path = workflow.path.display().to_string();
     events.emit(&Event::Started { run_id: run_id.clone(), workflow: workflow_path, stages: selected, jobs: options.jobs });
 
-    let session = Session { actions: &actions, events, cancel, run_id: &run_id, host_name: &host_name };
+    let memo_keys = Mutex::default();
+    let session = Session { actions: &actions, events, cancel, run_id: &run_id, host_name: &host_name, memo_keys: &memo_keys };
     let mut runner = Runner::new(&session, options, log_error);
     runner.run()?;
     let did_work = runner.attempts > 0;
+    if did_work {
+        runner.add_cached_metrics()?;
+    }
+    runner.record_use()?;
     let stages: Vec<StageOutcome> = runner.outcomes.into_iter().flatten().collect();
     let summary = Summary { run_id, stages, seconds: started.elapsed().as_secs_f64(), interrupted: cancel.is_cancelled() };
     events.emit(&Event::Finished {
@@ -113,6 +118,13 @@ pub fn run(
         log.sync()?;
     }
     Ok(summary)
+}
+
+/// Final metrics, and measured values.
+fn all_metrics(record: &ActionRecord) -> BTreeMap<String, f64> {
+    let mut metrics = record.metrics.clone();
+    metrics.extend(record.provenance.measurements.clone());
+    metrics
 }
 
 /// The loop of one run: decide, start, wait.
@@ -170,6 +182,10 @@ impl<'a> Runner<'a> {
                     if let Some(error) = self.read_only.take() {
                         return Err(error.into());
                     }
+                    if self.attempts == 0 {
+                        // A collection beside this run must know at once what it builds on.
+                        self.record_use()?;
+                    }
                     self.attempts += 1;
                     let sender = sender.clone();
                     let attempt = move || {
@@ -200,10 +216,10 @@ impl<'a> Runner<'a> {
     fn decide(&mut self) -> Result<()> {
         while let Some(stage) = self.schedule.next_undecided() {
             match self.session.actions.decide(stage, &self.outputs, self.must_run.get(&stage))? {
-                Decision::Cached(record) => {
+                Decision::Cached { key, outputs } => {
                     let name = &self.session.actions.workflow.stages[stage].name;
-                    self.session.events.emit(&Event::Cached { stage: name.clone(), key: record.key, waited: false });
-                    self.settle(stage, StageStatus::Cached, *record, 0.0, None, false);
+                    self.session.events.emit(&Event::Cached { stage: name.clone(), key, waited: false });
+                    self.settle(stage, outputs, StageOutcome { key: Some(key), ..self.outcome(stage, StageStatus::Cached) });
                 }
                 Decision::Run(action) => {
                     let lost = self.session.actions.unreadable_inputs(&action)?;
@@ -230,11 +246,19 @@ impl<'a> Runner<'a> {
             Attempt::Found(record) => {
                 let name = self.session.actions.workflow.stages[stage].name.clone();
                 self.session.events.emit(&Event::Cached { stage: name, key: record.key, waited: true });
-                self.settle(stage, StageStatus::Cached, *record, 0.0, None, false);
+                let outcome = StageOutcome { key: Some(record.key), ..self.outcome(stage, StageStatus::Cached) };
+                self.settle(stage, record.outputs.into(), outcome);
             }
             Attempt::Ran { record, status, seconds } => {
-                let same = action.last.as_ref().is_some_and(|last| last.outputs == record.outputs);
-                self.settle(stage, status, *record, seconds, Some(action.rerun.clone()), same);
+                let outcome = StageOutcome {
+                    key: Some(record.key),
+                    seconds,
+                    rerun: Some(action.rerun.clone()),
+                    same_output: action.last.as_ref().is_some_and(|last| last.outputs == record.outputs),
+                    metrics: all_metrics(&record),
+                    ..self.outcome(stage, status)
+                };
+                self.settle(stage, record.outputs.into(), outcome);
             }
             Attempt::Failed { error, seconds } => {
                 if !self.try_again(stage, action, &error)? {
@@ -269,27 +293,41 @@ impl<'a> Runner<'a> {
         Ok(true)
     }
 
-    fn settle(&mut self, stage: usize, status: StageStatus, record: ActionRecord, seconds: f64, rerun: Option<Rerun>, same_output: bool) {
-        let outputs: Outputs = record.outputs.into();
+    fn settle(&mut self, stage: usize, outputs: Outputs, outcome: StageOutcome) {
         let changed = self.outputs[stage].as_ref().is_some_and(|before| *before != outputs);
-        let mut metrics = record.metrics;
-        metrics.extend(record.provenance.measurements);
-        let outcome = StageOutcome {
-            key: Some(record.key),
-            seconds,
-            rerun,
-            outputs: (*outputs).clone(),
-            metrics,
-            same_output,
-            ..self.outcome(stage, status)
-        };
-        if status != StageStatus::Cached {
+        let outcome = StageOutcome { outputs: outputs.clone(), ..outcome };
+        if outcome.status != StageStatus::Cached {
             self.session.events.emit(&Event::StageFinished(outcome.clone()));
         }
         self.outcomes[stage] = Some(outcome);
         self.outputs[stage] = Some(outputs);
         self.must_run.remove(&stage);
         self.schedule.settle(stage, changed);
+    }
+
+    /// Tells the store what this workflow reaches, so that `gc` keeps it.
+    fn record_use(&self) -> Result<()> {
+        let actions = self.session.actions;
+        let mut keys = self.session.memo_keys.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        for (stage, outcome) in self.outcomes.iter().enumerate() {
+            let Some(key) = outcome.as_ref().and_then(|outcome| outcome.key) else { continue };
+            keys.push(key);
+            keys.extend(actions.lasting_prefix_key(stage, &self.outputs)?);
+        }
+        let path = &actions.workflow.path;
+        let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+        Ok(actions.store.record_use(&path.to_string_lossy(), &keys)?)
+    }
+
+    /// The metrics of cached stages, for the table at the end of a run that did something.
+    fn add_cached_metrics(&mut self) -> Result<()> {
+        for outcome in self.outcomes.iter_mut().flatten().filter(|outcome| outcome.status == StageStatus::Cached) {
+            let Some(key) = outcome.key else { continue };
+            if let Some(record) = self.session.actions.store.action(key)? {
+                outcome.metrics = all_metrics(&record);
+            }
+        }
+        Ok(())
     }
 
     fn fail(&mut self, stage: usize, action: &Action, error: &StageError, seconds: f64) {
@@ -326,7 +364,7 @@ impl<'a> Runner<'a> {
             status,
             seconds: 0.0,
             rerun: None,
-            outputs: BTreeMap::new(),
+            outputs: Outputs::default(),
             metrics: BTreeMap::new(),
             same_output: false,
             error: None,
