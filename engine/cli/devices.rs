@@ -17,9 +17,10 @@ impl Devices {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
         let host = host();
         if common.json {
-            let devices = host.devices.iter().map(|device| {
-                json!({ "device": device.spec.to_string(), "name": device.name, "memory_bytes": device.memory_bytes })
-            });
+            let devices = host
+                .devices
+                .iter()
+                .map(|device| json!({ "device": device.spec.to_string(), "name": device.name, "memory_bytes": device.memory_bytes }));
             print_line(&json!({ "devices": devices.collect::<Vec<_>>(), "numerics": host.numerics }).to_string());
             return Ok(Outcome::Done);
         }

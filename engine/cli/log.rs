@@ -35,7 +35,11 @@ impl Log {
         if let Some(id) = one {
             runs.retain(|run| run.id.starts_with(id));
             if runs.is_empty() {
-                return Err(Failure::request("unknown_run", format!("there is no run `{id}` in {}", store.folder().display()), "`rlflow log` lists them"));
+                return Err(Failure::request(
+                    "unknown_run",
+                    format!("there is no run `{id}` in {}", store.folder().display()),
+                    "`rlflow log` lists them",
+                ));
             }
         }
         if common.json {

@@ -1,23 +1,31 @@
 //! The rlflow command. One file per command; each prints data to stdout and everything else to stderr.
 
+mod adopt;
+mod artifact;
 mod common;
 mod devices;
+mod diff;
 mod failure;
+mod graph;
 mod host;
+mod lineage;
 mod log;
 mod metrics;
 mod plan;
 mod progress;
 mod run;
+mod schema;
 mod show;
 mod status;
+mod store;
+mod watch;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
 use common::Common;
-use failure::{Failure, Outcome};
+use failure::Outcome;
 
 /// A declarative RLHF workflow engine: one TOML file from raw text to an aligned, evaluated model.
 #[derive(Parser)]
@@ -34,9 +42,19 @@ enum Command {
     Run(run::Run),
     Plan(plan::Plan),
     Status(status::Status),
+    Watch(watch::Watch),
+    Graph(graph::Graph),
     Metrics(metrics::Metrics),
+    Diff(diff::Diff),
     Show(show::Show),
+    Lineage(lineage::Lineage),
     Log(log::Log),
+    Adopt(adopt::Adopt),
+    Gc(store::Gc),
+    Fsck(store::Fsck),
+    Du(store::Du),
+    Pin(store::Pin),
+    Schema(schema::Schema),
     Devices(devices::Devices),
     /// Print a completion script for a shell
     Completions {
@@ -56,9 +74,19 @@ fn main() -> ExitCode {
         Command::Run(command) => command.run(&cli.common),
         Command::Plan(command) => command.run(&cli.common),
         Command::Status(command) => command.run(&cli.common),
+        Command::Watch(command) => command.run(&cli.common),
+        Command::Graph(command) => command.run(&cli.common),
         Command::Metrics(command) => command.run(&cli.common),
+        Command::Diff(command) => command.run(&cli.common),
         Command::Show(command) => command.run(&cli.common),
+        Command::Lineage(command) => command.run(&cli.common),
         Command::Log(command) => command.run(&cli.common),
+        Command::Adopt(command) => command.run(&cli.common),
+        Command::Gc(command) => command.run(&cli.common),
+        Command::Fsck(command) => command.run(&cli.common),
+        Command::Du(command) => command.run(&cli.common),
+        Command::Pin(command) => command.run(&cli.common),
+        Command::Schema(command) => command.run(&cli.common),
         Command::Devices(command) => command.run(&cli.common),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rlflow", &mut std::io::stdout());

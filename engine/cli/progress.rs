@@ -9,8 +9,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use rlflow_api::StageEvent;
 use rlflow_engine::{
     event::{Event, Sink, StageOutcome, StageStatus},
-    text,
-    thousands,
+    text, thousands,
 };
 
 /// Seconds between two progress lines of a stage where there is no terminal.

@@ -5,6 +5,7 @@ use rlflow_engine::{action::find_stages, metrics::results, record::StageRecord, 
 use rlflow_store::{ActionRecord, Artifact, Digest, Store};
 
 use crate::{
+    artifact,
     common::{Common, WorkflowArgs},
     failure::{Failure, Outcome, print_line, print_text},
     host::host,
@@ -35,10 +36,7 @@ impl Show {
             }
             return Ok(Outcome::Done);
         }
-        let (name, port) = match (find_stages(&workflow, &self.stage, "STAGE"), self.stage.rsplit_once('.')) {
-            (Err(_), Some((stage, port))) => (stage, Some(port)),
-            _ => (self.stage.as_str(), None),
-        };
+        let (name, port) = artifact::split(&workflow, &self.stage);
         let stages = find_stages(&workflow, name, "STAGE")?;
         let found = results(&workflow, &store, &host(), &stages)?;
         if found.is_empty() {
@@ -54,7 +52,11 @@ impl Show {
             }
             if let Some(port) = port.filter(|_| outputs.is_empty()) {
                 let ports: Vec<&str> = record.outputs.keys().map(String::as_str).collect();
-                return Err(Failure::request("unknown_port", format!("`{name}` has no output `{port}`"), format!("it has: {}", ports.join(", "))));
+                return Err(Failure::request(
+                    "unknown_port",
+                    format!("`{name}` has no output `{port}`"),
+                    format!("it has: {}", ports.join(", ")),
+                ));
             }
             let reported = StageRecord::load(&store, &record.records)?;
             let stage = &workflow.stages[stage];
@@ -100,7 +102,7 @@ impl Show {
         let manifest = artifact.manifest();
         let size = text::bytes(manifest.size_bytes());
         let mut out = format!("\n{port}: {} {}\n  {} entries, {size}\n", manifest.artifact_type, artifact.digest(), manifest.entries.len());
-        if !manifest.metadata.is_null() {
+        if manifest.metadata.as_object().is_some_and(|metadata| !metadata.is_empty()) {
             let metadata = serde_json::to_string_pretty(&manifest.metadata).unwrap_or_default();
             metadata.lines().for_each(|line| out += &format!("  {}\n", text::clip(line, 160)));
         }

@@ -1,0 +1,35 @@
+use rlflow_engine::{action::find_stages, metrics::results, workflow::Workflow};
+use rlflow_store::{Digest, Store};
+
+use crate::{failure::Failure, host::host};
+
+/// The artifact that `text` names: `STAGE` (its main output), `STAGE.PORT`, or a digest.
+pub fn find(workflow: &Workflow, store: &Store, text: &str) -> Result<Digest, Failure> {
+    if let Ok(digest) = text.parse() {
+        return Ok(digest);
+    }
+    let (name, port) = split(workflow, text);
+    let stages = find_stages(workflow, name, "STAGE")?;
+    let [stage] = stages[..] else {
+        let points: Vec<&str> = stages.iter().map(|stage| workflow.stages[*stage].name.as_str()).collect();
+        return Err(Failure::request("ambiguous_stage", format!("`{name}` stands for {} stages", points.len()), points.join(", ")));
+    };
+    let Some((_, _, record)) = results(workflow, store, &host(), &[stage])?.into_iter().next() else {
+        let hint = format!("rlflow run {} {name}", workflow.path.display());
+        return Err(Failure::request("no_result", format!("stage `{name}` has no result yet"), hint));
+    };
+    let main = || workflow.stages[stage].kind.outputs().first().map(|port| port.name);
+    let port = port.or_else(main).unwrap_or_default();
+    record.outputs.get(port).copied().ok_or_else(|| {
+        let ports: Vec<&str> = record.outputs.keys().map(String::as_str).collect();
+        Failure::request("unknown_port", format!("`{name}` has no output `{port}`"), format!("it has: {}", ports.join(", ")))
+    })
+}
+
+/// Stage and output port of `STAGE.PORT`; the whole text is the stage if there is one of that name.
+pub fn split<'a>(workflow: &Workflow, text: &'a str) -> (&'a str, Option<&'a str>) {
+    match (find_stages(workflow, text, "STAGE"), text.rsplit_once('.')) {
+        (Err(_), Some((stage, port))) => (stage, Some(port)),
+        _ => (text, None),
+    }
+}
