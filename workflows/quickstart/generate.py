@@ -339,7 +339,7 @@ def ranked(rng: random.Random, answers: Answers, question: Question) -> dict:
     for quality, rank in RANKS.items():
         by_rank[rank].append(quality)
     ranks = [3, *sorted(rng.sample([0, 1, 2], rng.randint(2, 3)), reverse=True)]
-    return {"prompt": question.text, "ranked": [answers.write(rng.choice(by_rank[rank]), question.fact) for rank in ranks]}
+    return {"prompt": question.text, "answers": [answers.write(rng.choice(by_rank[rank]), question.fact) for rank in ranks]}
 
 
 def generate() -> dict[str, list[dict]]:
@@ -418,7 +418,7 @@ def check(files: dict[str, list[dict]]) -> list[str]:
     for name in ("preferences", "preferences_heldout"):
         pairs = []
         for row in files[name]:
-            answers = row.get("ranked") or [row["chosen"], row["rejected"]]
+            answers = row.get("answers") or [row["chosen"], row["rejected"]]
             passes = [rule(answer, questions[row["prompt"]].fact.value) for answer in answers]
             expect(passes[0] and not any(passes[1:]), f"{name}: the rule disagrees with {row}")
             pairs += [(row["prompt"], a, b) for i, a in enumerate(answers) for b in answers[i + 1 :]]
