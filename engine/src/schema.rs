@@ -107,7 +107,8 @@ fn stage(kind: &dyn Kind, mut schema: Value) -> Value {
     let mut properties = Map::new();
     properties.insert("kind".into(), json!({ "const": kind.name(), "description": kind.summary() }));
     properties.insert("inputs".into(), inputs(kind.inputs()));
-    properties.insert("seed".into(), json!({ "type": "integer", "minimum": 0, "description": "Seed of this stage; the workflow's by default." }));
+    properties
+        .insert("seed".into(), json!({ "type": "integer", "minimum": 0, "description": "Seed of this stage; the workflow's by default." }));
     properties.insert("matrix".into(), json!({ "$ref": "#/$defs/matrix" }));
     properties.extend(settings);
     object.insert("properties".into(), properties.into());
@@ -167,7 +168,9 @@ fn shared_definitions(kinds: &[(&'static dyn Kind, Value)]) -> BTreeSet<String> 
     loop {
         let differing: Vec<String> = shared
             .iter()
-            .filter(|name| found[name.as_str()].iter().any(|definition| references(definition).iter().any(|other| !shared.contains(*other))))
+            .filter(|name| {
+                found[name.as_str()].iter().any(|definition| references(definition).iter().any(|other| !shared.contains(*other)))
+            })
             .cloned()
             .collect();
         if differing.is_empty() {
@@ -274,7 +277,9 @@ mod tests {
         };
         let good = "seed = 3\n[defaults]\ndevice = \"cpu\"\n[stage.a]\nkind = \"ppo.actor\"\nzero = \"auto\"\ninputs = { model = \"b\" }\n";
         assert!(found(good).is_empty(), "{:?}", found(good));
-        for (from, to) in [("zero", "zeroo"), ("\"auto\"", "7"), ("ppo.actor", "ppo.actr"), ("model", "modle"), ("seed", "sed"), ("device", "devic")] {
+        for (from, to) in
+            [("zero", "zeroo"), ("\"auto\"", "7"), ("ppo.actor", "ppo.actr"), ("model", "modle"), ("seed", "sed"), ("device", "devic")]
+        {
             assert!(!found(&good.replace(from, to)).is_empty(), "{from} -> {to}");
         }
     }

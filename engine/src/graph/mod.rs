@@ -133,7 +133,10 @@ fn mermaid_text(text: &str) -> String {
 /// The workflow for Graphviz. `statuses` as for [`mermaid`].
 pub fn dot(workflow: &Workflow, statuses: &[&str]) -> String {
     let drawing = Drawing::new(workflow, statuses);
-    let mut text = format!("digraph {} {{\n    rankdir=TB;\n    node [shape=box, style=\"rounded,filled\", fillcolor=\"#ffffff\"];\n", dot_text(&workflow.name));
+    let mut text = format!(
+        "digraph {} {{\n    rankdir=TB;\n    node [shape=box, style=\"rounded,filled\", fillcolor=\"#ffffff\"];\n",
+        dot_text(&workflow.name)
+    );
     for (index, node) in drawing.nodes.iter().enumerate() {
         let lines: Vec<_> = std::iter::once(node.title()).chain(node.details()).collect();
         let colours = node.colours().map(|(fill, border)| format!(", fillcolor=\"{fill}\", color=\"{border}\"")).unwrap_or_default();

@@ -160,7 +160,8 @@ pub fn svg(workflow: &Workflow, statuses: &[&str]) -> String {
         escaped(&workflow.name)
     );
     for route in &layout.routes {
-        let _ = writeln!(text, "<path d=\"{}\" fill=\"none\" stroke=\"#888888\" marker-end=\"url(#arrow)\"/>", curve(&layout, &middle, route));
+        let _ =
+            writeln!(text, "<path d=\"{}\" fill=\"none\" stroke=\"#888888\" marker-end=\"url(#arrow)\"/>", curve(&layout, &middle, route));
     }
     for (index, slot) in layout.slots.iter().enumerate() {
         if let Some(node) = slot.node {

@@ -221,12 +221,14 @@ fn included_files_lie_under_and_paths_stay_where_they_are_written() {
         "shared/base.toml",
         "include = [\"tokenizer.toml\"]\nseed = 1\n[stage.corpus]\nkind = \"corpus\"\nheld_out = 0.2\nsources = [{ path = \"data/own.txt\" }]\n",
     );
-    let workflow = folder.load("include = [\"shared/base.toml\", \"shared/tokenizer.toml\"]\nseed = 2\n[stage.tokenizer]\nvocab_size = 400\n");
+    let workflow =
+        folder.load("include = [\"shared/base.toml\", \"shared/tokenizer.toml\"]\nseed = 2\n[stage.tokenizer]\nvocab_size = 400\n");
     assert_eq!(workflow.seed, 2);
     assert_eq!(workflow.sources.len(), 3);
     assert_eq!(stage(&workflow, "tokenizer").identity_settings["vocab_size"], 400);
     assert_eq!(stage(&workflow, "corpus").files, [vec![folder.0.path().join("shared/data/own.txt")]]);
-    let moved = folder.load_with("include = [\"shared/base.toml\"]\n", &["stage.corpus.sources[0].path=data/a.txt", "stage.corpus.held_out=0.3"]);
+    let moved =
+        folder.load_with("include = [\"shared/base.toml\"]\n", &["stage.corpus.sources[0].path=data/a.txt", "stage.corpus.held_out=0.3"]);
     assert_eq!(stage(&moved, "corpus").files, [vec![folder.0.path().join("data/a.txt")]]);
     assert_eq!(stage(&moved, "corpus").identity_settings["held_out"], 0.3);
 }
@@ -426,12 +428,15 @@ fn deep_and_large_files_are_bounded() {
 fn load_speed() {
     let folder = Folder::new();
     for stages in [7, 1_000, 10_000] {
-        let mut text = String::from("seed = 1\n[defaults]\ndevice = \"cpu\"\n[stage.corpus]\nkind = \"corpus\"\nsources = [{ path = \"data/a.txt\" }]\n");
+        let mut text = String::from(
+            "seed = 1\n[defaults]\ndevice = \"cpu\"\n[stage.corpus]\nkind = \"corpus\"\nsources = [{ path = \"data/a.txt\" }]\n",
+        );
         text += "[stage.tokenizer]\nkind = \"tokenizer\"\ninputs = { corpus = \"corpus\" }\n";
         text += "[stage.s2]\nkind = \"pretrain\"\ninputs = { corpus = \"corpus\", tokenizer = \"tokenizer\" }\ntrain = { steps = 10 }\n";
-        text += "[stage.pairs]\nkind = \"preferences\"\ninputs = { tokenizer = \"tokenizer\" }\nsources = [{ path = \"data/pairs.jsonl\" }]\n";
+        text +=
+            "[stage.pairs]\nkind = \"preferences\"\ninputs = { tokenizer = \"tokenizer\" }\nsources = [{ path = \"data/pairs.jsonl\" }]\n";
         for index in 3..stages - 1 {
-            let from = index - 1 - index % 2;
+            let from = (index - 1 - index % 2).max(2);
             text += &format!("[stage.s{index}]\nkind = \"dpo\"\ninputs = {{ model = \"s{from}\", data = \"pairs\" }}\nbeta = 0.{index}\n");
             text += "train = { steps = 100, batch_size = 16, lr = 1e-4, schedule = \"linear\" }\n";
         }
