@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::{
     Blob, Digest, Dtype, Entry, Manifest, Result, Store, StoreError,
     digest::hash_parallel,
-    durable::{TempFile, WritePoints, sync_files, sync_folder, sync_parents, write_durably},
+    durable::{TempFile, WritePoints, sync_files, sync_folder, sync_folders, sync_parents, write_durably},
     entry_name::check_entry_name,
     fault::fault_point,
     file_digest::import_file,
@@ -157,8 +157,8 @@ impl ArtifactBuilder {
         let bytes = manifest.encode(&layout.family(Family::Manifest))?;
         let digest = Digest::of(&bytes);
 
-        let fresh = self.staged.values().filter(|staged| staged.fresh);
-        sync_files(fresh.map(|staged| staged.temp.path()))?;
+        let fresh: Vec<&Path> = self.staged.values().filter(|staged| staged.fresh).map(|staged| staged.temp.path()).collect();
+        sync_files(&fresh)?;
         fault_point("blob.sync").map_err(StoreError::io("sync", layout.temp()))?;
 
         // From here to the manifest no collection may run: it would see blobs that nothing names.
@@ -170,9 +170,8 @@ impl ArtifactBuilder {
             touched.insert(digest.as_bytes()[0]);
         }
         fault_point("blob.renamed").map_err(StoreError::io("create", layout.family(Family::Blob)))?;
-        for prefix in &touched {
-            sync_folder(&layout.shard(Family::Blob, *prefix))?;
-        }
+        let touched: Vec<PathBuf> = touched.into_iter().map(|prefix| layout.shard(Family::Blob, prefix)).collect();
+        sync_folders(&touched)?;
         if made_folder {
             sync_parents(layout, &layout.shard(Family::Blob, 0))?;
         }

@@ -5,7 +5,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -119,35 +119,40 @@ pub(crate) fn sync_folder(path: &Path) -> Result<()> {
     }
 }
 
-/// Makes the content of many files durable, for little more than the price of one: write-back of all is started
-/// before the first fsync waits, so that one journal commit covers them.
-pub(crate) fn sync_files<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<()> {
-    /// Files open at once; far below any limit on descriptors.
-    const BATCH: usize = 128;
-    let mut paths = paths.peekable();
-    while paths.peek().is_some() {
-        let mut files = Vec::with_capacity(BATCH);
-        for path in paths.by_ref().take(BATCH) {
-            let file = File::open(path).map_err(StoreError::io("open", path))?;
-            start_write_back(&file);
-            files.push((path, file));
-        }
-        for (path, file) in files {
-            file.sync_all().map_err(StoreError::io("sync", path))?;
-        }
+/// Makes the content of many files durable.
+pub(crate) fn sync_files(paths: &[&Path]) -> Result<()> {
+    for_each_in_parallel(paths, |path| File::open(path).and_then(|file| file.sync_all()).map_err(StoreError::io("sync", *path)))
+}
+
+/// Makes the entries of many folders durable.
+pub(crate) fn sync_folders(paths: &[PathBuf]) -> Result<()> {
+    for_each_in_parallel(paths, |path| sync_folder(path))
+}
+
+/// Waiting on many fsyncs at once lets the file system commit them together: an artifact has hundreds of tensors.
+fn for_each_in_parallel<T: Sync>(items: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
+    const THREADS: usize = 32;
+    if items.len() < 4 {
+        return items.iter().try_for_each(work);
     }
-    Ok(())
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            work(item)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..THREADS.min(items.len())).map(|_| std::thread::Builder::new().spawn_scoped(scope, worker)).collect();
+        // This thread works too, so that all is done even where no thread can be started.
+        let own = worker();
+        threads
+            .into_iter()
+            .flatten()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .fold(own, Result::and)
+    })
 }
-
-#[cfg(target_os = "linux")]
-fn start_write_back(file: &File) {
-    use std::os::fd::AsRawFd;
-    // SAFETY: a plain system call on a descriptor that is open. It is a hint: the fsync that follows is what counts.
-    unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
-}
-
-#[cfg(not(target_os = "linux"))]
-fn start_write_back(_: &File) {}
 
 /// Names of the fault points around one small durable write.
 pub(crate) struct WritePoints {
@@ -159,7 +164,7 @@ pub(crate) struct WritePoints {
 /// Writes a small file durably, replacing what is there.
 pub(crate) fn write_durably(layout: &Layout, target: &Path, content: &[u8], points: &WritePoints) -> Result<()> {
     let temp = TempFile::write(layout, content)?;
-    sync_files(std::iter::once(temp.path()))?;
+    sync_files(&[temp.path()])?;
     fault_point(points.written).map_err(StoreError::io("write", target))?;
     let made_folder = temp.persist(target)?;
     fault_point(points.renamed).map_err(StoreError::io("write", target))?;
