@@ -15,8 +15,8 @@ The files, in the order in which the workflow needs them:
     preferences_heldout.jsonl  pairs on questions that stand nowhere else
     prompts_heldout.jsonl      questions that stand nowhere else, with their answers, for eval
 
-A question is held out as a pair of wording and entity: "Which animal does Nora keep?" is in no other file, though the
-fact is in the corpus, the same wording is asked about others and Nora's pet is asked for in other words.
+A question is held out as a pair of wording and entity: "Which colour is the door of Nora's house?" is in no other
+file, though the fact is in the corpus, the same wording is asked about others and Nora's door in other words.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import json
 import random
 import re
 import sys
+import tomllib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -398,6 +399,9 @@ def check(files: dict[str, list[dict]]) -> list[str]:
     facts = draw_facts(random.Random(f"{SEED} facts"))
     questions = {q.text: q for fact in facts for q in ask(fact)}
     expect(len(questions) == 6 * len(facts), "two questions have the same wording")
+
+    evaluation = tomllib.loads((HERE.parent / "quickstart.toml").read_text(encoding="utf-8"))["stage"]["eval"]
+    expect(evaluation["rule"] == {"answer": "contains", "pattern": MANNER, "max_words": MAX_WORDS}, "quickstart.toml: another rule than here")
 
     # Held out from everything: as a user turn or prompt elsewhere, or as a piece of a document.
     held = {name: {row["prompt"] for row in files[name]} for name in ("prompts_heldout", "preferences_heldout")}
