@@ -13,6 +13,7 @@ mod log;
 mod metrics;
 mod plan;
 mod progress;
+mod report;
 mod run;
 mod schema;
 mod show;
@@ -45,6 +46,7 @@ enum Command {
     Watch(watch::Watch),
     Graph(graph::Graph),
     Metrics(metrics::Metrics),
+    Report(report::Report),
     Diff(diff::Diff),
     Show(show::Show),
     Lineage(lineage::Lineage),
@@ -77,6 +79,7 @@ fn main() -> ExitCode {
         Command::Watch(command) => command.run(&cli.common),
         Command::Graph(command) => command.run(&cli.common),
         Command::Metrics(command) => command.run(&cli.common),
+        Command::Report(command) => command.run(&cli.common),
         Command::Diff(command) => command.run(&cli.common),
         Command::Show(command) => command.run(&cli.common),
         Command::Lineage(command) => command.run(&cli.common),

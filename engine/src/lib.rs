@@ -10,6 +10,7 @@ pub mod canonical;
 pub mod diff;
 pub mod event;
 pub mod history;
+pub mod html;
 /// Where an artifact comes from, drawn.
 pub mod lineage;
 /// What stages measured.
@@ -32,6 +33,7 @@ mod plan;
 mod reason;
 mod run;
 mod schedule;
+mod tensorboard;
 
 pub mod docs;
 pub mod graph;

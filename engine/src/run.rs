@@ -16,6 +16,7 @@ use crate::{
     event::{Event, Events, RunLogSink, StageOutcome, StageStatus, now},
     execute::{Attempt, Session},
     schedule::Schedule,
+    tensorboard::TensorBoard,
     workflow::Workflow,
 };
 
@@ -91,6 +92,7 @@ pub fn run(
     };
     if let Some(log) = &log {
         events.add(Box::new(RunLogSink::new(log.clone())));
+        events.add(Box::new(TensorBoard::new(log.folder().join("tensorboard"))));
     }
     let run_id = log.as_ref().map_or_else(String::new, |log| log.id().to_owned());
     let selected = (0..workflow.stages.len()).filter(|stage| actions.is_selected(*stage)).count();

@@ -1,7 +1,7 @@
 //! Changes every setting of every stage of a workflow, one at a time, as its schema allows: so that no setting, new
 //! ones included, can be forgotten by tests of what belongs to a result's identity.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use rlflow_engine::{
     Registry,
@@ -64,11 +64,13 @@ pub fn vary(workflow: &Workflow, file: &Path, registry: &Registry) -> Vec<Varied
     let mut varied = Vec::new();
     for (index, stage) in workflow.stages.iter().enumerate() {
         let schema = stage.kind.schema().to_value();
-        for (setting, value) in flatten(stage.config.settings()) {
+        let mut leaves = Vec::new();
+        list_leaves(&schema, &schema, Some(stage.config.settings()), String::new(), &mut leaves);
+        for (setting, value) in leaves {
             let found = find(&schema, &schema, &setting);
             let others = match found.mark {
                 Mark::Path => Vec::new(),
-                _ => candidates(value, &found.schemas),
+                _ => candidates(&value, &found.schemas),
             };
             let changed = others.into_iter().find_map(|other| {
                 let mut changed = spelled.clone();
@@ -96,11 +98,37 @@ fn steps(path: &str) -> Vec<&str> {
     path.split(['.', '[', ']']).filter(|step| !step.is_empty()).collect()
 }
 
+/// The value at a path; null is put where a table lacks it.
 fn at<'a>(value: &'a mut Value, path: &str) -> Option<&'a mut Value> {
     steps(path).into_iter().try_fold(value, |value, step| match value {
         Value::Array(items) => items.get_mut(step.parse::<usize>().ok()?),
-        other => other.get_mut(step),
+        Value::Object(object) => Some(object.entry(step).or_insert(Value::Null)),
+        _ => None,
     })
+}
+
+/// Every setting with its value, those that are left out (null) too: tables and lists of tables are opened.
+fn list_leaves(root: &Value, schema: &Value, value: Option<&Value>, path: String, leaves: &mut Vec<(String, Value)>) {
+    let schemas = alternatives(root, schema);
+    match value {
+        Some(Value::Object(object)) => {
+            let named = schemas.iter().filter_map(|schema| schema["properties"].as_object()).flat_map(|properties| properties.keys());
+            let names: BTreeSet<&String> = named.chain(object.keys()).collect();
+            for name in names {
+                let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+                let members = schemas.iter().filter_map(|schema| schema["properties"].get(name));
+                let member = json!({ "anyOf": members.collect::<Vec<_>>() });
+                list_leaves(root, &member, object.get(name), path, leaves);
+            }
+        }
+        Some(Value::Array(items)) if items.iter().any(Value::is_object) => {
+            for (index, item) in items.iter().enumerate() {
+                let member = json!({ "anyOf": schemas.iter().filter_map(|schema| schema.get("items")).collect::<Vec<_>>() });
+                list_leaves(root, &member, Some(item), format!("{path}[{index}]"), leaves);
+            }
+        }
+        value => leaves.push((path, value.cloned().unwrap_or(Value::Null))),
+    }
 }
 
 struct Found {

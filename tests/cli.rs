@@ -1,0 +1,190 @@
+//! The command line from outside: what it prints where, exit codes, and the JSON that scripts rely on.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+const WORKFLOW: &str = r#"
+name = "small"
+edition = 1
+seed = 1
+
+[stage.corpus]
+kind = "corpus"
+sources = [{ path = "texts/*.txt" }]
+
+[stage.tokenizer]
+kind = "tokenizer"
+inputs = { corpus = "corpus" }
+vocab_size = 300
+"#;
+
+struct World(TempDir);
+
+impl World {
+    fn new() -> Self {
+        let world = Self(TempDir::new().unwrap());
+        fs::create_dir(world.path("texts")).unwrap();
+        let text: String = (0..200).map(|line| format!("Line {line} of a small text that tells of the sea and of ships.\n\n")).collect();
+        fs::write(world.path("texts/a.txt"), text).unwrap();
+        fs::write(world.path("flow.toml"), WORKFLOW).unwrap();
+        world
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn rlflow(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rlflow"));
+        command.current_dir(self.0.path()).args(arguments).env_remove("RLFLOW_STORE").env_remove("RUST_LOG");
+        command.output().unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.rlflow(arguments);
+        let text = stdout(&output);
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}\n{}", stderr(&output)))
+    }
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+fn statuses(plan: &Value) -> Vec<&str> {
+    plan["stages"].as_array().unwrap().iter().map(|stage| stage["status"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn a_run_prints_a_table_and_a_second_one_a_line() {
+    let world = World::new();
+    let plan = world.json(&["plan", "flow.toml", "--json"]);
+    assert_eq!(statuses(&plan), ["run", "pending"]);
+    let corpus = &plan["stages"][0];
+    assert_eq!((&corpus["name"], &corpus["kind"]), (&"corpus".into(), &"corpus".into()));
+    assert_eq!(corpus["key"].as_str().unwrap().len(), 64);
+    assert_eq!((&corpus["reason"]["kind"], &corpus["reason"]["text"]), (&"never_ran".into(), &"never ran".into()));
+    assert_eq!((&corpus["devices"][0], &corpus["ranks"], &corpus["zero"]), (&"cpu".into(), &1.into(), &0.into()));
+    assert!(corpus["peak_bytes"].is_u64());
+    assert_eq!((&plan["stages"][1]["key"], &plan["stages"][1]["reason"]["kind"]), (&Value::Null, &"depends_on_result_of".into()));
+
+    let first = world.rlflow(&["run", "flow.toml"]);
+    assert_eq!(first.status.code(), Some(0), "{}", stderr(&first));
+    let table = stdout(&first);
+    assert!(table.starts_with("stage ") && table.contains("corpus     ran") && table.contains("never ran"), "{table}");
+    assert!(table.contains("next:\n  rlflow metrics flow.toml"), "{table}");
+    assert!(stderr(&first).contains("corpus: running (never ran)"), "progress goes to stderr");
+
+    let second = world.rlflow(&["run", "flow.toml"]);
+    assert!(stdout(&second).starts_with("everything is cached: all 2 stages are up to date"));
+    assert_eq!((stdout(&second).lines().count(), stderr(&second).as_str()), (1, ""));
+    assert_eq!(statuses(&world.json(&["status", "flow.toml", "--json"])), ["cached", "cached"]);
+    assert_eq!(world.json(&["plan", "flow.toml", "--json"])["stages"][0]["reason"], Value::Null);
+}
+
+#[test]
+fn run_json_is_a_stream_that_ends_with_the_outcome() {
+    let world = World::new();
+    let lines = |output: &Output| -> Vec<Value> { stdout(output).lines().map(|line| serde_json::from_str(line).unwrap()).collect() };
+    let first = lines(&world.rlflow(&["run", "flow.toml", "--json"]));
+    assert!(first.iter().all(|line| line["event"].is_string() && line["time"].is_f64()));
+    let last = first.last().unwrap();
+    assert_eq!((&last["event"], &last["ok"]), (&"finished".into(), &true.into()));
+    assert!(last["seconds"].is_f64());
+    let stages = last["stages"].as_array().unwrap();
+    assert_eq!(stages.iter().map(|stage| stage["name"].as_str().unwrap()).collect::<Vec<_>>(), ["corpus", "tokenizer"]);
+    assert!(stages.iter().all(|stage| stage["status"] == "ran" && stage["reason"]["text"].is_string() && stage["seconds"].is_f64()));
+    let second = lines(&world.rlflow(&["run", "flow.toml", "--json"]));
+    let cached = second.last().unwrap()["stages"].as_array().unwrap();
+    for (ran, cached) in stages.iter().zip(cached) {
+        assert_eq!((&cached["status"], &cached["reason"], &cached["outputs"]), (&"cached".into(), &Value::Null, &ran["outputs"]));
+        assert_eq!(cached["outputs"].as_object().unwrap().values().next().unwrap().as_str().unwrap().len(), 64);
+    }
+}
+
+#[test]
+fn changes_are_explained_and_renames_rerun_nothing() {
+    let world = World::new();
+    world.rlflow(&["run", "flow.toml", "-q"]);
+    let plan = world.json(&["plan", "flow.toml", "--set", "stage.tokenizer.vocab_size=310", "--json"]);
+    assert_eq!(statuses(&plan), ["cached", "run"]);
+    let reason = &plan["stages"][1]["reason"];
+    assert_eq!((&reason["kind"], &reason["from"], &reason["to"]), (&"setting_changed".into(), &300.into(), &310.into()));
+    assert_eq!(reason["text"], "vocab_size changed: 300 -> 310");
+    fs::write(world.path("flow.toml"), WORKFLOW.replace("stage.corpus", "stage.texts").replace("= \"corpus\" }", "= \"texts\" }")).unwrap();
+    assert_eq!(statuses(&world.json(&["plan", "flow.toml", "--json"])), ["cached", "cached"]);
+    let forced = world.rlflow(&["run", "flow.toml", "--force", "texts"]);
+    assert!(stdout(&forced).contains("ran, same output"), "{}", stdout(&forced));
+}
+
+#[test]
+fn wrong_requests_exit_with_2_before_anything_runs() {
+    let world = World::new();
+    let errors = |arguments: &[&str], codes: &[&str]| {
+        let output = world.rlflow(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert_eq!(stdout(&output).lines().count(), 1);
+        let value: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        let found: Vec<&str> = value["errors"].as_array().unwrap().iter().map(|error| error["code"].as_str().unwrap()).collect();
+        assert_eq!(found, codes, "{value}");
+        value
+    };
+    errors(&["run", "missing.toml", "--json"], &["missing_file"]);
+    let value = errors(&["run", "flow.toml", "tokeniser", "--json"], &["unknown_stage"]);
+    assert_eq!(value["errors"][0]["hint"], "did you mean `tokenizer`?");
+    errors(&["run", "flow.toml", "--no-such-option", "--json"], &["usage"]);
+    errors(&["show", "flow.toml", "tokenizer", "--json"], &["no_result"]);
+    errors(&["gc", "--store", "nowhere", "--json"], &["no_store"]);
+    fs::write(world.path("flow.toml"), WORKFLOW.replace("vocab_size = 300", "vocab_sizes = 300\nseed = \"x\"")).unwrap();
+    let output = world.rlflow(&["run", "flow.toml"]);
+    assert_eq!((output.status.code(), stdout(&output).as_str()), (Some(2), ""));
+    let report = stderr(&output);
+    assert!(report.contains("vocab_sizes") && report.contains("flow.toml") && report.contains("2 errors"), "{report}");
+    assert!(!world.path(".rlflow/actions").exists());
+}
+
+#[test]
+fn results_can_be_looked_at() {
+    let world = World::new();
+    world.rlflow(&["run", "flow.toml", "-q"]);
+    let metrics = world.json(&["metrics", "flow.toml", "--json"]);
+    assert!(metrics["stages"]["corpus"]["final"].is_object() && metrics["stages"]["corpus"]["series"].is_object());
+    let show = world.json(&["show", "flow.toml", "tokenizer", "--json"]);
+    assert_eq!((&show["name"], &show["stale"]), (&"tokenizer".into(), &false.into()));
+    let digest = show["outputs"].as_object().unwrap().values().next().unwrap().as_str().unwrap();
+    let lineage = world.json(&["lineage", "flow.toml", digest, "--json"]);
+    assert_eq!(lineage["nodes"].as_array().unwrap().len(), 2);
+    assert!(stdout(&world.rlflow(&["lineage", "flow.toml", "tokenizer"])).contains("file texts/a.txt"));
+    let log = world.json(&["log", "--json"]);
+    assert_eq!((log["runs"].as_array().unwrap().len(), &log["runs"][0]["ok"]), (1, &true.into()));
+    assert!(stdout(&world.rlflow(&["graph", "flow.toml", "--format", "mermaid"])).starts_with("flowchart"));
+    assert!(stdout(&world.rlflow(&["graph", "flow.toml", "--format", "dot"])).contains("digraph"));
+    assert_eq!(world.json(&["devices", "--json"])["devices"][0]["device"], "cpu");
+    assert!(world.json(&["schema"])["properties"].is_object());
+    assert_eq!(world.json(&["fsck", "--json"])["ok"], true);
+    assert!(world.json(&["du", "--json"])["physical_bytes"].as_u64().unwrap() > 0);
+    assert_eq!(world.json(&["pin", "flow.toml", "tokenizer", "--json"])["pinned"], true);
+    assert_eq!(world.json(&["gc", "--dry-run", "--json"])["dry_run"], true);
+    assert!(stdout(&world.rlflow(&["completions", "bash"])).contains("rlflow"));
+}
+
+#[test]
+fn the_store_can_be_elsewhere() {
+    let world = World::new();
+    world.rlflow(&["run", "flow.toml", "-q", "--store", "kept here"]);
+    assert!(world.path("kept here/VERSION").exists() && !world.path(".rlflow").exists());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rlflow"));
+    let output =
+        command.current_dir(world.0.path()).args(["plan", "flow.toml", "--json"]).env("RLFLOW_STORE", "kept here").output().unwrap();
+    assert_eq!(statuses(&serde_json::from_str(&stdout(&output)).unwrap()), ["cached", "cached"]);
+}
