@@ -12,7 +12,7 @@ use super::{
     edges::{self, Wiring},
     error::Collector,
     files::Finder,
-    matrix::{self, Expanded, Expansion},
+    matrix::{self, Expanded, ExpandedEdge, Expansion},
     node::{Table, span_of_path},
     read::Reader,
     set,
@@ -59,6 +59,7 @@ struct Found {
 
 impl Loading<'_> {
     fn stages(&mut self, header: Header, mut declared: Vec<Declared>) -> Result<Workflow, WorkflowErrors> {
+        // A copy of the names, so that the stages can be taken apart while they are looked up.
         let names: Vec<String> = declared.iter().map(|stage| stage.name.clone()).collect();
         let by_name: HashMap<&str, usize> = names.iter().enumerate().map(|(index, name)| (name.as_str(), index)).collect();
         let mut wiring = Wiring { declared: &declared, by_name: &by_name, errors: &mut self.errors };
@@ -85,7 +86,7 @@ impl Loading<'_> {
         if !self.errors.is_empty() {
             return Err(std::mem::take(&mut self.errors).finish(&self.sources));
         }
-        Ok(self.workflow(header, &declared, expansion, seeds, found, descriptions, dag, order))
+        Ok(self.workflow(header, declared, expansion, seeds, found, descriptions, dag, order))
     }
 
     /// Checks every stage's settings and finds its data files. Nothing for stages of unknown kinds.
@@ -183,16 +184,21 @@ impl Loading<'_> {
                 let (Some((name, _)), Some(source_config)) = (stage.inputs.get_index(edge.input), &found.checked.config) else {
                     return false;
                 };
-                let settings = source_config.settings().clone();
-                let kind = source.to_owned();
-                let meta = InputMeta { stage: stages[edge.stage].name.clone(), port: port.to_owned(), kind, meta: meta.clone(), settings };
-                inputs.entry(name.clone()).or_default().push(meta);
+                // Only ports that name kinds read settings of what is connected; copying them for all would cost half of the loading.
+                let reads_settings = kind.inputs().iter().any(|known| known.name == name && !known.kinds.is_empty());
+                let settings = if reads_settings { source_config.settings().clone() } else { serde_json::Value::Null };
+                let (stage, port, kind) = (stages[edge.stage].name.clone(), port.to_owned(), source.to_owned());
+                let meta = InputMeta { stage, port, kind, meta: meta.clone(), settings };
+                match inputs.get_mut(name) {
+                    Some(metas) => metas.push(meta),
+                    None => drop(inputs.insert(name.clone(), vec![meta])),
+                }
                 true
             });
             if !known {
                 continue;
             }
-            let spans = input_spans(stage, expanded);
+            let spans = input_spans(stage, &expanded.edges);
             if !edges::check_metas(&expanded.name, kind, &inputs, &spans, &mut self.errors) {
                 continue;
             }
@@ -215,7 +221,7 @@ impl Loading<'_> {
     fn workflow(
         &mut self,
         header: Header,
-        declared: &[Declared],
+        declared: Vec<Declared>,
         expansion: Expansion,
         seeds: Vec<u64>,
         found: Vec<Option<Found>>,
@@ -231,9 +237,8 @@ impl Loading<'_> {
             let stage = &declared[expanded.base];
             let (Some(kind), Some(found), Some(described)) = (stage.kind, found, described) else { continue };
             let Some(config) = found.checked.config else { continue };
-            let inputs = input_edges(stage, declared, &bases, &expanded);
-            let spans = input_spans(stage, &expanded).into_iter().map(|(port, spans)| (port.to_owned(), spans)).collect();
-            places.push(Place { span: stage.span, written: found.checked.written, inputs: spans });
+            let inputs = input_edges(stage, &declared, &bases, &expanded);
+            places.push(Place { base: expanded.base, written: found.checked.written, edges: expanded.edges });
             stages.push(Stage {
                 name: expanded.name,
                 base_name: stage.name.clone(),
@@ -260,18 +265,13 @@ impl Loading<'_> {
             stages,
             order,
             dag,
-            places: Places { sources: std::mem::take(&mut self.sources), stages: places },
+            places: Places { sources: std::mem::take(&mut self.sources), declared, stages: places },
         }
     }
 }
 
 /// Output port that an edge comes from, and kind of its stage.
-fn port_of(
-    stage: &Declared,
-    declared: &[Declared],
-    stages: &[Expanded],
-    edge: &matrix::ExpandedEdge,
-) -> Option<(&'static str, &'static str)> {
+fn port_of(stage: &Declared, declared: &[Declared], stages: &[Expanded], edge: &ExpandedEdge) -> Option<(&'static str, &'static str)> {
     let (_, input) = stage.inputs.get_index(edge.input)?;
     let kind = declared[stages[edge.stage].base].kind?;
     let port = edges::output_port(kind, input.references.get(edge.reference)?.port.as_deref())?;
@@ -279,9 +279,9 @@ fn port_of(
 }
 
 /// Where each edge of a stage is written.
-fn input_spans<'a>(stage: &'a Declared, expanded: &Expanded) -> BTreeMap<&'a str, Vec<Span>> {
+pub(super) fn input_spans<'a>(stage: &'a Declared, edges: &[ExpandedEdge]) -> BTreeMap<&'a str, Vec<Span>> {
     let mut spans: BTreeMap<&str, Vec<Span>> = BTreeMap::new();
-    for edge in &expanded.edges {
+    for edge in edges {
         if let Some((name, input)) = stage.inputs.get_index(edge.input) {
             spans.entry(name).or_default().push(input.references[edge.reference].span);
         }
@@ -296,7 +296,11 @@ fn input_edges(stage: &Declared, declared: &[Declared], bases: &[usize], expande
         let output =
             declared[bases[edge.stage]].kind.and_then(|kind| edges::output_port(kind, input.references[edge.reference].port.as_deref()));
         let port = output.map_or("", |output| output.name).to_owned();
-        inputs.entry(name.clone()).or_default().push(Edge { stage: edge.stage, port });
+        let edge = Edge { stage: edge.stage, port };
+        match inputs.get_mut(name) {
+            Some(edges) => edges.push(edge),
+            None => drop(inputs.insert(name.clone(), vec![edge])),
+        }
     }
     inputs
 }

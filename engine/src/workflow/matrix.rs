@@ -303,6 +303,15 @@ fn pin(reference: &Reference, grid: &Grid, axes: &[Axis], source: &str) -> Resul
 
 fn expanded(base: usize, stage: &Declared, point: usize, grids: &[Grid], axes: &[Axis], inputs: &[Resolved]) -> Expanded {
     let grid = &grids[base];
+    if grid.axes.is_empty() && inputs.iter().all(|resolved| grids[resolved.source].axes.is_empty()) {
+        // No matrix above: nothing to choose.
+        let edge = |resolved: &Resolved| ExpandedEdge {
+            input: resolved.input,
+            reference: resolved.reference,
+            stage: grids[resolved.source].first,
+        };
+        return Expanded { base, name: stage.name.clone(), point: Vec::new(), own: Vec::new(), edges: inputs.iter().map(edge).collect() };
+    }
     let values = coordinates(point, &grid.axes, axes);
     let pairs: Vec<(String, String)> = grid
         .names

@@ -65,15 +65,18 @@ pub struct Workflow {
 /// Where things are written, for errors that are found after loading.
 struct Places {
     sources: Sources,
+    /// Stages as in the file, without their settings.
+    declared: Vec<declare::Declared>,
     /// By stage.
     stages: Vec<Place>,
 }
 
 struct Place {
-    span: Span,
+    /// Index of the declared stage.
+    base: usize,
+    /// Settings over what lies under them.
     written: Table,
-    /// Port to the places of its references, one per edge.
-    inputs: BTreeMap<String, Vec<Span>>,
+    edges: Vec<matrix::ExpandedEdge>,
 }
 
 /// One stage, expanded: a node of the DAG.
@@ -170,8 +173,9 @@ impl Workflow {
     /// The error for a problem with a stage, placed where its setting or input is written.
     pub fn error(&self, stage: usize, problem: &Problem) -> WorkflowError {
         let place = &self.places.stages[stage];
-        let inputs = place.inputs.iter().map(|(port, spans)| (port.as_str(), spans.clone())).collect();
-        let (span, error) = settings::problem_error(&self.stages[stage].name, place.span, &place.written, &inputs, problem);
+        let declared = &self.places.declared[place.base];
+        let inputs = load::input_spans(declared, &place.edges);
+        let (span, error) = settings::problem_error(&self.stages[stage].name, declared.span, &place.written, &inputs, problem);
         error.at(&self.places.sources, span)
     }
 }

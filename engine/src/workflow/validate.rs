@@ -23,7 +23,7 @@ pub(crate) struct Finding {
 
 /// Checks `settings` against `shape`. Everything wrong with them is found, not only the first.
 pub(crate) fn validate(shape: &SettingsShape, settings: &Table, span: Span) -> Vec<Finding> {
-    let mut checker = Checker { shape, path: String::new(), depth: 0 };
+    let mut checker = Checker { shape, path: String::new(), depth: 0, quiet: false };
     let mut findings = Vec::new();
     checker.table(shape.root, settings, span, false, &mut findings);
     findings
@@ -31,13 +31,15 @@ pub(crate) fn validate(shape: &SettingsShape, settings: &Table, span: Span) -> V
 
 /// What a setting takes, in words: `an integer from 0 to 3 or `auto``.
 pub(crate) fn type_text(shape: &SettingsShape, id: ShapeId) -> String {
-    Checker { shape, path: String::new(), depth: 0 }.expected(id)
+    Checker { shape, path: String::new(), depth: 0, quiet: false }.expected(id)
 }
 
 struct Checker<'a> {
     shape: &'a SettingsShape,
     path: String,
     depth: usize,
+    /// Whether only the number of findings matters: trying the branches of a union spells nothing out.
+    quiet: bool,
 }
 
 impl Checker<'_> {
@@ -54,11 +56,32 @@ impl Checker<'_> {
         self.depth -= 1;
     }
 
+    /// A finding that says nothing.
+    fn silent(&self, code: &'static str, span: Span) -> Finding {
+        Finding { code, span, path: String::new(), message: String::new(), hint: None }
+    }
+
+    /// Whether one of `group` takes what `check` checks, without a word about why the others do not.
+    fn any_takes(&mut self, group: &[ShapeId], mut check: impl FnMut(&mut Self, ShapeId, &mut Vec<Finding>)) -> bool {
+        let was_quiet = std::mem::replace(&mut self.quiet, true);
+        let mut findings = Vec::new();
+        let taken = group.iter().any(|branch| {
+            findings.clear();
+            check(self, *branch, &mut findings);
+            findings.is_empty()
+        });
+        self.quiet = was_quiet;
+        taken
+    }
+
     fn finding(&self, code: &'static str, span: Span, predicate: String) -> Finding {
         Finding { code, span, path: self.path.clone(), message: format!("`{}` {predicate}", self.path), hint: None }
     }
 
     fn wrong_type(&self, id: ShapeId, node: &Node) -> Finding {
+        if self.quiet {
+            return self.silent("wrong_type", node.span);
+        }
         let finding = self.finding("wrong_type", node.span, format!("must be {}, found {}", self.expected(id), node.found()));
         Finding { hint: self.repair(id, node), ..finding }
     }
@@ -117,6 +140,9 @@ impl Checker<'_> {
     }
 
     fn not_allowed(&self, node: &Node, allowed: &[Value]) -> Finding {
+        if self.quiet {
+            return self.silent("unknown_value", node.span);
+        }
         let names: Vec<&str> = allowed.iter().filter_map(Value::as_str).collect();
         let listed = one_of_values(allowed);
         let code = if node.as_str().is_some() || names.is_empty() { "unknown_value" } else { "wrong_type" };
@@ -200,7 +226,8 @@ impl Checker<'_> {
         }
         for name in shape.required.iter().filter(|name| !table.contains_key(*name)) {
             // A misspelled key is one error, not a missing one and an unknown one.
-            let misspelled = table.keys().any(|key| !shape.fields.contains_key(key) && closest(key, known(shape)) == Some(name));
+            let misspelled =
+                !self.quiet && table.keys().any(|key| !shape.fields.contains_key(key) && closest(key, known(shape)) == Some(name));
             if !misspelled {
                 out.push(self.missing(id, name, span));
             }
@@ -242,6 +269,9 @@ impl Checker<'_> {
     }
 
     fn missing(&mut self, id: ShapeId, name: &str, span: Span) -> Finding {
+        if self.quiet {
+            return self.silent("missing_setting", span);
+        }
         let path = if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) };
         let expected = self.shape[id].properties.get(name).map(|field| self.expected(*field));
         let message = format!("needs the setting `{path}`");
@@ -249,6 +279,9 @@ impl Checker<'_> {
     }
 
     fn unknown_key(&self, id: ShapeId, name: &str, span: Span) -> Finding {
+        if self.quiet {
+            return self.silent("unknown_key", span);
+        }
         let path = if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) };
         let message = format!("has no setting `{path}`");
         let fields = &self.shape[id].fields;
@@ -270,13 +303,16 @@ impl Checker<'_> {
     }
 
     fn one_of(&mut self, id: ShapeId, group: &[ShapeId], node: &Node, open: bool, out: &mut Vec<Finding>) {
+        if self.any_takes(group, |checker, branch, findings| checker.node(branch, node, open, findings)) {
+            return;
+        }
+        if self.quiet {
+            return out.push(self.silent("wrong_type", node.span));
+        }
         let mut tried = Vec::new();
         for &branch in group {
             let mut findings = Vec::new();
             self.node(branch, node, open, &mut findings);
-            if findings.is_empty() {
-                return;
-            }
             tried.push((branch, findings));
         }
         // The branches that would take a value of this type know better what is wrong with it.
@@ -301,13 +337,16 @@ impl Checker<'_> {
     }
 
     fn one_table_of(&mut self, id: ShapeId, group: &[ShapeId], table: &Table, span: Span, open: bool, out: &mut Vec<Finding>) {
+        if self.any_takes(group, |checker, branch, findings| checker.table(branch, table, span, open, findings)) {
+            return;
+        }
+        if self.quiet {
+            return out.push(self.silent("wrong_type", span));
+        }
         let mut best: Option<Vec<Finding>> = None;
         for &branch in group {
             let mut findings = Vec::new();
             self.table(branch, table, span, open, &mut findings);
-            if findings.is_empty() {
-                return;
-            }
             // The branch whose tag (`kind = "cosine"`) agrees, or that knows most of the keys, is the one meant.
             let score = |findings: &[Finding]| {
                 let wrong_tag = findings.iter().any(|finding| matches!(finding.code, "unknown_value"));
