@@ -114,7 +114,8 @@ pub struct InputMeta {
     pub kind: String,
     /// What it is.
     pub meta: ArtifactMeta,
-    /// Normalised settings of that stage (PPO reads its roles' here).
+    /// Normalised settings of that stage where the port names the kinds it takes (PPO reads its roles' here), else null: copying
+    /// them for every edge would take most of the time that loading takes.
     pub settings: Value,
 }
 
