@@ -22,6 +22,11 @@ fn main() {
     {
         return lookups(Path::new(folder), stages.parse().unwrap(), mode);
     }
+    if let [_, child, folder, stages] = &arguments[..]
+        && child == "fill"
+    {
+        return fill(&Store::open(Path::new(folder)).unwrap(), stages.parse().unwrap());
+    }
     let wanted = |name: &str| arguments[1..].iter().all(|argument| argument.starts_with("--") || argument == name);
     let folder = tempfile::tempdir().unwrap();
     if wanted("cached") {
