@@ -15,7 +15,7 @@ use crate::{
     ActionRecord, Digest, Manifest, Result, Retain, Snapshot, Store, StoreError,
     fault::fault_point,
     layout::{Family, digest_of_name},
-    lease::is_unsupported,
+    lease::{is_alive, is_unsupported},
     root::list,
     snapshot::read_snapshots,
     store::CollectLock,
@@ -446,8 +446,7 @@ fn is_in_use(path: &Path, now: SystemTime, on_network: bool) -> bool {
     }
     let name = name_of(path);
     let pid = name.strip_prefix("scratch-").unwrap_or(&name).split('-').next().and_then(|pid| pid.parse().ok());
-    let alive = pid.and_then(rustix::process::Pid::from_raw).is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok());
-    alive || on_network
+    pid.is_some_and(is_alive) || on_network
 }
 
 fn remove(path: &Path) -> Result<()> {

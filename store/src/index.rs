@@ -10,12 +10,12 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Mutex, MutexGuard, Once, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use crate::{Digest, Hasher, Store, fault::fault_point, layout::Layout};
+use crate::{Digest, Hasher, Store, fault::fault_point, file_digest::FileStamp, layout::Layout};
 
 /// Lookups answered from files before the index is opened.
 const LOOKUPS_BEFORE_OPENING: u64 = 512;
@@ -53,7 +53,15 @@ enum State {
     Open(Box<OpenIndex>),
 }
 
+/// Seal that the index was opened with, and its files as they were then.
+struct Sealed {
+    seal: Vec<u8>,
+    stamps: Vec<(PathBuf, FileStamp)>,
+}
+
 struct OpenIndex {
+    sealed: Option<Sealed>,
+    written: AtomicBool,
     db: sled::Db,
     trees: [sled::Tree; 3],
     folder: PathBuf,
@@ -122,6 +130,7 @@ impl Index {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
         let State::Open(open) = &*state else { return };
         let bytes = wrap_envelope(key, payload);
+        open.written.store(true, Ordering::Relaxed);
         let written = guard(|| {
             fault_point("index.write").map_err(|error| error.to_string())?;
             open.trees[tree as usize].insert(key.as_bytes(), bytes).map_err(|error| error.to_string())
@@ -141,7 +150,7 @@ impl Index {
     fn give_up(&self, reason: &str) {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         if let State::Open(open) = std::mem::replace(&mut *state, State::Off) {
-            let OpenIndex { db, trees, folder, lock } = *open;
+            let OpenIndex { db, trees, folder, lock, .. } = *open;
             let _ = guard(move || {
                 drop(trees);
                 drop(db);
@@ -196,10 +205,11 @@ impl OpenIndex {
         let mut lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&place.lock).ok()?;
         // Another process has it: files answer everything.
         lock.try_lock().ok()?;
-        if let Err(reason) = check(&mut lock, &place.folder) {
+        let sealed = check(&mut lock, &place.folder).unwrap_or_else(|reason| {
             announce(reason);
             set_aside(&place.folder);
-        }
+            None
+        });
         mark(&mut lock, OPENING).ok()?;
         let opened = guard(|| open_sled(&place.folder)).or_else(|reason| {
             announce(&reason);
@@ -208,7 +218,7 @@ impl OpenIndex {
         });
         mark(&mut lock, b' ').ok()?;
         match opened {
-            Ok((db, trees)) => Some(Self { db, trees, folder: place.folder.clone(), lock }),
+            Ok((db, trees)) => Some(Self { sealed, written: AtomicBool::new(false), db, trees, folder: place.folder.clone(), lock }),
             Err(reason) => {
                 tracing::debug!(reason, "the index cannot be opened; files answer everything");
                 None
@@ -218,18 +228,21 @@ impl OpenIndex {
 
     /// Closes sled and says what its files hash to, so that damage is found before sled reads them again.
     fn close(self) {
-        let Self { db, trees, folder, lock } = self;
+        let Self { sealed, written, db, trees, folder, lock } = self;
+        let written = written.into_inner();
         let closed = guard(move || {
-            let flushed = db.flush().map(drop).map_err(|error| error.to_string());
+            let flushed = if written { db.flush().map(drop).map_err(|error| error.to_string()) } else { Ok(()) };
             drop(trees);
             drop(db);
             flushed
         });
-        if closed.is_ok()
-            && is_closed(&folder)
-            && let Some(seal) = seal_of(&folder)
-        {
-            let _ = fs::write(folder.join(SEAL), seal.to_string());
+        if closed.is_ok() && is_closed(&folder) {
+            // Reading leaves the files as they were, and then the old seal is still good.
+            let unchanged = sealed.filter(|sealed| !written && stamps(&folder).is_some_and(|stamps| stamps == sealed.stamps));
+            let seal = unchanged.map(|sealed| sealed.seal).or_else(|| Some(seal_of(&folder)?.to_string().into_bytes()));
+            if let Some(seal) = seal {
+                let _ = fs::write(folder.join(SEAL), seal);
+            }
         }
         drop(lock);
     }
@@ -244,27 +257,27 @@ fn mark(lock: &mut File, mark: u8) -> std::io::Result<()> {
 }
 
 /// What can be known of the index's files without sled. A missing seal is no damage: a killed process leaves none.
-fn check(lock: &mut File, folder: &Path) -> Result<(), &'static str> {
+fn check(lock: &mut File, folder: &Path) -> Result<Option<Sealed>, &'static str> {
     let mut content = [0];
     if lock.read(&mut content).is_ok_and(|length| length == 1) && content[0] == OPENING {
         return Err("a process died while opening it");
     }
     let path = folder.join(SEAL);
-    let Ok(text) = fs::read(&path) else { return Ok(()) };
-    if fs::remove_file(&path).is_err() || text != seal_of(folder).map(|seal| seal.to_string()).unwrap_or_default().into_bytes() {
+    let Ok(seal) = fs::read(&path) else { return Ok(None) };
+    if fs::remove_file(&path).is_err() || seal != seal_of(folder).map(|seal| seal.to_string()).unwrap_or_default().into_bytes() {
         return Err("its files are not as they were left");
     }
-    Ok(())
+    Ok(stamps(folder).map(|stamps| Sealed { seal, stamps }))
 }
 
-/// Digest over names and contents of all files in the index. `None` if they cannot be read or are too many bytes to check.
-fn seal_of(folder: &Path) -> Option<Digest> {
+/// All files in the index but the seal, sorted.
+fn files_of(folder: &Path) -> Option<Vec<PathBuf>> {
     fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
         for entry in fs::read_dir(folder)? {
             let entry = entry?;
             if entry.file_type()?.is_dir() {
                 collect(&entry.path(), files)?;
-            } else {
+            } else if entry.file_name() != SEAL {
                 files.push(entry.path());
             }
         }
@@ -272,11 +285,20 @@ fn seal_of(folder: &Path) -> Option<Digest> {
     }
     let mut files = Vec::new();
     collect(folder, &mut files).ok()?;
-    files.retain(|path| path.file_name().is_none_or(|name| name != SEAL));
     files.sort();
+    Some(files)
+}
+
+fn stamps(folder: &Path) -> Option<Vec<(PathBuf, FileStamp)>> {
+    let stamp = |path: PathBuf| Some((path.clone(), FileStamp::of(&fs::metadata(path).ok()?)));
+    files_of(folder)?.into_iter().map(stamp).collect()
+}
+
+/// Digest over names and contents of all files in the index. `None` if they cannot be read or are too many bytes to check.
+fn seal_of(folder: &Path) -> Option<Digest> {
     let mut hasher = Hasher::new();
     let mut total = 0;
-    for path in files {
+    for path in files_of(folder)? {
         total += fs::metadata(&path).ok()?.len();
         if total > MAX_SEALED_BYTES {
             return None;

@@ -82,9 +82,9 @@ impl Store {
         // Someone who only looks holds the lock for a moment; so a refusal without a living holder is asked again.
         for attempt in 0_u32.. {
             match lock(&lock_path)? {
-                Locked::Ours(file) => {
+                Locked::Ours { file, locks_work } => {
                     fault_point("lease.locked").map_err(StoreError::io("write", &holder_path))?;
-                    if let Some(other) = self.living_elsewhere(&holder_path, &lock_path)? {
+                    if let Some(other) = self.living_elsewhere(&holder_path, &lock_path, locks_work)? {
                         return Ok(LeaseOutcome::Held(other));
                     }
                     let content = serde_json::to_vec(holder).map_err(|error| format_error(&holder_path, &error))?;
@@ -113,19 +113,20 @@ impl Store {
         };
         match file.try_lock_shared() {
             // Nobody on this host.
-            Ok(()) => self.living_elsewhere(&holder_path, &lock_path),
+            Ok(()) => self.living_elsewhere(&holder_path, &lock_path, true),
             Err(TryLockError::WouldBlock) => Ok(Some(read_holder(&holder_path)?.unwrap_or_else(unknown_holder))),
-            Err(TryLockError::Error(_)) => self.living_elsewhere(&holder_path, &lock_path),
+            Err(TryLockError::Error(_)) => self.living_elsewhere(&holder_path, &lock_path, false),
         }
     }
 
-    /// The holder, if it lives though the lock is free: on another host of a file system that keeps locks to itself.
-    fn living_elsewhere(&self, holder_path: &Path, lock_path: &Path) -> Result<Option<LeaseHolder>> {
-        if !self.is_on_network() {
+    /// The holder, if it lives though the lock is free: on another host of a file system that keeps locks to itself, or
+    /// anywhere if the file system has no locks.
+    fn living_elsewhere(&self, holder_path: &Path, lock_path: &Path, locks_work: bool) -> Result<Option<LeaseHolder>> {
+        if locks_work && !self.is_on_network() {
             return Ok(None);
         }
         let Some(holder) = read_holder(holder_path)? else { return Ok(None) };
-        if holder.host == host_name() {
+        if holder.host == host_name() && (locks_work || !is_alive(holder.pid)) {
             return Ok(None);
         }
         // Both times come from the file server, so that clocks need not agree.
@@ -141,7 +142,11 @@ impl Store {
 }
 
 enum Locked {
-    Ours(File),
+    Ours {
+        file: File,
+        /// Whether the file system has locks at all.
+        locks_work: bool,
+    },
     Others,
     /// Its last owner removed the file between our opening and locking it.
     Replaced,
@@ -154,12 +159,12 @@ fn lock(path: &Path) -> Result<Locked> {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Ok(Locked::Others),
         // Without locks the holder file alone decides.
-        Err(TryLockError::Error(error)) if is_unsupported(&error) => return Ok(Locked::Ours(file)),
+        Err(TryLockError::Error(error)) if is_unsupported(&error) => return Ok(Locked::Ours { file, locks_work: false }),
         Err(TryLockError::Error(error)) => return Err(StoreError::io("lock", path)(error)),
     }
     let ours = file.metadata().map_err(StoreError::io("examine", path))?;
     match fs::metadata(path) {
-        Ok(current) if (current.dev(), current.ino()) == (ours.dev(), ours.ino()) => Ok(Locked::Ours(file)),
+        Ok(current) if (current.dev(), current.ino()) == (ours.dev(), ours.ino()) => Ok(Locked::Ours { file, locks_work: true }),
         _ => Ok(Locked::Replaced),
     }
 }
@@ -183,6 +188,12 @@ fn start_heart(path: &Path) -> Result<(mpsc::Sender<()>, JoinHandle<()>)> {
 /// What the holder file says. `None` if absent or half-written.
 fn read_holder(path: &Path) -> Result<Option<LeaseHolder>> {
     Ok(read_record(path)?.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
+}
+
+pub(crate) fn is_alive(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    // Not being allowed to signal it proves that it is there.
+    pid.is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
 }
 
 /// Stands for a process that has locked the lease but not yet said who it is.

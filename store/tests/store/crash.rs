@@ -61,7 +61,7 @@ fn work(folder: &Path) -> Result<()> {
 }
 
 /// Asserts that whatever is found is right, and returns how many stages are hits.
-fn verify(folder: &Path) -> usize {
+pub fn verify(folder: &Path) -> usize {
     let store = Store::open(folder).unwrap();
     let mut hits = 0;
     for stage in STAGES {

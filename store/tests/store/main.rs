@@ -2,6 +2,7 @@
 
 mod collection;
 mod crash;
+mod environment;
 mod index;
 mod life;
 mod property;
