@@ -74,7 +74,16 @@ impl Common {
 
     /// The store for commands without a workflow: `--store`, or `.rlflow` here. It must exist.
     pub fn store_here(&self) -> Result<Store, Failure> {
-        let folder = self.store.clone().unwrap_or_else(|| Path::new(".rlflow").to_owned());
+        self.existing_store(Path::new(""))
+    }
+
+    /// The store for commands that need of a workflow only its folder: the file may be broken. It must exist.
+    pub fn store_of_file(&self, file: &Path) -> Result<Store, Failure> {
+        self.existing_store(file.parent().unwrap_or(Path::new("")))
+    }
+
+    fn existing_store(&self, beside: &Path) -> Result<Store, Failure> {
+        let folder = self.store.clone().unwrap_or_else(|| beside.join(".rlflow"));
         if !folder.is_dir() {
             let message = format!("there is no store at {}", folder.display());
             return Err(Failure::request("no_store", message, "name it with --store DIR, or go to the folder that holds .rlflow"));
@@ -99,6 +108,11 @@ pub fn init_logging(common: &Common) {
         .with_target(false)
         .without_time()
         .init();
+}
+
+/// How this program was called, for a run's log.
+pub fn command_line() -> Vec<String> {
+    std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect()
 }
 
 /// Quotes an argument for a POSIX shell where it needs it.

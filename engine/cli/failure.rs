@@ -4,7 +4,6 @@ use miette::{GraphicalReportHandler, GraphicalTheme};
 use serde_json::json;
 
 use rlflow_engine::{EngineError, workflow::WorkflowErrors};
-use rlflow_store::StoreError;
 
 /// How a command ended when nothing was wrong with the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,11 +135,4 @@ pub fn usage(error: &clap::Error, as_json: bool) -> ExitCode {
         let _ = error.print();
     }
     ExitCode::from(if error.use_stderr() { 2 } else { 0 })
-}
-
-impl Failure {
-    /// A store error in a command that has no engine.
-    pub fn store(error: StoreError) -> Self {
-        Self::Engine(error.into())
-    }
 }

@@ -23,12 +23,9 @@ pub struct Log {
 impl Log {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
         let file = self.of.as_deref().map(std::path::Path::new).filter(|path| path.is_file());
-        let store = match (file, &common.store) {
-            (Some(file), None) => {
-                let folder = file.parent().unwrap_or(std::path::Path::new("")).join(".rlflow");
-                rlflow_store::Store::open(&folder).map_err(Failure::store)?
-            }
-            _ => common.store_here()?,
+        let store = match file {
+            Some(file) => common.store_of_file(file)?,
+            None => common.store_here()?,
         };
         let one = self.of.as_deref().filter(|_| file.is_none());
         let mut runs = past_runs(&store, if one.is_some() { usize::MAX } else { self.limit })?;

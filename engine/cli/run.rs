@@ -8,7 +8,7 @@ use rlflow_engine::{
 };
 
 use crate::{
-    common::{Common, WorkflowArgs, shell_quote},
+    common::{Common, WorkflowArgs, command_line, shell_quote},
     failure::{Failure, Outcome, print_text},
     host::host,
     progress,
@@ -53,7 +53,7 @@ impl Run {
             request: Request { stages: self.stages.clone(), force: self.force.clone(), no_cache: self.no_cache },
             jobs: self.jobs.into(),
             keep_going: self.keep_going,
-            command: std::env::args().collect(),
+            command: command_line(),
         };
         let summary = rlflow_engine::run(&workflow, &store, &host(), &options, &events, &cancel)?;
         if !common.json {

@@ -1,6 +1,6 @@
 //! Commands on the store itself: `gc`, `fsck`, `du`, `pin`, `unpin`.
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
@@ -27,17 +27,12 @@ pub struct StoreArgs {
 
 impl StoreArgs {
     fn open(&self, common: &Common) -> Result<Store, Failure> {
-        match (&self.workflow, &common.store) {
-            (Some(file), None) => {
-                // The workflow may be broken; its folder is enough to find the store.
-                if !file.is_file() {
-                    return Err(Failure::request("missing_file", format!("there is no file `{}`", file.display()), "name a workflow file"));
-                }
-                let folder = file.parent().unwrap_or(Path::new("")).join(".rlflow");
-                let common = Common { store: Some(folder), json: common.json, quiet: common.quiet, verbose: common.verbose };
-                common.store_here()
+        match &self.workflow {
+            Some(file) if !file.is_file() => {
+                Err(Failure::request("missing_file", format!("there is no file `{}`", file.display()), "name a workflow file"))
             }
-            _ => common.store_here(),
+            Some(file) => common.store_of_file(file),
+            None => common.store_here(),
         }
     }
 }

@@ -11,7 +11,7 @@ use rlflow_engine::{
 };
 
 use crate::{
-    common::{Common, WorkflowArgs, registry},
+    common::{Common, WorkflowArgs, command_line, registry},
     failure::{Failure, Outcome, print_line, print_text},
     host::host,
     progress,
@@ -47,7 +47,7 @@ impl Watch {
             request: Request { stages: self.stages.clone(), ..Request::default() },
             jobs: self.jobs.into(),
             keep_going: self.keep_going,
-            command: std::env::args().collect(),
+            command: command_line(),
         };
         let (json, quiet, verbose) = (common.json, common.quiet, common.verbose > 0);
         let sinks = move || -> Vec<Box<dyn Sink>> {

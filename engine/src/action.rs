@@ -123,7 +123,7 @@ impl<'a> Actions<'a> {
         let mut errors = Vec::new();
         let mut resolve = |names: &[String], what: &str| {
             let found = names.iter().map(|name| find_stages(workflow, name, what));
-            found.filter_map(|found| found.map_err(|error| errors.push(error)).ok()).flatten().collect::<Vec<_>>()
+            found.filter_map(|found| found.map_err(|wrong| errors.extend(wrong.iter().cloned())).ok()).flatten().collect::<Vec<_>>()
         };
         let (wanted, force) = (resolve(&request.stages, "STAGE"), resolve(&request.force, "--force"));
         let count = workflow.stages.len();
@@ -330,7 +330,7 @@ fn full_key<'a>(stage: &'a Stage, inputs: &'a ActionInputs, files: &'a [Vec<KeyF
 }
 
 /// Stages called `name`: one stage, or every point of a matrix. `what` is the option that named it.
-pub fn find_stages(workflow: &Workflow, name: &str, what: &str) -> Result<Vec<usize>, WorkflowError> {
+pub fn find_stages(workflow: &Workflow, name: &str, what: &str) -> Result<Vec<usize>, WorkflowErrors> {
     if let Some(stage) = workflow.find(name) {
         return Ok(vec![stage]);
     }
@@ -341,13 +341,14 @@ pub fn find_stages(workflow: &Workflow, name: &str, what: &str) -> Result<Vec<us
     }
     let error = WorkflowError::new("unknown_stage", format!("{what}: there is no stage `{name}` in {}", workflow.path.display()));
     let similarity = |stage: &&Stage| (strsim::jaro_winkler(&stage.name, name) * 1000.0) as u32;
-    match workflow.stages.iter().max_by_key(similarity).filter(|stage| similarity(stage) > 750) {
-        Some(stage) => Err(error.with_hint(format!("did you mean `{}`?", stage.name))),
+    let hint = match workflow.stages.iter().max_by_key(similarity).filter(|stage| similarity(stage) > 750) {
+        Some(stage) => format!("did you mean `{}`?", stage.name),
         None => {
             let names: Vec<&str> = workflow.stages.iter().take(12).map(|stage| stage.name.as_str()).collect();
-            Err(error.with_hint(format!("its stages are {}{}", names.join(", "), if workflow.stages.len() > 12 { ", ..." } else { "" })))
+            format!("its stages are {}{}", names.join(", "), if workflow.stages.len() > 12 { ", ..." } else { "" })
         }
-    }
+    };
+    Err(error.with_hint(hint).into())
 }
 
 /// What the stage needs at its peak on each of `ranks` ranks at a ZeRO level.

@@ -72,34 +72,40 @@ pub struct FullKey<'a> {
 impl FullKey<'_> {
     /// The action key.
     pub fn digest(&self) -> Digest {
+        Digest::of(&self.encode(None))
+    }
+
+    /// The key of the stage's snapshots: without the settings called `horizon`.
+    pub fn prefix(&self, horizon: &[&str]) -> Digest {
+        Digest::of(&self.encode(Some(horizon)))
+    }
+
+    /// The canonical encoding of `to_value`, without building it: members in sorted order. With a horizon its settings
+    /// are left out and their names put in.
+    fn encode(&self, horizon: Option<&[&str]>) -> Vec<u8> {
         let mut out = Vec::with_capacity(1024);
-        // Members in sorted order: these bytes are the canonical encoding of `to_value`, without building it.
-        out.extend_from_slice(b"{\"files\":[");
-        for (at, source) in self.files.iter().enumerate() {
-            canonical::separate(at, &mut out);
-            out.push(b'[');
-            for (at, file) in source.iter().enumerate() {
-                canonical::separate(at, &mut out);
+        out.extend_from_slice(b"{\"files\":");
+        canonical::list(self.files, &mut out, |source, out| {
+            canonical::list(source, out, |file, out| {
                 out.extend_from_slice(b"{\"digest\":");
-                digest(&file.digest, &mut out);
+                digest(&file.digest, out);
                 out.push(b',');
-                canonical::string(file.label.0, &mut out);
+                canonical::string(file.label.0, out);
                 out.push(b':');
-                canonical::string(&file.label.1, &mut out);
+                canonical::string(&file.label.1, out);
                 out.push(b'}');
-            }
-            out.push(b']');
+            });
+        });
+        if let Some(horizon) = horizon {
+            out.extend_from_slice(b",\"horizon\":");
+            canonical::list(horizon, &mut out, |name, out| canonical::string(name, out));
         }
-        out.extend_from_slice(b"],\"inputs\":{");
+        out.extend_from_slice(b",\"inputs\":{");
         for (at, (port, digests)) in self.inputs.iter().enumerate() {
             canonical::separate(at, &mut out);
             canonical::string(port, &mut out);
-            out.extend_from_slice(b":[");
-            for (at, input) in digests.iter().enumerate() {
-                canonical::separate(at, &mut out);
-                digest(input, &mut out);
-            }
-            out.push(b']');
+            out.push(b':');
+            canonical::list(digests, &mut out, digest);
         }
         out.extend_from_slice(b"},\"kind\":");
         canonical::string(self.kind, &mut out);
@@ -110,11 +116,11 @@ impl FullKey<'_> {
             canonical::write(&json!(seed), &mut out);
         }
         out.extend_from_slice(b",\"settings\":");
-        canonical::write(self.settings, &mut out);
+        canonical::write_without(self.settings, horizon.unwrap_or(&[]), &mut out);
         out.extend_from_slice(b",\"version\":");
         canonical::write(&json!(self.version), &mut out);
         out.push(b'}');
-        Digest::of(&out)
+        out
     }
 
     /// The full key as JSON, kept with the result so that any two can be compared.
@@ -137,16 +143,6 @@ impl FullKey<'_> {
         }
         key
     }
-
-    /// The key of the stage's snapshots: without the settings called `horizon`.
-    pub fn prefix(&self, horizon: &[&str]) -> Digest {
-        let mut key = self.to_value();
-        for name in horizon {
-            remove(&mut key["settings"], name);
-        }
-        key["horizon"] = json!(horizon);
-        Digest::of(&canonical::to_vec(&key))
-    }
 }
 
 fn digest(digest: &Digest, out: &mut Vec<u8>) {
@@ -156,15 +152,6 @@ fn digest(digest: &Digest, out: &mut Vec<u8>) {
         out.extend_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
     }
     out.push(b'"');
-}
-
-/// Removes the setting at a dotted path, if it is there.
-fn remove(settings: &mut Value, path: &str) {
-    let (folder, name) = path.rsplit_once('.').unwrap_or(("", path));
-    let parent = folder.split('.').filter(|part| !part.is_empty()).try_fold(settings, |value, part| value.get_mut(part));
-    if let Some(object) = parent.and_then(Value::as_object_mut) {
-        object.remove(name);
-    }
 }
 
 #[cfg(test)]
@@ -238,6 +225,16 @@ mod tests {
         ];
         let digests: std::collections::BTreeSet<Digest> = all.iter().map(FullKey::digest).collect();
         assert_eq!(digests.len(), all.len());
+    }
+
+    #[test]
+    fn the_prefix_key_is_the_canonical_digest_of_what_is_left() {
+        let settings = json!({ "train": { "steps": 10, "lr": 0.1 }, "beta": 1 });
+        let key = key(&settings, &[]);
+        let mut value = key.to_value();
+        value["settings"] = json!({ "train": { "lr": 0.1 }, "beta": 1 });
+        value["horizon"] = json!(["train.steps"]);
+        assert_eq!(key.prefix(&["train.steps"]), Digest::of(&canonical::to_vec(&value)));
     }
 
     #[test]

@@ -4,6 +4,11 @@ use serde_json::Value;
 /// `serde_json` writes them (shortest form that reads back to the same value). Equal values give equal bytes,
 /// whatever order their keys came in.
 pub fn write(value: &Value, out: &mut Vec<u8>) {
+    write_without(value, &[], out);
+}
+
+/// The same without the members at the dotted paths `skip`.
+pub(crate) fn write_without(value: &Value, skip: &[&str], out: &mut Vec<u8>) {
     match value {
         Value::Null => out.extend_from_slice(b"null"),
         Value::Bool(true) => out.extend_from_slice(b"true"),
@@ -14,27 +19,31 @@ pub fn write(value: &Value, out: &mut Vec<u8>) {
             let _ = write!(out, "{number}");
         }
         Value::String(text) => string(text, out),
-        Value::Array(items) => {
-            out.push(b'[');
-            for (at, item) in items.iter().enumerate() {
-                separate(at, out);
-                write(item, out);
-            }
-            out.push(b']');
-        }
+        Value::Array(items) => list(items, out, write),
         Value::Object(object) => {
-            let mut members: Vec<_> = object.iter().collect();
+            let mut members: Vec<_> = object.iter().filter(|(name, _)| !skip.contains(&name.as_str())).collect();
             members.sort_unstable_by(|a, b| a.0.cmp(b.0));
             out.push(b'{');
             for (at, (name, member)) in members.into_iter().enumerate() {
                 separate(at, out);
                 string(name, out);
                 out.push(b':');
-                write(member, out);
+                let below: Vec<&str> = skip.iter().filter_map(|path| path.strip_prefix(name.as_str())?.strip_prefix('.')).collect();
+                write_without(member, &below, out);
             }
             out.push(b'}');
         }
     }
+}
+
+/// Appends a list whose items `item` writes.
+pub(crate) fn list<T>(items: &[T], out: &mut Vec<u8>, mut item: impl FnMut(&T, &mut Vec<u8>)) {
+    out.push(b'[');
+    for (at, one) in items.iter().enumerate() {
+        separate(at, out);
+        item(one, out);
+    }
+    out.push(b']');
 }
 
 /// The canonical JSON of `value`.

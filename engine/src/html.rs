@@ -164,7 +164,8 @@ fn curves(shown: &[Shown], out: &mut String) {
 /// A curve over steps, scaled to its own range.
 fn curve(points: &[(u64, f64)]) -> String {
     let every = points.len().div_ceil(MAX_POINTS).max(1);
-    let kept: Vec<&(u64, f64)> = points.iter().step_by(every).chain(points.last().filter(|_| (points.len() - 1) % every != 0)).collect();
+    let kept: Vec<&(u64, f64)> =
+        points.iter().step_by(every).chain(points.last().filter(|_| !(points.len() - 1).is_multiple_of(every))).collect();
     let (low, high) = points.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), point| (low.min(point.1), high.max(point.1)));
     let (first, last) = (points.first().map_or(0, |point| point.0), points.last().map_or(1, |point| point.0));
     let (width, height) = (last.saturating_sub(first).max(1) as f64, if high > low { high - low } else { 1.0 });

@@ -105,9 +105,9 @@ pub fn run(
     runner.run()?;
     let did_work = runner.attempts > 0;
     if did_work {
-        runner.add_cached_metrics()?;
+        runner.add_cached_metrics();
     }
-    runner.record_use()?;
+    runner.record_use();
     let stages: Vec<StageOutcome> = runner.outcomes.into_iter().flatten().collect();
     let summary = Summary { run_id, stages, seconds: started.elapsed().as_secs_f64(), interrupted: cancel.is_cancelled() };
     events.emit(&Event::Finished {
@@ -116,8 +116,8 @@ pub fn run(
         seconds: summary.seconds,
         stages: summary.stages.clone(),
     });
-    if let Some(log) = log.filter(|_| did_work) {
-        log.sync()?;
+    if let Some(Err(error)) = log.filter(|_| did_work).map(|log| log.sync()) {
+        tracing::warn!(%error, "the run's log may be lost in a power cut");
     }
     Ok(summary)
 }
@@ -186,7 +186,7 @@ impl<'a> Runner<'a> {
                     }
                     if self.attempts == 0 {
                         // A collection beside this run must know at once what it builds on.
-                        self.record_use()?;
+                        self.record_use();
                     }
                     self.attempts += 1;
                     let sender = sender.clone();
@@ -307,29 +307,31 @@ impl<'a> Runner<'a> {
         self.schedule.settle(stage, changed);
     }
 
-    /// Tells the store what this workflow reaches, so that `gc` keeps it.
-    fn record_use(&self) -> Result<()> {
+    /// Tells the store what this workflow reaches, so that `gc` keeps it. That it cannot be noted harms no result.
+    fn record_use(&self) {
         let actions = self.session.actions;
         let mut keys = self.session.memo_keys.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
         for (stage, outcome) in self.outcomes.iter().enumerate() {
             let Some(key) = outcome.as_ref().and_then(|outcome| outcome.key) else { continue };
             keys.push(key);
-            keys.extend(actions.lasting_prefix_key(stage, &self.outputs)?);
+            keys.extend(actions.lasting_prefix_key(stage, &self.outputs).ok().flatten());
         }
         let path = &actions.workflow.path;
         let path = path.canonicalize().unwrap_or_else(|_| path.clone());
-        Ok(actions.store.record_use(&path.to_string_lossy(), &keys)?)
+        if let Err(error) = actions.store.record_use(&path.to_string_lossy(), &keys) {
+            tracing::warn!(%error, "a collection may take this workflow's results");
+        }
     }
 
     /// The metrics of cached stages, for the table at the end of a run that did something.
-    fn add_cached_metrics(&mut self) -> Result<()> {
+    fn add_cached_metrics(&mut self) {
         for outcome in self.outcomes.iter_mut().flatten().filter(|outcome| outcome.status == StageStatus::Cached) {
-            let Some(key) = outcome.key else { continue };
-            if let Some(record) = self.session.actions.store.action(key)? {
+            if let Some(key) = outcome.key
+                && let Ok(Some(record)) = self.session.actions.store.action(key)
+            {
                 outcome.metrics = all_metrics(&record);
             }
         }
-        Ok(())
     }
 
     fn fail(&mut self, stage: usize, action: &Action, error: &StageError, seconds: f64) {

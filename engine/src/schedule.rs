@@ -1,7 +1,4 @@
-use std::{
-    cmp::Reverse,
-    collections::{BTreeMap, BTreeSet, BinaryHeap},
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use rlflow_api::DeviceSpec;
 
@@ -36,7 +33,7 @@ pub struct Schedule {
     /// Place in topological order.
     position: Vec<usize>,
     order: Vec<usize>,
-    undecided: BinaryHeap<Reverse<usize>>,
+    undecided: BTreeSet<usize>,
     ready: BTreeSet<usize>,
     running: BTreeMap<usize, Vec<DeviceSpec>>,
     jobs: usize,
@@ -59,7 +56,7 @@ impl Schedule {
         let mut position = vec![0; count];
         order.iter().enumerate().for_each(|(at, stage)| position[*stage] = at);
         let undecided = (0..count).filter(|stage| state[*stage] == State::Waiting && unsettled[*stage] == 0);
-        let undecided = undecided.map(|stage| Reverse(position[stage])).collect();
+        let undecided = undecided.map(|stage| position[stage]).collect();
         let order = order.to_vec();
         let (ready, running) = (BTreeSet::new(), BTreeMap::new());
         Self { state, unsettled, dependents, position, order, undecided, ready, running, jobs: jobs.max(1) }
@@ -67,7 +64,7 @@ impl Schedule {
 
     /// The next stage to decide about, in topological order.
     pub fn next_undecided(&mut self) -> Option<usize> {
-        while let Some(Reverse(position)) = self.undecided.pop() {
+        while let Some(position) = self.undecided.pop_first() {
             let stage = self.order[position];
             if self.state[stage] == State::Waiting && self.unsettled[stage] == 0 {
                 return Some(stage);
@@ -125,7 +122,7 @@ impl Schedule {
 
     fn look_at(&mut self, stage: usize) {
         if self.state[stage] == State::Waiting && self.unsettled[stage] == 0 {
-            self.undecided.push(Reverse(self.position[stage]));
+            self.undecided.insert(self.position[stage]);
         }
     }
 
