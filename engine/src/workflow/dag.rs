@@ -129,8 +129,8 @@ impl Dag {
                     cycle.reverse();
                     return Some(cycle);
                 }
-                if !came_from.contains_key(&next) {
-                    came_from.insert(next, node);
+                if let std::collections::hash_map::Entry::Vacant(entry) = came_from.entry(next) {
+                    entry.insert(node);
                     queue.push_back(next);
                 }
             }

@@ -18,13 +18,13 @@ pub struct WorkflowError {
     /// The file (or `--set` argument) that it stands in; empty if it stands nowhere.
     pub file: String,
     /// Line, counted from 1; 0 if it stands nowhere.
-    pub line: usize,
+    pub line: u32,
     /// Column in characters, counted from 1; 0 if it stands nowhere.
-    pub column: usize,
+    pub column: u32,
     /// What to do.
     pub hint: Option<String>,
     /// The offending bytes of the file.
-    pub span: Option<Range<usize>>,
+    pub span: Option<Range<u32>>,
     source: Option<Arc<Source>>,
 }
 
@@ -48,7 +48,8 @@ impl WorkflowError {
     pub(crate) fn at(self, sources: &Sources, span: Span) -> Self {
         let Some(source) = sources.get(span.source) else { return self };
         let (line, column) = source.position(span.start as usize);
-        let range = span.start as usize..span.end as usize;
+        let range = span.start..span.end;
+        let (line, column) = (line as u32, column as u32);
         Self { file: source.name.clone(), line, column, span: Some(range), source: Some(source.clone()), ..self }
     }
 
@@ -104,7 +105,7 @@ impl Diagnostic for WorkflowError {
 
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
         let span = self.span.clone()?;
-        Some(Box::new(std::iter::once(LabeledSpan::new_with_span(None, SourceSpan::from(span)))))
+        Some(Box::new(std::iter::once(LabeledSpan::new_with_span(None, SourceSpan::from(span.start as usize..span.end as usize)))))
     }
 }
 
@@ -187,13 +188,18 @@ fn write_plain(error: &WorkflowError, f: &mut fmt::Formatter<'_>) -> fmt::Result
         writeln!(f)?;
     }
     if let (Some(source), Some(span)) = (&error.source, &error.span) {
-        let text = source.line(error.line);
+        let text = source.line(error.line as usize);
+        let column = error.column as usize;
         // A line may be a whole minified file: only the piece around the span is shown.
-        let skipped = (error.column - 1).saturating_sub(MAX_SHOWN_COLUMNS / 2);
+        let skipped = (column - 1).saturating_sub(MAX_SHOWN_COLUMNS / 2);
         let shown: String = text.chars().skip(skipped).take(MAX_SHOWN_COLUMNS).map(printable).collect();
         let width = error.line.to_string().len();
-        let marked = source.text.get(span.clone()).map_or(1, |marked| marked.lines().next().unwrap_or("").chars().count()).max(1);
-        let offset = error.column - 1 - skipped;
+        let marked = source
+            .text
+            .get(span.start as usize..span.end as usize)
+            .map_or(1, |marked| marked.lines().next().unwrap_or("").chars().count())
+            .max(1);
+        let offset = column - 1 - skipped;
         let marked = marked.min(shown.chars().count().saturating_sub(offset)).max(1);
         writeln!(f, "{:width$} |", "")?;
         writeln!(f, "{} | {shown}", error.line)?;
