@@ -399,6 +399,12 @@ impl<'a> Collection<'a> {
                 self.remove_path("index", name_of(&path), &path)?;
             }
         }
+        for path in list(&layout.leases())? {
+            let is_lock = path.extension().is_some_and(|extension| extension == "lock");
+            if is_lock && !self.options.dry_run && !self.is_young(&path) && self.store.remove_dead_lease(&path)? {
+                self.report.removed.push(Removed { what: "lease", name: name_of(&path), size_bytes: 0 });
+            }
+        }
         for path in list(&layout.uses())? {
             let gone = self.store.uses_in(&path)?.first().is_none_or(|used| !is_kept_workflow(&used.workflow));
             if gone && !self.is_young(&path) {

@@ -119,6 +119,18 @@ impl Store {
         }
     }
 
+    /// Removes the files of a lease whose owner was killed. False if somebody has it.
+    pub(crate) fn remove_dead_lease(&self, lock_path: &Path) -> Result<bool> {
+        if self.is_on_network() {
+            return Ok(false);
+        }
+        let Locked::Ours { file, locks_work: true } = lock(lock_path)? else { return Ok(false) };
+        let _ = fs::remove_file(lock_path.with_extension("json"));
+        fs::remove_file(lock_path).map_err(StoreError::io("remove", lock_path))?;
+        drop(file);
+        Ok(true)
+    }
+
     /// The holder, if it lives though the lock is free: on another host of a file system that keeps locks to itself, or
     /// anywhere if the file system has no locks.
     fn living_elsewhere(&self, holder_path: &Path, lock_path: &Path, locks_work: bool) -> Result<Option<LeaseHolder>> {

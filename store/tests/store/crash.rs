@@ -129,6 +129,8 @@ fn a_process_killed_at_any_step_leaves_no_wrong_hit() {
             assert_eq!(verify(folder.path()), STAGES.len(), "after {point}:{count} and gc");
             let left = std::fs::read_dir(folder.path().join("tmp")).unwrap().count();
             assert_eq!(left, 0, "gc left temporary files of a dead process");
+            let leases = std::fs::read_dir(folder.path().join("leases")).unwrap().count();
+            assert_eq!(leases, 0, "gc left leases of a dead process");
         }
         assert!(struck, "no child reached {point}");
     }
