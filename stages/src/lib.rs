@@ -1,14 +1,46 @@
-//! Stage kinds of rlflow: data, trainers, PPO, DPO, evaluation.
+//! Stage kinds of rlflow.
+//!
+//! Data: [`corpus`], [`tokenizer`], [`instructions`], [`preferences`], [`prompts`]. Training: [`pretrain`], [`sft`],
+//! [`reward_model`], [`ppo`] with its four roles, [`dpo`]. And [`eval`]. What trainers share stands in [`train`], their maths in
+//! [`losses`].
 
 pub mod corpus;
+pub mod dpo;
+pub mod eval;
 pub mod instructions;
+pub mod language;
+pub mod losses;
+mod model_settings;
+pub mod models;
+pub mod pairs;
+pub mod ppo;
 pub mod preferences;
+pub mod pretrain;
 pub mod prompts;
+pub mod reward_model;
+pub mod sft;
 pub mod tokenizer;
+pub mod train;
 
 use rlflow_api::Kind;
 
 /// Every stage kind. A new one is a folder beside the others and a line here.
 pub fn kinds() -> Vec<&'static dyn Kind> {
-    vec![&corpus::Corpus, &tokenizer::Tokenizer, &instructions::Instructions, &preferences::Preferences, &prompts::Prompts]
+    vec![
+        &corpus::Corpus,
+        &tokenizer::Tokenizer,
+        &pretrain::Pretrain,
+        &instructions::Instructions,
+        &preferences::Preferences,
+        &prompts::Prompts,
+        &sft::Sft,
+        &reward_model::RewardModel,
+        &ppo::ActorRole,
+        &ppo::CriticRole,
+        &ppo::RefRole,
+        &ppo::RewardRole,
+        &ppo::Ppo,
+        &dpo::Dpo,
+        &eval::Eval,
+    ]
 }

@@ -199,6 +199,12 @@ pub trait StageKind: Send + Sync + 'static {
         Value::Null
     }
 
+    /// Fills in defaults that depend on other settings (`micro_batch_size` on `batch_size`), so that spelling them
+    /// out changes no key.
+    fn normalise(config: &mut Self::Config) {
+        let _ = config;
+    }
+
     /// Checks between settings that the schema cannot express.
     fn check(config: &Self::Config) -> Vec<Problem> {
         let _ = config;
@@ -315,7 +321,8 @@ impl<K: StageKind> Kind for K {
     }
 
     fn parse(&self, settings: &Value) -> Result<ErasedStage, String> {
-        let config: K::Config = K::Config::deserialize(settings).map_err(|error| error.to_string())?;
+        let mut config = K::Config::deserialize(settings).map_err(|error| error.to_string())?;
+        K::normalise(&mut config);
         let settings = serde_json::to_value(&config).map_err(|error| error.to_string())?;
         Ok(ErasedStage { config: Box::new(config), settings })
     }

@@ -124,6 +124,18 @@ impl Decoder {
         Self { fused: false, ..self }
     }
 
+    /// The same weights under another head; those that it does not need are left out.
+    ///
+    /// # Panics
+    /// If a weight of that head is not there.
+    pub fn with_head(&self, head: Head) -> Self {
+        let (specs, _) = specs(&self.config, head);
+        let by_name = self.parameters.by_name();
+        let data = |spec: &crate::ParameterSpec| Ok::<_, std::convert::Infallible>(self.parameters.host(by_name[spec.name.as_str()]));
+        let Ok(parameters) = Parameters::from_data(specs, &self.device, data);
+        Self::new(self.config.clone(), head, parameters, self.device.clone())
+    }
+
     /// Shape of the network.
     pub fn config(&self) -> &ModelConfig {
         &self.config

@@ -4,15 +4,19 @@
 //! weights; [`Decoder`] runs forward and backward, one autodiff segment per block; [`checkpoint`] stores and loads;
 //! [`Optimizer`] updates at the rate of [`schedule`]; [`generate`] samples over a key-value cache.
 
+pub mod checkpoint;
 pub mod composed;
 mod decoder;
 pub mod fused;
+pub mod generate;
 mod optimizer;
 pub mod parameters;
 pub mod schedule;
 
 pub use decoder::{Decoder, HeadView, PackedBatch, TokenStats};
 pub use fused::TokenTargets;
+pub use checkpoint::CheckpointInfo;
+pub use generate::{Completion, Draws, Sampling};
 pub use optimizer::{Gradients, Optimizer, OptimizerSettings};
 pub use parameters::{Head, ParameterSpec, Parameters};
 pub use schedule::{LearningRate, Schedule};

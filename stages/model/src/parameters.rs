@@ -199,7 +199,7 @@ impl Parameters {
 
 /// Elements of a tensor on the host.
 pub fn host<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
-    tensor.to_data().convert::<f32>().to_vec().expect("float tensors convert to f32")
+    tensor.to_data().convert::<f32>().try_to_vec().expect("float tensors convert to f32")
 }
 
 /// Reads a `Flex` tensor in place; `None` on other devices.

@@ -1,0 +1,139 @@
+//! Losses and advantage estimators, as functions on tensors and slices that read like the papers.
+//!
+//! Reductions are named: those here give one value per row or a sum; the division by a batch's count happens in the
+//! optimizer, and nowhere else.
+
+use burn::tensor::{Tensor, activation::log_sigmoid};
+
+/// Bradley-Terry loss of a reward model per pair: `-log sigmoid(chosen - rejected - margin)`, and with
+/// `centering` c also `c (chosen + rejected)^2` (arXiv:2203.02155 eq. 1; arXiv:2312.09244 for the centering).
+///
+/// # Shapes
+/// - chosen, rejected, margins: `[pairs]`
+/// - returns: `[pairs]`
+pub fn pairwise_reward_loss(chosen: Tensor<1>, rejected: Tensor<1>, margins: Tensor<1>, centering: f64) -> Tensor<1> {
+    let loss = log_sigmoid(chosen.clone() - rejected.clone() - margins).neg();
+    if centering == 0.0 { loss } else { loss + (chosen + rejected).powi_scalar(2) * centering }
+}
+
+/// DPO loss per pair, with conservative label smoothing (arXiv:2305.18290 eq. 7; cDPO: Mitchell, 2023):
+/// `-(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d)`.
+///
+/// TRL 1.9 ignores `label_smoothing` for its sigmoid loss; here it is the probability that a label is flipped.
+///
+/// # Shapes
+/// - deltas: `[pairs]`, `(policy - ref)` of chosen minus that of rejected, summed log-probabilities
+/// - returns: `[pairs]`
+pub fn dpo_sigmoid_loss(deltas: Tensor<1>, beta: f64, label_smoothing: f64) -> Tensor<1> {
+    let logits = deltas * beta;
+    let loss = log_sigmoid(logits.clone()).neg() * (1.0 - label_smoothing);
+    if label_smoothing == 0.0 { loss } else { loss - log_sigmoid(logits.neg()) * label_smoothing }
+}
+
+/// Clipped policy loss per token, PPO eq. 7 (arXiv:1707.06347): `max(-A r, -A clip(r, 1 - e, 1 + e))`.
+///
+/// # Shapes
+/// - logprobs, old_logprobs, advantages: `[tokens]`, counted tokens only
+/// - returns: `[tokens]`
+pub fn clipped_policy_loss(logprobs: Tensor<1>, old_logprobs: Tensor<1>, advantages: Tensor<1>, clip_range: f64) -> Tensor<1> {
+    let ratio = (logprobs - old_logprobs).exp();
+    let clipped = ratio.clone().clamp(1.0 - clip_range, 1.0 + clip_range);
+    let loss = (advantages.clone() * ratio).neg();
+    let clipped_loss = (advantages * clipped).neg();
+    maximum(loss, clipped_loss)
+}
+
+/// Clipped value loss per token: `max((v - R)^2, (clip(v, old - e, old + e) - R)^2) / 2`.
+///
+/// # Shapes
+/// - values, old_values, returns: `[tokens]`, counted tokens only
+/// - returns: `[tokens]`
+pub fn clipped_value_loss(values: Tensor<1>, old_values: Tensor<1>, returns: Tensor<1>, clip_range: f64) -> Tensor<1> {
+    let clipped = old_values.clone() + (values.clone() - old_values).clamp(-clip_range, clip_range);
+    let loss = (values - returns.clone()).powi_scalar(2);
+    let clipped_loss = (clipped - returns).powi_scalar(2);
+    maximum(loss, clipped_loss) * 0.5
+}
+
+/// The larger of two tensors, element by element; where they are equal the gradient goes to the first.
+fn maximum(a: Tensor<1>, b: Tensor<1>) -> Tensor<1> {
+    let first = a.clone().greater_equal(b.clone());
+    b.mask_where(first, a)
+}
+
+/// Generalised advantage estimation over one response (arXiv:1506.02438 eq. 16): `A_t = d_t + gamma lambda A_(t+1)` with
+/// `d_t = r_t + gamma v_(t+1) - v_t`, and 0 after the last token.
+///
+/// # Shapes
+/// - rewards, values, returns: `[response_len]`
+pub fn gae(rewards: &[f64], values: &[f64], gamma: f64, lambda: f64) -> Vec<f64> {
+    let mut advantages = vec![0.0; rewards.len()];
+    let (mut next_advantage, mut next_value) = (0.0, 0.0);
+    for t in (0..rewards.len()).rev() {
+        let delta = rewards[t] + gamma * next_value - values[t];
+        next_advantage = delta + gamma * lambda * next_advantage;
+        next_value = values[t];
+        advantages[t] = next_advantage;
+    }
+    advantages
+}
+
+/// Shifts to mean 0 and scales to variance 1 (Bessel's correction, plus 1e-8 under the root), in place.
+pub fn whiten(values: &mut [f64]) {
+    let mean = mean(values);
+    let inverse = 1.0 / (variance(values) + 1e-8).sqrt();
+    values.iter_mut().for_each(|value| *value = (*value - mean) * inverse);
+}
+
+/// Scales to variance 1 and keeps the mean, in place.
+pub fn whiten_keeping_mean(values: &mut [f64]) {
+    let mean = mean(values);
+    whiten(values);
+    values.iter_mut().for_each(|value| *value += mean);
+}
+
+/// Mean; 0 of nothing.
+pub fn mean(values: &[f64]) -> f64 {
+    if values.is_empty() { 0.0 } else { values.iter().sum::<f64>() / values.len() as f64 }
+}
+
+/// Variance with Bessel's correction; 0 of fewer than two values.
+pub fn variance(values: &[f64]) -> f64 {
+    if values.len() < 2 {
+        return 0.0;
+    }
+    let mean = mean(values);
+    values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (values.len() - 1) as f64
+}
+
+/// Share of the returns' variance that the values explain: `1 - Var(R - v) / Var(R)`.
+pub fn explained_variance(values: &[f64], returns: &[f64]) -> f64 {
+    let residual: Vec<f64> = returns.iter().zip(values).map(|(r, v)| r - v).collect();
+    let total = variance(returns);
+    if total == 0.0 { 0.0 } else { 1.0 - variance(&residual) / total }
+}
+
+/// Estimators of the KL divergence from samples of the policy (Schulman, "Approximating KL divergence", 2020).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum KlEstimator {
+    /// `log p - log q`: unbiased.
+    #[default]
+    K1,
+    /// `(log p - log q)^2 / 2`: low variance, biased.
+    K2,
+    /// `q/p - 1 - log(q/p)`: unbiased and never negative.
+    K3,
+}
+
+impl KlEstimator {
+    /// The estimate from the log-probabilities of one token.
+    pub fn estimate(self, logprob: f64, ref_logprob: f64) -> f64 {
+        let logratio = logprob - ref_logprob;
+        match self {
+            Self::K1 => logratio,
+            Self::K2 => 0.5 * logratio * logratio,
+            Self::K3 => (-logratio).exp() - 1.0 + logratio,
+        }
+    }
+}

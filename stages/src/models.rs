@@ -1,0 +1,95 @@
+//! Model artifacts between stages: loading, storing, and the checks that planning and running share.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Device;
+use rlflow_api::{
+    Artifact, ArtifactBuilder, ArtifactMeta, ArtifactType, DescribeContext, Description, Needs, Problem, RunContext, StageError, StageResult,
+};
+use rlflow_model::{CheckpointInfo, Decoder, Head, checkpoint};
+use rlflow_text::ChatTokenizer;
+
+/// A loaded model with where it came from.
+pub struct LoadedModel {
+    /// The network.
+    pub decoder: Decoder,
+    /// What its artifact says.
+    pub info: CheckpointInfo,
+    /// The artifact, whose tokenizer files later checkpoints share.
+    pub artifact: Artifact,
+}
+
+/// Loads the model on `port`.
+pub fn load(context: &RunContext<'_>, port: &str, head: Head, device: &Device) -> StageResult<LoadedModel> {
+    load_artifact(&context.input(port)?.artifact, head, context.seed, device)
+}
+
+/// Loads a model artifact.
+pub fn load_artifact(artifact: &Artifact, head: Head, seed: u64, device: &Device) -> StageResult<LoadedModel> {
+    let (decoder, info) = checkpoint::load(artifact, head, seed, device)?;
+    Ok(LoadedModel { decoder, info, artifact: artifact.clone() })
+}
+
+/// Publishes `decoder` as an artifact of `artifact_type` with the tokenizer files of `tokenizer` (a tokenizer or a model).
+pub fn publish(
+    context: &RunContext<'_>,
+    artifact_type: ArtifactType,
+    decoder: &Decoder,
+    info: &CheckpointInfo,
+    tokenizer: &Artifact,
+) -> StageResult<Artifact> {
+    context.phase("storing the checkpoint");
+    let mut builder = context.output(artifact_type);
+    checkpoint::save(decoder, &mut builder, info)?;
+    share_files(&mut builder, tokenizer)?;
+    Ok(builder.publish()?)
+}
+
+/// Shares the entries of `source` that are not tensors: the tokenizer's files. Nothing is copied.
+pub fn share_files(builder: &mut ArtifactBuilder, source: &Artifact) -> StageResult<()> {
+    for entry in source.manifest().entries.iter().filter(|entry| entry.dtype.is_none()) {
+        builder.share(entry)?;
+    }
+    Ok(())
+}
+
+/// The tokenizer that travels with a model.
+pub fn tokenizer(model: &Artifact) -> StageResult<ChatTokenizer> {
+    ChatTokenizer::load(model)
+}
+
+/// Two artifacts that meet in one stage must come from one tokenizer.
+pub fn check_same_tokenizer(context: &RunContext<'_>, ports: &[&str]) -> StageResult<()> {
+    let mut first: Option<(String, String)> = None;
+    for port in ports {
+        for input in context.inputs.get(*port).into_iter().flatten() {
+            let Some(digest) = input.artifact.manifest().metadata.get("tokenizer").and_then(|digest| digest.as_str()) else { continue };
+            match &first {
+                None => first = Some((input.stage.clone(), digest.to_owned())),
+                Some((stage, known)) if known != digest => {
+                    return Err(StageError::invalid_with_hint(
+                        format!("`{stage}` and `{}` were made with different tokenizers", input.stage),
+                        "their token ids do not mean the same: make both from one tokenizer stage",
+                    ));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What planning knows of a model made from the one on `port`.
+pub fn describe_from(
+    context: &DescribeContext<'_>,
+    port: &str,
+    output: &str,
+    artifact_type: ArtifactType,
+    needs: impl FnOnce(&ArtifactMeta) -> Needs,
+) -> Result<Description, Vec<Problem>> {
+    let Some(input) = context.input(port) else { return Ok(Description::default()) };
+    let meta = ArtifactMeta { artifact_type, ..input.meta.clone() };
+    let needs = needs(&meta);
+    let size_bytes = meta.model.as_ref().map(|model| 4 * model.parameter_count());
+    Ok(Description { outputs: BTreeMap::from([(output.to_owned(), ArtifactMeta { size_bytes, ..meta })]), needs })
+}

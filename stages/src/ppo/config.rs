@@ -1,0 +1,287 @@
+use rlflow_api::{Problem, SnapshotPolicy};
+use rlflow_model::{LearningRate, OptimizerSettings, Schedule};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::losses::KlEstimator;
+
+/// How the KL coefficient moves.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum KlController {
+    /// Stays at `kl_coef`.
+    #[default]
+    Fixed,
+    /// Moves so that the KL approaches `target` (arXiv:1909.08593 section 2.2):
+    /// `coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * samples / horizon`.
+    Adaptive {
+        /// KL per answer to approach, in nats.
+        #[schemars(extend("exclusiveMinimum" = 0.0))]
+        target: f64,
+        /// Samples over which the coefficient moves by a factor.
+        #[schemars(extend("exclusiveMinimum" = 0.0))]
+        horizon: f64,
+    },
+}
+
+impl KlController {
+    /// The coefficient of the next step.
+    pub fn next(self, coefficient: f64, kl: f64, samples: usize) -> f64 {
+        match self {
+            Self::Fixed => coefficient,
+            Self::Adaptive { target, horizon } => coefficient * (1.0 + (kl / target - 1.0).clamp(-0.2, 0.2) * samples as f64 / horizon),
+        }
+    }
+}
+
+/// Settings of `ppo`. Defaults are TRL 1.9's where it has them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PpoConfig {
+    /// Steps; one is one rollout and the updates on it.
+    #[schemars(extend("x-unit" = "steps"), range(min = 1))]
+    pub steps: u64,
+    /// Prompts per step, one answer each.
+    #[serde(default = "batch_size")]
+    #[schemars(extend("x-unit" = "prompts"), range(min = 1))]
+    pub batch_size: usize,
+    /// Minibatches per epoch: one update each.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1))]
+    pub num_mini_batches: usize,
+    /// Passes over each rollout.
+    #[serde(default = "num_ppo_epochs")]
+    #[schemars(range(min = 1))]
+    pub num_ppo_epochs: usize,
+    /// Longest answer.
+    #[serde(default = "max_new_tokens")]
+    #[schemars(extend("x-unit" = "tokens"), range(min = 1))]
+    pub max_new_tokens: usize,
+    /// Divides the logits, when sampling and in every log-probability.
+    #[serde(default = "temperature")]
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub temperature: f64,
+    /// Samples from this many of the likeliest tokens only; 0 for all.
+    #[serde(default)]
+    pub top_k: usize,
+    /// Samples from the likeliest tokens that together have this probability; 1 for all.
+    #[serde(default = "unit")]
+    #[schemars(extend("exclusiveMinimum" = 0.0), range(max = 1.0))]
+    pub top_p: f64,
+    /// Coefficient of the per-token KL penalty.
+    #[serde(default = "kl_coef")]
+    #[schemars(range(min = 0.0))]
+    pub kl_coef: f64,
+    /// Estimator of the KL penalty: `k1`, `k2` or `k3`.
+    #[serde(default)]
+    pub kl_estimator: KlEstimator,
+    /// Whether the coefficient stays or follows a target: `{ type = "fixed" }` or `{ type = "adaptive", target = 6, horizon = 10000 }`.
+    #[serde(default)]
+    pub kl_controller: KlController,
+    /// Subtracted from the score of an answer that did not end by itself.
+    #[serde(default)]
+    #[schemars(range(min = 0.0))]
+    pub missing_eos_penalty: f64,
+    /// How far the policy's ratio may move.
+    #[serde(default = "clip_range")]
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub clip_range: f64,
+    /// How far values may move.
+    #[serde(default = "clip_range")]
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub value_clip_range: f64,
+    /// Coefficient of the value loss.
+    #[serde(default = "vf_coef")]
+    #[schemars(range(min = 0.0))]
+    pub vf_coef: f64,
+    /// Coefficient of an entropy bonus.
+    #[serde(default)]
+    #[schemars(range(min = 0.0))]
+    pub entropy_coef: f64,
+    /// Discount.
+    #[serde(default = "unit")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub gamma: f64,
+    /// Decay of generalised advantage estimation.
+    #[serde(default = "gae_lambda")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub gae_lambda: f64,
+    /// Whether rewards are scaled to variance 1 (their mean is kept).
+    #[serde(default)]
+    pub whiten_rewards: bool,
+    /// Whether advantages are shifted and scaled to mean 0 and variance 1.
+    #[serde(default = "yes")]
+    pub whiten_advantages: bool,
+    /// Puts the critic's value head on the actor's trunk: three models in memory instead of four. The critic then
+    /// trains with the actor's settings and has no placement of its own.
+    #[serde(default)]
+    pub share_backbone: bool,
+    /// Whether prompts come in a new order each pass.
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+    /// Steps between sampled texts in the record.
+    #[serde(default = "sample_every")]
+    #[schemars(extend("x-unit" = "steps"), range(min = 1))]
+    pub sample_every: u64,
+    /// Steps between snapshots; without it, about every 10 seconds.
+    #[serde(default)]
+    #[schemars(extend("x-setting" = "execution", "x-unit" = "steps"), range(min = 1))]
+    pub snapshot_every: Option<u64>,
+}
+
+fn batch_size() -> usize {
+    64
+}
+
+fn one() -> usize {
+    1
+}
+
+fn num_ppo_epochs() -> usize {
+    4
+}
+
+fn max_new_tokens() -> usize {
+    53
+}
+
+fn temperature() -> f64 {
+    0.7
+}
+
+fn unit() -> f64 {
+    1.0
+}
+
+fn kl_coef() -> f64 {
+    0.05
+}
+
+fn clip_range() -> f64 {
+    0.2
+}
+
+fn vf_coef() -> f64 {
+    0.1
+}
+
+fn gae_lambda() -> f64 {
+    0.95
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn sample_every() -> u64 {
+    10
+}
+
+impl PpoConfig {
+    pub(super) fn normalise(&mut self) {}
+
+    pub(super) fn check(&self) -> Vec<Problem> {
+        if self.num_mini_batches <= self.batch_size {
+            return Vec::new();
+        }
+        let message = format!("num_mini_batches = {} is more than batch_size = {}", self.num_mini_batches, self.batch_size);
+        vec![Problem::new("out_of_range", "num_mini_batches", message)]
+    }
+
+    pub(super) fn snapshot_policy(&self) -> SnapshotPolicy {
+        match self.snapshot_every {
+            Some(steps) => SnapshotPolicy { every_steps: Some(steps), every: None },
+            None => SnapshotPolicy::default(),
+        }
+    }
+}
+
+/// The `train` table of `ppo.actor` and `ppo.critic`. Optimizer: AdamW.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct RoleTrain {
+    /// Peak learning rate.
+    #[schemars(range(min = 0.0))]
+    pub lr: f64,
+    /// Answers per forward and backward pass.
+    #[schemars(extend("x-unit" = "sequences"), range(min = 1))]
+    pub micro_batch_size: usize,
+    /// Learning rate over PPO steps: `constant`, `linear` or `cosine`.
+    pub schedule: Schedule,
+    /// PPO steps of linear warmup from 0.
+    #[schemars(extend("x-unit" = "steps"))]
+    pub warmup_steps: u64,
+    /// Learning rate at the end of a falling schedule, as a fraction of `lr`.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub min_lr_ratio: f64,
+    /// Decoupled weight decay, on matrices.
+    #[schemars(range(min = 0.0))]
+    pub weight_decay: f64,
+    /// Decay rates of the moments.
+    #[schemars(inner(range(min = 0.0, max = 0.999_999)))]
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    #[schemars(range(min = 0.0))]
+    pub eps: f64,
+    /// Largest global gradient norm; 0 for no clipping.
+    #[schemars(range(min = 0.0))]
+    pub grad_clip: f64,
+}
+
+impl Default for RoleTrain {
+    fn default() -> Self {
+        Self {
+            lr: 3e-6,
+            micro_batch_size: 16,
+            schedule: Schedule::Linear,
+            warmup_steps: 0,
+            min_lr_ratio: 0.0,
+            weight_decay: 0.0,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            grad_clip: 1.0,
+        }
+    }
+}
+
+impl RoleTrain {
+    pub(super) fn normalise(&mut self) {}
+
+    pub(super) fn check(&self) -> Vec<Problem> {
+        if self.schedule != Schedule::Wsd {
+            return Vec::new();
+        }
+        vec![Problem::new("out_of_range", "train.schedule", "schedule `wsd` is not for PPO's roles").hint("`constant`, `linear` or `cosine`")]
+    }
+
+    /// Optimizer settings.
+    pub fn optimizer(&self) -> OptimizerSettings {
+        OptimizerSettings { betas: self.betas, eps: self.eps, weight_decay: self.weight_decay, grad_clip: self.grad_clip }
+    }
+
+    /// Learning rate over `steps` PPO steps.
+    pub fn learning_rate(&self, steps: u64) -> LearningRate {
+        LearningRate {
+            lr: self.lr,
+            schedule: self.schedule,
+            warmup_steps: self.warmup_steps,
+            decay_steps: 0,
+            total_steps: steps,
+            min_lr_ratio: self.min_lr_ratio,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Hand-worked from the formula, with both clips.
+    #[test]
+    fn adaptive_coefficient_moves_towards_the_target() {
+        let controller = KlController::Adaptive { target: 6.0, horizon: 10_000.0 };
+        assert!((controller.next(0.1, 6.6, 256) - 0.1 * (1.0 + 0.1 * 0.0256)).abs() < 1e-12);
+        assert!((controller.next(0.1, 60.0, 256) - 0.1 * 1.00512).abs() < 1e-12);
+        assert!((controller.next(0.1, 0.0, 256) - 0.1 * 0.99488).abs() < 1e-12);
+        assert_eq!(KlController::Fixed.next(0.1, 60.0, 256), 0.1);
+    }
+}

@@ -1,0 +1,305 @@
+//! `ppo`: proximal policy optimisation against a reward model, with its four roles as stages of their own.
+//!
+//! One step is one rollout and the updates on it: sample answers, score them, take a per-token KL penalty against the
+//! reference, estimate advantages (GAE), and go over them in several epochs of minibatches.
+//!
+//! Old log-probabilities come from the training forward, in the micro-batches of the first epoch, so that the first
+//! minibatch's ratio is exactly 1. The gap to the sampler's log-probabilities is logged.
+//!
+//! What differs from TRL 1.9: the score stands on the last token of the answer, not after it; answers never have
+//! padding, so every mean is over counted tokens; the value function has no extra position.
+
+mod config;
+mod experience;
+mod roles;
+mod update;
+
+use std::{collections::BTreeMap, time::Instant};
+
+use rlflow_api::{
+    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, Needs, OutputPort, Problem, Retain, RunContext, Sample, StageError,
+    StageEvent, StageKind, StageResult,
+};
+use rlflow_model::{Decoder, Head, Optimizer, checkpoint};
+use rlflow_text::{PromptDataset, Split};
+use serde_json::json;
+
+pub use config::{KlController, PpoConfig, RoleTrain};
+pub use roles::{ActorRole, CriticRole, RefRole, RewardRole};
+
+use self::{experience::Experience, update::Updated};
+use crate::{
+    models::{self, LoadedModel},
+    train::{RowOrder, burn_device},
+};
+
+/// See the module.
+pub struct Ppo;
+
+impl StageKind for Ppo {
+    type Config = PpoConfig;
+
+    const NAME: &'static str = "ppo";
+    const VERSION: u32 = 1;
+    const SUMMARY: &'static str = "Proximal policy optimisation of a policy against a reward model, held to a reference by a KL penalty.";
+    const INPUTS: &'static [InputPort] = &[
+        InputPort::one("prompts", &[ArtifactType::Prompts], "Prompts to answer."),
+        InputPort::one("actor", &[ArtifactType::Policy], "The policy to optimise.").from_kinds(&["ppo.actor"]),
+        InputPort::one("critic", &[ArtifactType::Critic], "The value model.").from_kinds(&["ppo.critic"]),
+        InputPort::one("ref", &[ArtifactType::Policy], "The frozen reference.").from_kinds(&["ppo.ref"]),
+        InputPort::one("reward", &[ArtifactType::Reward], "The frozen reward model.").from_kinds(&["ppo.reward"]),
+    ];
+    const OUTPUTS: &'static [OutputPort] = &[
+        OutputPort { name: "model", types: &[ArtifactType::Policy], doc: "The optimised policy." },
+        OutputPort { name: "critic", types: &[ArtifactType::Critic], doc: "The value model that was trained with it." },
+    ];
+    const METRICS: &'static [(&'static str, &'static str)] = &[
+        ("objective/scores", "mean score of the reward model, after the missing-EOS penalty"),
+        ("objective/kl", "mean over answers of the summed log-ratio of policy to reference"),
+        ("objective/entropy", "mean entropy of the policy at answer tokens, in nats"),
+        ("objective/non_score_reward", "mean over answers of the summed KL penalty"),
+        ("objective/rlhf_reward", "mean of score plus KL penalty"),
+        ("objective/kl_coef", "KL coefficient of the step"),
+        ("policy/approxkl_avg", "half the mean squared log-ratio of new to old policy"),
+        ("policy/clipfrac_avg", "share of tokens whose policy loss was clipped"),
+        ("policy/entropy_avg", "mean entropy during the updates, in nats"),
+        ("policy/first_ratio_error", "largest distance of the first minibatch's ratio from 1: 0 on the CPU"),
+        ("policy/grad_norm", "mean gradient norm of the actor before clipping"),
+        ("loss/policy_avg", "mean policy loss"),
+        ("loss/value_avg", "mean value loss"),
+        ("val/clipfrac_avg", "share of tokens whose value loss was clipped"),
+        ("val/explained_variance", "share of the returns' variance that the values explain"),
+        ("val/ratio", "mean ratio of new to old policy"),
+        ("val/ratio_var", "its variance over minibatches"),
+        ("val/num_eos_tokens", "answers that ended by themselves"),
+        ("val/grad_norm", "mean gradient norm of the critic before clipping"),
+        ("response_length/mean", "mean length of the answers, in tokens"),
+        ("response_length/max", "longest answer, in tokens"),
+        ("sampler/logprob_gap_mean", "mean distance of the sampler's log-probabilities from the training forward's"),
+        ("sampler/logprob_gap_max", "largest such distance"),
+        ("lr", "learning rate of the actor"),
+        ("episode", "answers sampled so far"),
+        ("tokens_per_s", "answer tokens sampled and learnt from per second"),
+    ];
+    const DRAWS: bool = true;
+
+    fn normalise(config: &mut PpoConfig) {
+        config.normalise();
+    }
+
+    fn check(config: &PpoConfig) -> Vec<Problem> {
+        config.check()
+    }
+
+    fn describe(config: &PpoConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
+        let actor = context.input("actor").map(|input| &input.meta);
+        let model = actor.and_then(|meta| meta.model.as_ref());
+        if let Some(model) = model
+            && config.max_new_tokens >= model.context
+        {
+            let message = format!("max_new_tokens = {} leaves no room for a prompt in the model's context of {}", config.max_new_tokens, model.context);
+            let hint = format!("a prompt and its answer share the context: at most {}", model.context - 1);
+            return Err(vec![Problem::new("context_too_long", "max_new_tokens", message).hint(hint)]);
+        }
+        let needs = model.map_or_else(Needs::default, |model| {
+            let tokens = (config.batch_size * model.context) as u64;
+            let cache = 8 * tokens * (model.layers * model.kv_heads * model.head_dim) as u64;
+            let one = crate::train::needs(model, (4 * model.context) as u64, tokens * config.steps, false);
+            let trained = if config.share_backbone { 1 } else { 2 };
+            Needs {
+                parameter_bytes: (2 + trained) * one.parameter_bytes,
+                gradient_bytes: one.gradient_bytes,
+                optimizer_bytes: trained * one.optimizer_bytes,
+                activation_bytes: one.activation_bytes,
+                buffer_bytes: one.buffer_bytes + cache,
+                tokens: one.tokens,
+            }
+        });
+        let meta = |artifact_type| match actor {
+            Some(actor) => ArtifactMeta { artifact_type, ..actor.clone() },
+            None => ArtifactMeta::new(artifact_type),
+        };
+        let outputs = BTreeMap::from([("model".into(), meta(ArtifactType::Policy)), ("critic".into(), meta(ArtifactType::Critic))]);
+        Ok(Description { outputs, needs })
+    }
+
+    fn run(config: &PpoConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
+        let mut ppo = Run::load(config, context)?;
+        ppo.train()?;
+        ppo.publish()
+    }
+}
+
+/// The actor and the critic: two models, or two heads of one.
+struct Trained {
+    decoder: Decoder,
+    optimizer: Optimizer,
+    train: RoleTrain,
+    loaded: LoadedModelInfo,
+}
+
+struct LoadedModelInfo {
+    info: rlflow_model::CheckpointInfo,
+    artifact: Artifact,
+}
+
+impl Trained {
+    fn new(loaded: LoadedModel) -> StageResult<Self> {
+        let LoadedModel { decoder, info, artifact } = loaded;
+        let role = info.role.clone().unwrap_or_default();
+        let mut train: RoleTrain = serde_json::from_value(role).map_err(|error| StageError::invalid(format!("the role's settings: {error}")))?;
+        train.normalise();
+        let optimizer = Optimizer::new(decoder.parameters(), train.optimizer());
+        Ok(Self { decoder, optimizer, train, loaded: LoadedModelInfo { info, artifact } })
+    }
+}
+
+struct Run<'a> {
+    config: &'a PpoConfig,
+    context: &'a RunContext<'a>,
+    prompts: PromptDataset,
+    usable: Vec<usize>,
+    order: RowOrder,
+    actor: Trained,
+    /// Absent with a shared backbone.
+    critic: Option<Trained>,
+    reference: Decoder,
+    reward: Decoder,
+    tokenizer: rlflow_text::ChatTokenizer,
+    kl_coef: f64,
+    /// Gradient norms of the newest minibatch: actor, critic.
+    last_norms: (f64, f64),
+}
+
+impl<'a> Run<'a> {
+    fn load(config: &'a PpoConfig, context: &'a RunContext<'a>) -> StageResult<Self> {
+        models::check_same_tokenizer(context, &["prompts", "actor", "critic", "ref", "reward"])?;
+        let device = |port: &str| context.input(port).and_then(|input| burn_device(&input.placement.devices));
+        let actor_head = if config.share_backbone { Head::LanguageAndScore } else { Head::Language };
+        let actor = Trained::new(models::load(context, "actor", actor_head, &device("actor")?)?)?;
+        let critic = Trained::new(models::load(context, "critic", Head::Score, &device("critic")?)?)?;
+        let (actor, critic) = if config.share_backbone {
+            let mut shared = actor;
+            share_score_head(&mut shared.decoder, &critic.decoder);
+            (shared, None)
+        } else {
+            (actor, Some(critic))
+        };
+        let reference = models::load(context, "ref", Head::Language, &device("ref")?)?.decoder;
+        let reward = models::load(context, "reward", Head::Score, &device("reward")?)?.decoder;
+        let tokenizer = models::tokenizer(&actor.loaded.artifact)?;
+
+        let prompts = PromptDataset::load(&context.input("prompts")?.artifact, Split::Train)?;
+        let room = actor.decoder.config().context.min(reward.config().context);
+        let usable: Vec<usize> = (0..prompts.len()).filter(|row| prompts.row(*row).ids.len() + config.max_new_tokens <= room).collect();
+        let dropped = prompts.len() - usable.len();
+        if dropped > 0 {
+            context.note(format!("{dropped} of {} prompts leave no room for {} new tokens and are not used", prompts.len(), config.max_new_tokens));
+        }
+        if usable.is_empty() {
+            return Err(StageError::invalid_with_hint(
+                format!("no prompt leaves room for {} new tokens in a context of {room}", config.max_new_tokens),
+                "a smaller `max_new_tokens`, shorter prompts, or a longer `model.context`",
+            ));
+        }
+        let order = RowOrder::new(context.seed, "ppo/prompts", usable.len(), config.shuffle);
+        let kl_coef = config.kl_coef;
+        Ok(Self { config, context, prompts, usable, order, actor, critic, reference, reward, tokenizer, kl_coef, last_norms: (0.0, 0.0) })
+    }
+
+    fn train(&mut self) -> StageResult<()> {
+        let (config, context) = (self.config, self.context);
+        context.snapshots.set_policy(config.snapshot_policy());
+        let mut first = 0;
+        if let Some((snapshot, state)) = context.resume()? {
+            self.actor.optimizer = checkpoint::load_state("actor", &state, &mut self.actor.decoder, self.actor.train.optimizer())?;
+            if let Some(critic) = &mut self.critic {
+                critic.optimizer = checkpoint::load_state("critic", &state, &mut critic.decoder, critic.train.optimizer())?;
+            }
+            let coefficient = state.read("kl_coef")?;
+            let bytes = coefficient[..].try_into().map_err(|_| StageError::invalid("snapshot without a KL coefficient"))?;
+            self.kl_coef = f64::from_le_bytes(bytes);
+            first = snapshot.step;
+        }
+        let (start, mut tokens) = (Instant::now(), 0);
+        for step in first..config.steps {
+            let experience = Experience::collect(self, step)?;
+            tokens += experience.response_tokens();
+            let kl_coef = self.kl_coef;
+            let updated = self.update(&experience, step)?;
+            self.report(step, &experience, &updated, kl_coef)?;
+            self.kl_coef = config.kl_controller.next(kl_coef, experience.mean_kl(), experience.samples.len());
+
+            let done = step + 1;
+            let seconds = start.elapsed().as_secs_f64();
+            context.reporter.report(StageEvent::Progress {
+                done,
+                total: config.steps,
+                unit: "steps".into(),
+                rate: Some((done - first) as f64 / seconds),
+                tokens_per_s: Some(tokens as f64 / seconds),
+                detail: format!("score {:.3}, KL {:.2}", experience.mean_score(), experience.mean_kl()),
+            });
+            let last = done == config.steps;
+            if last || context.cancel.is_cancelled() || context.snapshots.is_due(done) {
+                let mut state = context.snapshots.builder();
+                checkpoint::save_state("actor", &self.actor.decoder, &self.actor.optimizer, &mut state)?;
+                if let Some(critic) = &self.critic {
+                    checkpoint::save_state("critic", &critic.decoder, &critic.optimizer, &mut state)?;
+                }
+                state.put("kl_coef", &self.kl_coef.to_le_bytes())?;
+                let retain = if last { Retain::Keep } else { Retain::Latest };
+                context.save_snapshot(done, retain, json!({ "total_steps": config.steps }), state)?;
+            }
+            if !last {
+                context.check_cancelled()?;
+            }
+        }
+        if tokens > 0 {
+            context.measurement("tokens_per_s", tokens as f64 / start.elapsed().as_secs_f64());
+        }
+        Ok(())
+    }
+
+    fn report(&self, step: u64, experience: &Experience, updated: &Updated, kl_coef: f64) -> StageResult<()> {
+        let metrics = [experience.metrics(kl_coef), updated.metrics(), vec![("episode", ((step + 1) * self.config.batch_size as u64) as f64)]].concat();
+        if let Some((name, value)) = metrics.iter().find(|(_, value)| !value.is_finite()) {
+            let last_snapshot = self.context.snapshots.last_step();
+            return Err(StageError::NonFinite { step: step + 1, tensor: (*name).into(), value: *value as f32, last_snapshot });
+        }
+        self.context.metrics(step + 1, &metrics);
+        if step % self.config.sample_every == 0 || step + 1 == self.config.steps {
+            for sample in experience.samples.iter().take(2) {
+                self.context.sample(Sample {
+                    step: step + 1,
+                    prompt: self.prompts.row(sample.prompt).text.clone(),
+                    response: self.tokenizer.decode(&sample.answered.ids[sample.answered.prompt_len..]),
+                    scores: vec![("score".into(), sample.score), ("kl".into(), sample.kl())],
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn publish(self) -> StageResult<BTreeMap<String, Artifact>> {
+        let context = self.context;
+        let without_role = |loaded: &LoadedModelInfo| rlflow_model::CheckpointInfo { role: None, ..loaded.info.clone() };
+        let actor_info = without_role(&self.actor.loaded);
+        let (policy, critic) = match &self.critic {
+            Some(critic) => (self.actor.decoder.clone(), critic.decoder.clone()),
+            None => (self.actor.decoder.with_head(Head::Language), self.actor.decoder.with_head(Head::Score)),
+        };
+        let source = &self.actor.loaded.artifact;
+        let model = models::publish(context, ArtifactType::Policy, &policy, &actor_info, source)?;
+        let critic = models::publish(context, ArtifactType::Critic, &critic, &actor_info, source)?;
+        Ok(BTreeMap::from([("model".into(), model), ("critic".into(), critic)]))
+    }
+}
+
+/// Puts the critic's scalar head on the actor's trunk.
+fn share_score_head(actor: &mut Decoder, critic: &Decoder) {
+    if let (Some(to), Some(from)) = (actor.slots().score, critic.slots().score) {
+        let weight = critic.parameters().get(from);
+        actor.parameters_mut().tensors_mut()[to] = weight;
+    }
+}

@@ -1,0 +1,223 @@
+use burn::tensor::{Device, Tensor, TensorData};
+use rlflow_api::{CounterRng, StageError, StageResult};
+use rlflow_model::{Decoder, Gradients, HeadView, parameters::host};
+
+use super::{
+    Run, Trained,
+    config::PpoConfig,
+    experience::{AnswerSample, Experience, chunks, mini_batches},
+};
+use crate::{
+    losses::{clipped_policy_loss, clipped_value_loss, mean, variance},
+    pairs::AnsweredBatch,
+};
+
+/// What the updates of one step did.
+#[derive(Debug, Default)]
+pub struct Updated {
+    approx_kl: Vec<f64>,
+    clip_frac: Vec<f64>,
+    entropy: Vec<f64>,
+    policy_loss: Vec<f64>,
+    value_loss: Vec<f64>,
+    value_clip_frac: Vec<f64>,
+    ratio: Vec<f64>,
+    policy_norm: Vec<f64>,
+    value_norm: Vec<f64>,
+    first_ratio_error: f64,
+    lr: f64,
+}
+
+impl Updated {
+    /// Means over minibatches.
+    pub fn metrics(&self) -> Vec<(&'static str, f64)> {
+        vec![
+            ("policy/approxkl_avg", mean(&self.approx_kl)),
+            ("policy/clipfrac_avg", mean(&self.clip_frac)),
+            ("policy/entropy_avg", mean(&self.entropy)),
+            ("policy/first_ratio_error", self.first_ratio_error),
+            ("policy/grad_norm", mean(&self.policy_norm)),
+            ("loss/policy_avg", mean(&self.policy_loss)),
+            ("loss/value_avg", mean(&self.value_loss)),
+            ("val/clipfrac_avg", mean(&self.value_clip_frac)),
+            ("val/ratio", mean(&self.ratio)),
+            ("val/ratio_var", variance(&self.ratio)),
+            ("val/grad_norm", mean(&self.value_norm)),
+            ("lr", self.lr),
+        ]
+    }
+}
+
+/// Sums over a minibatch's tokens.
+#[derive(Default)]
+struct PolicySums {
+    loss: f64,
+    entropy: f64,
+    squared_logratio: f64,
+    clipped: f64,
+    ratio: f64,
+    ratio_error: f64,
+}
+
+#[derive(Default)]
+struct ValueSums {
+    loss: f64,
+    clipped: f64,
+}
+
+/// Answers of one pass as constant vectors over their tokens.
+struct MicroBatch {
+    answered: AnsweredBatch,
+    old_logprobs: Vec<f32>,
+    advantages: Vec<f32>,
+    old_values: Vec<f32>,
+    returns: Vec<f32>,
+}
+
+impl MicroBatch {
+    fn new(samples: &[&AnswerSample], temperature: f64) -> Self {
+        let narrow = |values: &[f64]| values.iter().map(|value| *value as f32).collect::<Vec<f32>>();
+        Self {
+            answered: AnsweredBatch::new(samples.iter().map(|sample| &sample.answered), temperature),
+            old_logprobs: samples.iter().flat_map(|sample| sample.old_logprobs.clone()).collect(),
+            advantages: samples.iter().flat_map(|sample| narrow(&sample.advantages)).collect(),
+            old_values: samples.iter().flat_map(|sample| sample.values.clone()).collect(),
+            returns: samples.iter().flat_map(|sample| narrow(&sample.returns)).collect(),
+        }
+    }
+
+    /// Sum of the policy loss (less the entropy bonus) on the graph.
+    fn policy_loss(&self, head: &HeadView<'_>, config: &PpoConfig, sums: &mut PolicySums) -> Tensor<1> {
+        let stats = head.token_stats(self.answered.targets.clone());
+        let device = stats.logprobs.device();
+        let losses = clipped_policy_loss(
+            stats.logprobs.clone(),
+            constant(&self.old_logprobs, &device),
+            constant(&self.advantages, &device),
+            config.clip_range,
+        );
+        for (new, old) in host(&stats.logprobs).iter().zip(&self.old_logprobs) {
+            let logratio = f64::from(new - old);
+            let ratio = logratio.exp();
+            sums.squared_logratio += logratio * logratio;
+            sums.ratio += ratio;
+            sums.ratio_error = sums.ratio_error.max((ratio - 1.0).abs());
+        }
+        let unclipped = clipped_policy_loss(
+            stats.logprobs.clone(),
+            constant(&self.old_logprobs, &device),
+            constant(&self.advantages, &device),
+            f64::from(f32::MAX),
+        );
+        sums.clipped += host(&losses).iter().zip(host(&unclipped)).filter(|(loss, unclipped)| **loss > *unclipped).count() as f64;
+        sums.loss += crate::language::sum(&losses);
+        sums.entropy += crate::language::sum(&stats.entropies);
+        let loss = losses.sum();
+        if config.entropy_coef == 0.0 { loss } else { loss - stats.entropies.sum() * config.entropy_coef }
+    }
+
+    /// Sum of the value loss times its coefficient on the graph.
+    fn value_loss(&self, head: &HeadView<'_>, config: &PpoConfig, sums: &mut ValueSums) -> Tensor<1> {
+        let values = head.scores(self.answered.targets.rows.clone());
+        let device = values.device();
+        let (old, returns) = (constant(&self.old_values, &device), constant(&self.returns, &device));
+        let losses = clipped_value_loss(values.clone(), old, returns, config.value_clip_range);
+        for ((value, target), loss) in host(&values).iter().zip(&self.returns).zip(host(&losses)) {
+            let unclipped = 0.5 * (value - target) * (value - target);
+            sums.clipped += f64::from(u8::from(loss > unclipped));
+        }
+        sums.loss += crate::language::sum(&losses);
+        losses.sum() * config.vf_coef
+    }
+}
+
+/// A constant on the graph's device.
+fn constant(values: &[f32], device: &Device) -> Tensor<1> {
+    Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), device)
+}
+
+impl Run<'_> {
+    /// All epochs of minibatches on one rollout.
+    pub(super) fn update(&mut self, experience: &Experience, step: u64) -> StageResult<Updated> {
+        let (config, context) = (self.config, self.context);
+        context.phase("updates");
+        let count = experience.samples.len();
+        let mut updated = Updated { lr: self.actor.train.learning_rate(config.steps).at(step), ..Updated::default() };
+        for epoch in 0..config.num_ppo_epochs {
+            // The first epoch keeps the order in which old log-probabilities were computed.
+            let order: Vec<usize> = match epoch {
+                0 => (0..count).collect(),
+                _ => {
+                    let mut rng = CounterRng::new(context.seed, "ppo/minibatches", step, epoch as u64);
+                    rng.permutation(count).into_iter().map(|row| row as usize).collect()
+                }
+            };
+            for mini_batch in mini_batches(count, config.num_mini_batches) {
+                context.check_cancelled()?;
+                let first = epoch == 0 && mini_batch.start == 0;
+                let samples: Vec<&AnswerSample> = order[mini_batch].iter().map(|row| &experience.samples[*row]).collect();
+                let tokens = samples.iter().map(|sample| sample.old_logprobs.len()).sum::<usize>() as f64;
+                let (policy, value) = self.update_mini_batch(&samples, tokens, step)?;
+                if first {
+                    updated.first_ratio_error = policy.ratio_error;
+                }
+                updated.approx_kl.push(0.5 * policy.squared_logratio / tokens);
+                updated.clip_frac.push(policy.clipped / tokens);
+                updated.entropy.push(policy.entropy / tokens);
+                updated.policy_loss.push(policy.loss / tokens);
+                updated.ratio.push(policy.ratio / tokens);
+                updated.value_loss.push(value.loss / tokens);
+                updated.value_clip_frac.push(value.clipped / tokens);
+                let (policy_norm, value_norm) = self.last_norms;
+                updated.policy_norm.push(policy_norm);
+                updated.value_norm.push(value_norm);
+            }
+        }
+        Ok(updated)
+    }
+
+    fn update_mini_batch(&mut self, samples: &[&AnswerSample], tokens: f64, step: u64) -> StageResult<(PolicySums, ValueSums)> {
+        let config = self.config;
+        let (mut policy, mut value) = (PolicySums::default(), ValueSums::default());
+        let micro = |trained: &Trained| -> Vec<MicroBatch> {
+            let pieces = chunks(0..samples.len(), trained.train.micro_batch_size);
+            pieces.into_iter().map(|piece| MicroBatch::new(&samples[piece], config.temperature)).collect()
+        };
+        let shared = self.critic.is_none();
+        let gradients = accumulate(&self.actor.decoder, &micro(&self.actor), |batch, head| {
+            let loss = batch.policy_loss(head, config, &mut policy);
+            if shared { loss + batch.value_loss(head, config, &mut value) } else { loss }
+        });
+        let norm = apply(&mut self.actor, &gradients, tokens, config.steps, step);
+        self.last_norms = (norm, norm);
+        self.check_norm("actor", norm, step)?;
+        if let Some(critic) = &mut self.critic {
+            let gradients = accumulate(&critic.decoder, &micro(critic), |batch, head| batch.value_loss(head, config, &mut value));
+            let norm = apply(critic, &gradients, tokens, config.steps, step);
+            self.last_norms.1 = norm;
+            self.check_norm("critic", norm, step)?;
+        }
+        Ok((policy, value))
+    }
+
+    fn check_norm(&self, role: &str, norm: f64, step: u64) -> StageResult<()> {
+        if norm.is_finite() {
+            return Ok(());
+        }
+        let last_snapshot = self.context.snapshots.last_step();
+        Err(StageError::NonFinite { step: step + 1, tensor: format!("the gradient norm of the {role}"), value: norm as f32, last_snapshot })
+    }
+}
+
+fn accumulate(decoder: &Decoder, batches: &[MicroBatch], mut loss: impl FnMut(&MicroBatch, &HeadView<'_>) -> Tensor<1>) -> Gradients {
+    let mut gradients = Gradients::new(decoder.parameters().specs().len());
+    for batch in batches {
+        decoder.backward(&batch.answered.batch, false, |head| (loss(batch, head), ()), |slot, gradient| gradients.add(slot, gradient));
+    }
+    gradients
+}
+
+fn apply(trained: &mut Trained, gradients: &Gradients, tokens: f64, steps: u64, step: u64) -> f64 {
+    let lr = trained.train.learning_rate(steps).at(step);
+    trained.optimizer.step(trained.decoder.parameters_mut(), gradients, tokens, lr)
+}

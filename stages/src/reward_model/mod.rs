@@ -1,0 +1,253 @@
+//! `reward_model`: a model with a scalar head that scores whole answers, trained on pairs (Bradley-Terry).
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use burn::tensor::{Tensor, TensorData};
+use rlflow_api::{
+    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageError, StageKind,
+    StageResult,
+};
+use rlflow_model::{Decoder, Head, PackedBatch, Schedule, parameters::host};
+use rlflow_text::{PreferenceDataset, Split};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    losses::pairwise_reward_loss,
+    models,
+    pairs::{Answered, Pair, Pairs, TooLong},
+    train::{self, RowOrder, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings, burn_device},
+};
+
+/// See the module.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RewardModel;
+
+impl TrainDefaults for RewardModel {
+    const EPOCHS: f64 = 1.0;
+    const BATCH_SIZE: usize = 16;
+    const LR: f64 = 1e-4;
+    const SCHEDULE: Schedule = Schedule::Linear;
+    const WEIGHT_DECAY: f64 = 0.0;
+}
+
+/// Settings of `reward_model`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RewardModelConfig {
+    /// Training. `batch_size` counts pairs.
+    #[serde(default)]
+    pub train: TrainSettings<RewardModel>,
+    /// Whether the margins of the data are subtracted from the difference of scores.
+    #[serde(default)]
+    pub margin: bool,
+    /// Coefficient of `(chosen + rejected)^2`, which keeps scores around 0; 0.01 is usual.
+    #[serde(default)]
+    #[schemars(range(min = 0.0))]
+    pub center_rewards_coefficient: f64,
+    /// Execution.
+    #[serde(flatten)]
+    pub execution: TrainExecution,
+}
+
+impl StageKind for RewardModel {
+    type Config = RewardModelConfig;
+
+    const NAME: &'static str = "reward_model";
+    const VERSION: u32 = 1;
+    const SUMMARY: &'static str = "Trains a scalar head on a model to score preferred answers higher (pairwise Bradley-Terry loss).";
+    const INPUTS: &'static [InputPort] = &[
+        InputPort::one("model", &[ArtifactType::Policy, ArtifactType::Reward], "Model to start from; a policy gets a fresh scalar head."),
+        InputPort::one("data", &[ArtifactType::Preferences], "Preference rows; K ranked answers give all their pairs."),
+    ];
+    const OUTPUTS: &'static [OutputPort] = &[OutputPort { name: "model", types: &[ArtifactType::Reward], doc: "The reward model." }];
+    const METRICS: &'static [(&'static str, &'static str)] = &[
+        ("loss", "mean loss per pair"),
+        ("accuracy", "share of pairs ranked right"),
+        ("margin", "mean of chosen minus rejected score"),
+        ("mean_reward", "mean score"),
+        ("min_reward", "lowest score"),
+        ("max_reward", "highest score"),
+        ("num_tokens", "tokens of the step"),
+        ("dropped_pairs", "pairs longer than the context, not trained on"),
+        ("grad_norm", "gradient norm before clipping"),
+        ("learning_rate", "learning rate of the step"),
+        ("eval/loss", "mean loss on held-out pairs"),
+        ("eval/accuracy", "share of held-out pairs ranked right"),
+        ("tokens_per_s", "tokens trained on per second"),
+    ];
+    const DRAWS: bool = true;
+
+    fn normalise(config: &mut RewardModelConfig) {
+        config.train.normalise();
+    }
+
+    fn check(config: &RewardModelConfig) -> Vec<Problem> {
+        config.train.check("train")
+    }
+
+    fn describe(config: &RewardModelConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
+        models::describe_from(context, "model", "model", ArtifactType::Reward, |meta| {
+            let Some(model) = &meta.model else { return Default::default() };
+            let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
+            let tokens = (2 * plan.micro_batch_size * model.context) as u64;
+            train::needs(model, tokens, 2 * plan.steps * (plan.batch_size * model.context) as u64, config.execution.gradient_checkpointing)
+        })
+    }
+
+    fn execution(config: &RewardModelConfig) -> Option<&Execution> {
+        Some(&config.execution.placement)
+    }
+
+    fn horizon(config: &RewardModelConfig) -> Vec<&'static str> {
+        config.train.horizon()
+    }
+
+    fn can_continue(config: &RewardModelConfig, snapshot: &Snapshot) -> bool {
+        config.train.can_continue(snapshot)
+    }
+
+    fn run(config: &RewardModelConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
+        models::check_same_tokenizer(context, &["model", "data"])?;
+        let device = burn_device(&context.placement.devices)?;
+        let mut model = models::load(context, "model", Head::Score, &device)?;
+        let data = &context.input("data")?.artifact;
+        let length = model.decoder.config().context;
+        let Pairs { pairs, dropped, .. } = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Drop);
+        context.metrics(0, &[("dropped_pairs", dropped as f64)]);
+        if pairs.is_empty() {
+            return Err(StageError::invalid_with_hint("no pair fits the context", "a longer `model.context`, or shorter answers"));
+        }
+        let heldout = Pairs::from_rows(&PreferenceDataset::load(data, Split::HeldOut)?, length, TooLong::Drop).pairs;
+        let plan = config.train.plan(pairs.len());
+        let order = RowOrder::new(context.seed, "reward_model/order", pairs.len(), plan.shuffle);
+        let mut task = RewardTask { pairs, heldout, order, plan: plan.clone(), config: config.clone() };
+        context.phase("training");
+        train::train(context, &plan, &config.execution, &mut model.decoder, &mut task)?;
+        let artifact = models::publish(context, ArtifactType::Reward, &model.decoder, &model.info, &model.artifact)?;
+        Ok(BTreeMap::from([("model".into(), artifact)]))
+    }
+}
+
+/// Whole sequences of one pass, with the rows at which they end.
+pub struct ScoredBatch {
+    /// Inputs.
+    pub batch: PackedBatch,
+    /// Last row of each sequence, where its score is read.
+    pub last_rows: Arc<[u32]>,
+}
+
+impl ScoredBatch {
+    /// From whole sequences.
+    pub fn new<'a>(sequences: impl IntoIterator<Item = &'a [u32]>) -> Self {
+        let batch = PackedBatch::new(sequences);
+        let last_rows = (0..batch.layout.sequences()).map(|index| batch.layout.range(index).end as u32 - 1).collect();
+        Self { batch, last_rows }
+    }
+
+    /// Scores by `model`, one per sequence.
+    pub fn scores(&self, model: &Decoder) -> Vec<f64> {
+        let scores = model.evaluate(&self.batch, |head| head.scores(self.last_rows.clone()));
+        host(&scores).into_iter().map(f64::from).collect()
+    }
+}
+
+/// Pairs of one pass: all chosen sequences, then all rejected ones.
+struct PairBatch {
+    scored: ScoredBatch,
+    margins: Vec<f32>,
+}
+
+impl PairBatch {
+    fn new(pairs: &[&Pair], use_margins: bool) -> Self {
+        let sequences = |of: fn(&Pair) -> &Answered| pairs.iter().map(move |pair| of(pair).ids.as_slice());
+        let scored = ScoredBatch::new(sequences(|pair| &pair.chosen).chain(sequences(|pair| &pair.rejected)));
+        let margins = pairs.iter().map(|pair| if use_margins { pair.margin } else { 0.0 }).collect();
+        Self { scored, margins }
+    }
+
+    fn losses(&self, scores: Tensor<1>, centering: f64) -> Tensor<1> {
+        let pairs = self.margins.len();
+        let margins = Tensor::from_data(TensorData::new(self.margins.clone(), [pairs]), &scores.device());
+        pairwise_reward_loss(scores.clone().narrow(0, 0, pairs), scores.narrow(0, pairs, pairs), margins, centering)
+    }
+
+    /// Loss, accuracy, margin, scores, tokens: summed; and the lowest and highest score.
+    fn statistics(&self, losses: &Tensor<1>, scores: &Tensor<1>) -> Sums {
+        let (losses, scores) = (host(losses), host(scores));
+        let (chosen, rejected) = scores.split_at(losses.len());
+        let sum = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>();
+        let both = || chosen.iter().zip(rejected);
+        vec![
+            sum(&mut losses.iter().map(|loss| f64::from(*loss))),
+            sum(&mut both().map(|(c, r)| f64::from(u8::from(c > r)))),
+            sum(&mut both().map(|(c, r)| f64::from(c - r))),
+            sum(&mut scores.iter().map(|score| f64::from(*score))),
+            self.scored.batch.tokens() as f64,
+        ]
+    }
+}
+
+struct RewardTask {
+    pairs: Vec<Pair>,
+    heldout: Vec<Pair>,
+    order: RowOrder,
+    plan: TrainPlan,
+    config: RewardModelConfig,
+}
+
+impl Task for RewardTask {
+    type MicroBatch = PairBatch;
+
+    fn micro_batches(&mut self, step: u64) -> StageResult<Vec<PairBatch>> {
+        let rows = self.order.batch(step, self.plan.batch_size);
+        let batch = |rows: &[usize]| PairBatch::new(&rows.iter().map(|row| &self.pairs[*row]).collect::<Vec<_>>(), self.config.margin);
+        Ok(rows.chunks(self.plan.micro_batch_size).map(batch).collect())
+    }
+
+    fn denominator(&self, micro_batches: &[PairBatch]) -> f64 {
+        micro_batches.iter().map(|batch| batch.margins.len()).sum::<usize>() as f64
+    }
+
+    fn tokens(&self, micro_batch: &PairBatch) -> u64 {
+        micro_batch.scored.batch.tokens() as u64
+    }
+
+    fn backward(&self, model: &Decoder, micro_batch: &PairBatch, checkpointing: bool, take: &mut dyn FnMut(usize, Tensor<2>)) -> Sums {
+        model.backward(
+            &micro_batch.scored.batch,
+            checkpointing,
+            |head| {
+                let scores = head.scores(micro_batch.scored.last_rows.clone());
+                let losses = micro_batch.losses(scores.clone(), self.config.center_rewards_coefficient);
+                let sums = micro_batch.statistics(&losses, &scores);
+                (losses.sum(), sums)
+            },
+            take,
+        )
+    }
+
+    fn metrics(&self, sums: &Sums, pairs: f64) -> Vec<(&'static str, f64)> {
+        vec![
+            ("loss", sums[0] / pairs),
+            ("accuracy", sums[1] / pairs),
+            ("margin", sums[2] / pairs),
+            ("mean_reward", sums[3] / (2.0 * pairs)),
+            ("num_tokens", sums[4]),
+        ]
+    }
+
+    fn evaluate(&self, model: &Decoder) -> StageResult<Vec<(&'static str, f64)>> {
+        if self.heldout.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut sums = vec![0.0; 5];
+        for pairs in self.heldout.chunks(self.plan.micro_batch_size) {
+            let batch = PairBatch::new(&pairs.iter().collect::<Vec<_>>(), self.config.margin);
+            let scores = model.evaluate(&batch.scored.batch, |head| head.scores(batch.scored.last_rows.clone()));
+            let losses = batch.losses(scores.clone(), self.config.center_rewards_coefficient);
+            sums.iter_mut().zip(batch.statistics(&losses, &scores)).for_each(|(sum, value)| *sum += value);
+        }
+        let pairs = self.heldout.len() as f64;
+        Ok(vec![("eval/loss", sums[0] / pairs), ("eval/accuracy", sums[1] / pairs)])
+    }
+}

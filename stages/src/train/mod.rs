@@ -1,0 +1,11 @@
+//! What all trainers share: settings, the order of rows, the loop with its snapshots.
+
+mod execution;
+mod order;
+mod settings;
+mod trainer;
+
+pub use execution::{TrainExecution, burn_device};
+pub use order::RowOrder;
+pub use settings::{TrainDefaults, TrainPlan, TrainSettings};
+pub use trainer::{Sums, Task, needs, train};

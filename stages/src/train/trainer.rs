@@ -1,0 +1,159 @@
+use std::time::Instant;
+
+use burn::tensor::Tensor;
+use rlflow_api::{ModelConfig, Needs, Retain, RunContext, StageError, StageEvent, StageResult};
+use rlflow_model::{Decoder, Gradients, Optimizer, checkpoint};
+use serde_json::json;
+
+use super::{TrainExecution, TrainPlan};
+
+/// Sums over a micro-batch that metrics are made of. Added over micro-batches in their order.
+pub type Sums = Vec<f64>;
+
+/// What a trainer does with its data; the loop around it is [`train`].
+pub trait Task {
+    /// The sequences of one forward and backward pass.
+    type MicroBatch: Sync;
+
+    /// The micro-batches of step `step`, counted from 0.
+    fn micro_batches(&mut self, step: u64) -> StageResult<Vec<Self::MicroBatch>>;
+
+    /// What the step's sums of losses are divided by: its counted tokens, or its pairs.
+    fn denominator(&self, micro_batches: &[Self::MicroBatch]) -> f64;
+
+    /// Tokens that the network sees, for speed.
+    fn tokens(&self, micro_batch: &Self::MicroBatch) -> u64;
+
+    /// Gradients of the *sum* of losses, handed to `take`; returns sums for metrics, the loss first.
+    fn backward(&self, model: &Decoder, micro_batch: &Self::MicroBatch, checkpointing: bool, take: &mut dyn FnMut(usize, Tensor<2>)) -> Sums;
+
+    /// Metrics of a step from its sums, the loss first.
+    fn metrics(&self, sums: &Sums, denominator: f64) -> Vec<(&'static str, f64)>;
+
+    /// Metrics on held-out data.
+    fn evaluate(&self, model: &Decoder) -> StageResult<Vec<(&'static str, f64)>>;
+}
+
+const STATE: &str = "model";
+
+/// Trains `model` over all steps of `plan`, from the newest usable snapshot if there is one. What it leaves behind
+/// (weights, metrics) is the same as that of an uninterrupted run, to the bit.
+///
+/// # Errors
+/// If data cannot be read, a value is not finite, or the user interrupts (after a snapshot).
+pub fn train<T: Task>(context: &RunContext<'_>, plan: &TrainPlan, execution: &TrainExecution, model: &mut Decoder, task: &mut T) -> StageResult<()> {
+    let mut optimizer = Optimizer::new(model.parameters(), plan.optimizer);
+    context.snapshots.set_policy(execution.snapshot_policy());
+    let mut first = 0;
+    if let Some((snapshot, state)) = context.resume()? {
+        optimizer = checkpoint::load_state(STATE, &state, model, plan.optimizer)?;
+        first = snapshot.step;
+    }
+    let stable_until = plan.learning_rate.stable_until();
+    let snapshot = |done: u64, retain: Retain, model: &Decoder, optimizer: &Optimizer| {
+        let mut state = context.snapshots.builder();
+        checkpoint::save_state(STATE, model, optimizer, &mut state)?;
+        context.save_snapshot(done, retain, json!({ "total_steps": plan.steps, "stable_until": stable_until }), state)
+    };
+    let (start, mut tokens, mut last_report) = (Instant::now(), 0, None::<Instant>);
+    for step in first..plan.steps {
+        let micro_batches = task.micro_batches(step)?;
+        let denominator = task.denominator(&micro_batches);
+        if denominator <= 0.0 {
+            return Err(StageError::invalid_with_hint(
+                format!("step {}: no token of the batch counts in the loss", step + 1),
+                "look at the rows with `rlflow show`: are there assistant turns, and do they fit the context?",
+            ));
+        }
+        let mut gradients = Gradients::new(model.parameters().specs().len());
+        let mut sums: Sums = Vec::new();
+        for micro_batch in &micro_batches {
+            tokens += task.tokens(micro_batch);
+            let more = task.backward(model, micro_batch, execution.gradient_checkpointing, &mut |slot, gradient| gradients.add(slot, gradient));
+            sums.resize(more.len().max(sums.len()), 0.0);
+            sums.iter_mut().zip(more).for_each(|(sum, value)| *sum += value);
+        }
+        let lr = plan.learning_rate.at(step);
+        let norm = optimizer.step(model.parameters_mut(), &gradients, denominator, lr);
+        let metrics = task.metrics(&sums, denominator);
+        check_finite(step + 1, &metrics, norm, &gradients, model, context)?;
+        context.metrics(step + 1, &[&metrics[..], &[("grad_norm", norm), ("learning_rate", lr)]].concat());
+
+        let done = step + 1;
+        let last = done == plan.steps;
+        if last || plan.eval_every.is_some_and(|every| done % every == 0) {
+            let metrics = task.evaluate(model)?;
+            context.metrics(done, &metrics);
+        }
+        let due = match execution.log_every {
+            Some(every) => done % every == 0,
+            None => last_report.is_none_or(|at| at.elapsed().as_millis() >= 100),
+        };
+        if due || last {
+            let seconds = start.elapsed().as_secs_f64();
+            let detail = metrics.first().map(|(name, value)| format!("{name} {value:.4}")).unwrap_or_default();
+            context.reporter.report(StageEvent::Progress {
+                done,
+                total: plan.steps,
+                unit: "steps".into(),
+                rate: Some((done - first) as f64 / seconds),
+                tokens_per_s: Some(tokens as f64 / seconds),
+                detail,
+            });
+            last_report = Some(Instant::now());
+        }
+        if last || done == stable_until {
+            snapshot(done, Retain::Keep, model, &optimizer)?;
+        } else if context.cancel.is_cancelled() || context.snapshots.is_due(done) {
+            snapshot(done, Retain::Latest, model, &optimizer)?;
+        }
+        context.check_cancelled()?;
+    }
+    if tokens > 0 {
+        context.measurement("tokens_per_s", tokens as f64 / start.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
+fn check_finite(
+    step: u64,
+    metrics: &[(&'static str, f64)],
+    norm: f64,
+    gradients: &Gradients,
+    model: &Decoder,
+    context: &RunContext<'_>,
+) -> StageResult<()> {
+    let last_snapshot = context.snapshots.last_step();
+    if let Some((name, value)) = metrics.iter().find(|(_, value)| !value.is_finite()) {
+        return Err(StageError::NonFinite { step, tensor: (*name).into(), value: *value as f32, last_snapshot });
+    }
+    if !norm.is_finite() {
+        let (slot, value) = gradients.first_non_finite().unwrap_or((0, norm as f32));
+        let tensor = format!("the gradient of {}", model.parameters().specs()[slot].name);
+        return Err(StageError::NonFinite { step, tensor, value, last_snapshot });
+    }
+    Ok(())
+}
+
+/// Memory that training a model of this shape needs, with `tokens_per_micro_batch` tokens in flight.
+pub fn needs(config: &ModelConfig, tokens_per_micro_batch: u64, total_tokens: u64, checkpointing: bool) -> Needs {
+    let parameters = config.parameter_count();
+    let (hidden, intermediate) = (config.hidden_size as u64, config.intermediate_size as u64);
+    let (query, kv) = ((config.heads * config.head_dim) as u64, (config.kv_heads * config.head_dim) as u64);
+    // What each half of a block keeps for its backward pass, per token: see `AttentionSaved` and `MlpSaved`.
+    let attention = hidden + 1 + 2 * query + 2 * kv + config.heads as u64;
+    let mlp = hidden + 1 + 2 * intermediate;
+    let block = attention + mlp;
+    let kept = if checkpointing { hidden * config.layers as u64 + block } else { block * config.layers as u64 };
+    // The backward pass of one feed-forward half: gate, up and activation gradients, and the normalised input.
+    let transient = 4 * intermediate + 3 * hidden;
+    let logits = (rlflow_kernels::token_head::chunk_rows(config.vocab_size) as u64).min(tokens_per_micro_batch) * config.vocab_size as u64;
+    Needs {
+        parameter_bytes: 4 * parameters,
+        gradient_bytes: 4 * parameters,
+        optimizer_bytes: 8 * parameters,
+        activation_bytes: 4 * tokens_per_micro_batch * (kept + transient + 3 * hidden),
+        buffer_bytes: 4 * logits,
+        tokens: total_tokens,
+    }
+}
