@@ -408,7 +408,7 @@ fn a_tokenised_corpus_has_every_document_with_its_end() {
     let tokenise = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         bench.memos.0.lock().unwrap().clear();
-        bench.with_context(1, &[], &[], |context| pool.install(|| tokenize_corpus(context, &corpus, &tokenizer)).unwrap())
+        pool.install(|| bench.with_context(1, &[], &[], |context| tokenize_corpus(context, &corpus, &tokenizer)).unwrap())
     };
     let tokens = tokenise(1);
     assert_eq!(tokenise(2).digest(), tokens.digest());

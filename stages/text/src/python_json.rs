@@ -103,7 +103,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// Expected texts printed by CPython 3.12's `json.dumps` with the same arguments.
+    /// Expected texts printed by CPython 3.11's `json.dumps` with the same arguments.
     #[test]
     fn as_python_writes_it() {
         let value = json!({"b": [1, 2.5, null, true], "a": {"x": "中\"<é>\n\u{1}"}, "e": [], "o": {}});

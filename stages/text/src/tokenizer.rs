@@ -29,6 +29,8 @@ struct Inner {
     digest: Digest,
     /// Special tokens by name, longest name first.
     special: Vec<(String, u32)>,
+    /// First bytes of their names.
+    special_starts: [bool; 256],
     pad_id: u32,
     eos_id: u32,
     document_end_id: u32,
@@ -77,6 +79,10 @@ impl ChatTokenizer {
             .collect();
         special.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then_with(|| a.0.cmp(&b.0)));
 
+        special.retain(|(name, _)| !name.is_empty());
+        let mut special_starts = [false; 256];
+        special.iter().for_each(|(name, _)| special_starts[usize::from(name.as_bytes()[0])] = true);
+
         let highest_id = plain.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let document_start = document_start(&plain).map_err(bad)?;
         let whole = match encodes_piecewise(&plain) {
@@ -93,6 +99,7 @@ impl ChatTokenizer {
             template,
             digest,
             special,
+            special_starts,
             pad_id,
             eos_id,
             document_end_id,
@@ -186,10 +193,14 @@ impl ChatTokenizer {
         ids
     }
 
-    /// The first special token in `text`: where, how long, which.
+    /// The first special token in `text`, the longest if several begin there: where, how long, which.
     fn next_special(&self, text: &str) -> Option<(usize, usize, u32)> {
-        let found = self.0.special.iter().filter_map(|(name, id)| text.find(name.as_str()).map(|start| (start, name.len(), *id)));
-        found.min_by_key(|(start, length, _)| (*start, std::cmp::Reverse(*length)))
+        let bytes = text.as_bytes();
+        let mut candidates = (0..bytes.len()).filter(|at| self.0.special_starts[usize::from(bytes[*at])]);
+        candidates.find_map(|start| {
+            let found = self.0.special.iter().find(|(name, _)| bytes[start..].starts_with(name.as_bytes()));
+            found.map(|(name, id)| (start, name.len(), *id))
+        })
     }
 
     fn encode_unbroken(&self, text: &str) -> Vec<u32> {
@@ -230,7 +241,7 @@ impl ChatTokenizer {
     fn rendered(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered, TextError> {
         let no_template = || TextError::Template { message: "the tokenizer has none; set `chat_template` on its stage".into() };
         let template = self.0.template.as_ref().ok_or_else(no_template)?;
-        let quotes = |text: &str| self.0.whole.is_none() && self.0.special.iter().any(|(name, _)| text.contains(name.as_str()));
+        let quotes = |text: &str| self.0.whole.is_none() && self.next_special(text).is_some();
         let mut safe = None;
         for (at, message) in messages.iter().enumerate() {
             if message.content.contains(BREAK) {

@@ -42,9 +42,6 @@ impl TokenizerOptions {
             tokens.push(TURN_START.into());
         }
         tokens.push(self.eos_token.clone().unwrap_or_else(|| TURN_END.into()));
-        if self.chat_template.is_none() {
-            tokens.push(TURN_END.into());
-        }
         tokens.push(self.pad_token.clone().unwrap_or_else(|| PAD.into()));
         tokens.extend(self.special_tokens.iter().cloned());
         let mut seen = std::collections::HashSet::new();
@@ -77,7 +74,7 @@ pub fn complete_tokenizer(
 
     let mut wanted = vec![eos.clone(), pad.clone()];
     if chatml {
-        wanted.extend([TURN_START.to_owned(), TURN_END.to_owned()]);
+        wanted.push(TURN_START.to_owned());
     }
     wanted.extend(options.special_tokens.iter().cloned());
     let special = tokenizer.get_added_tokens_decoder();
@@ -99,8 +96,13 @@ pub fn complete_tokenizer(
     };
     config.set("pad_token", &pad);
     config.set("eos_token", &eos);
-    config.set("chat_template", own_template.as_deref().unwrap_or(CHATML));
+    config.set("chat_template", &own_template.unwrap_or_else(|| chatml_ending_in(&eos)));
     Ok((tokenizer_json, config.to_json()))
+}
+
+/// ChatML whose turns end in `eos`: a model must be taught the token that stops it.
+fn chatml_ending_in(eos: &str) -> String {
+    CHATML.replace(TURN_END, &eos.replace('\\', "\\\\").replace('\'', "\\'"))
 }
 
 /// The whole content of a data file, which must be what was hashed when planning.

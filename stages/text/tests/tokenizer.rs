@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use rlflow_text::{
-    BpeOptions, CHATML, ChatTemplate, ChatTokenizer, ConversationRow, Message, TextError, TokenizerConfig, TokenizerOptions, complete_tokenizer,
-    train_bpe,
+    BpeOptions, CHATML, ChatTemplate, ChatTokenizer, ConversationRow, Message, TextError, TokenizerConfig, TokenizerOptions,
+    complete_tokenizer, train_bpe,
 };
 
 const TEXTS: &[&str] = &[
@@ -14,7 +14,12 @@ const TEXTS: &[&str] = &[
 ];
 
 fn options() -> BpeOptions {
-    BpeOptions { vocab_size: 400, min_frequency: 2, split_digits: true, special_tokens: TokenizerOptions::default().trained_special_tokens() }
+    BpeOptions {
+        vocab_size: 400,
+        min_frequency: 2,
+        split_digits: true,
+        special_tokens: TokenizerOptions::default().trained_special_tokens(),
+    }
 }
 
 fn trained(wishes: &TokenizerOptions) -> Result<ChatTokenizer, TextError> {
@@ -164,7 +169,8 @@ fn masks_are_derived_where_a_template_has_no_marks() {
     assert_eq!(counted(&tokenizer, &row), [" Hello there!<|im_end|>", " 42<|im_end|>"]);
 
     // Marks that leave the end token out: it is counted nevertheless.
-    let short = CHATML.replace("{{- message.content + '<|im_end|>' }}{% endgeneration %}", "{{- message.content }}{% endgeneration %}<|im_end|>");
+    let short =
+        CHATML.replace("{{- message.content + '<|im_end|>' }}{% endgeneration %}", "{{- message.content }}{% endgeneration %}<|im_end|>");
     assert_ne!(short, CHATML);
     let tokenizer = templated(&short);
     assert_eq!(counted(&tokenizer, &tokenizer.encode_conversation(&chat()).unwrap()), ["Hello there!<|im_end|>", "42<|im_end|>"]);
@@ -183,7 +189,8 @@ fn templates_that_hide_earlier_turns_cannot_be_used_without_marks() {
 
 #[test]
 fn a_template_may_refuse() {
-    let strict = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ messages[0].content }}";
+    let strict =
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ messages[0].content }}";
     let error = templated(strict).render(&chat(), false).unwrap_err();
     assert!(error.to_string().contains("System role not supported"), "{error}");
     assert!(matches!(ChatTemplate::new("{% if %}", Vec::new()), Err(TextError::Template { .. })));
@@ -193,8 +200,7 @@ fn a_template_may_refuse() {
     assert_eq!(tokenizer.encode_conversation(&reserved), Err(TextError::Reserved { code: 0xFDD0 }));
 }
 
-/// What transformers' environment offers and published templates use. Expected texts were made with transformers 4.57's
-/// `_compile_jinja_template` on the same sources, the date apart.
+/// What transformers' environment offers and published templates use. Expected texts, the date apart, were printed by `chat_templates.py`.
 #[test]
 fn dialect_of_hugging_face() {
     let render = |source: &str| {
@@ -205,15 +211,51 @@ fn dialect_of_hugging_face() {
     assert_eq!(render("{{ messages[1] | tojson }}"), r#"{"role": "user", "content": "Hello"}"#);
     assert_eq!(render("{{ {'a': '<é>', 'b': [1, true]} | tojson }}"), r#"{"a": "<é>", "b": [1, true]}"#);
     assert_eq!(render("{{ [1, 2] | tojson(indent=2) }}"), "[\n  1,\n  2\n]");
-    assert_eq!(render("{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{% if loop.index0 > 2 %}{% break %}{% endif %}{{ m.role }},{% endfor %}"), "system,assistant,");
+    assert_eq!(
+        render(
+            "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{% if loop.index0 > 2 %}{% break %}{% endif %}{{ m.role }},{% endfor %}"
+        ),
+        "system,assistant,"
+    );
     assert_eq!(render("{{ ' x '.strip() }}{{ 'a,b'.split(',')[-1] }}{{ 'AbC'.lower() }}{{ 'abc'.startswith('ab') }}"), "xbabcTrue");
-    assert_eq!(render("{{ messages[0]['content'] | trim }}{{ messages | length }}{{ messages[1:] | map(attribute='role') | list | length }}"), "Be brief54");
+    assert_eq!(
+        render("{{ messages[0]['content'] | trim }}{{ messages | length }}{{ messages[1:] | map(attribute='role') | list | length }}"),
+        "Be brief54"
+    );
     assert_eq!(render("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"), "5");
-    assert_eq!(render("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(1) }}{{ messages[0].content is string }}{{ messages[0].x is defined }}"), "[1]TrueFalse");
+    assert_eq!(
+        render("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(1) }}{{ messages[0].content is string }}{{ messages[0].x is defined }}"),
+        "[1]TrueFalse"
+    );
     // trim_blocks and lstrip_blocks.
     assert_eq!(render("a\n  {% if true %}\nb\n  {% endif %}\nc"), "a\nb\nc");
+    assert_eq!(
+        render("{{ messages[0].nothing }}|{{ nothing }}|{{ none }}|{{ 1.0 }}|{{ [1, 'a', none, true] }}|{{ {'k': 'v'} }}"),
+        "||None|1.0|[1, 'a', None, True]|{'k': 'v'}"
+    );
+    assert_eq!(
+        render("{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ m.content.replace('l', 'L') }}{% endfor %}"),
+        "1HeLLo212 + 30?"
+    );
+    assert_eq!(
+        render("{{ messages[-1].content.strip().split('4') | last }}{{ 'x' ~ 1 }}{{ 'a' in 'abc' }}{{ 'role' in messages[0] }}"),
+        "2x1TrueTrue"
+    );
+    assert_eq!(
+        render("{%- for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{{ messages[0].get('nope', 'd') }}"),
+        "role=system;content=Be brief;d"
+    );
     // A day that never changes: a result must not depend on when it was made.
     assert_eq!(render("{{ strftime_now('%d %b %Y') }}"), "26 Jul 2024");
+}
+
+#[test]
+fn chatml_ends_turns_in_the_token_that_is_asked_for() {
+    let tokenizer = trained(&TokenizerOptions { eos_token: Some("<it's over>".into()), ..TokenizerOptions::default() }).unwrap();
+    let row = tokenizer.encode_conversation(&chat()).unwrap();
+    assert_eq!(counted(&tokenizer, &row), ["Hello there!<it's over>", "42<it's over>"]);
+    assert_eq!(row.ids.last(), Some(&tokenizer.eos_id()));
+    assert_eq!(tokenizer.token_to_id("<|im_end|>"), None);
 }
 
 #[test]
@@ -229,7 +271,8 @@ fn finished_tokenizers_are_completed() {
     // Pad = EOS in the config (a common habit) is repaired; its template and EOS are kept, tokens written as objects are read.
     let config = r#"{"eos_token": {"content": "</s>", "lstrip": false}, "pad_token": "</s>", "model_max_length": 77,
         "chat_template": [{"name": "other", "template": "x"}, {"name": "default", "template": "{{ messages[0].content + eos_token }}"}]}"#;
-    let (json, config) = complete_tokenizer(bare.clone(), TokenizerConfig::parse(config.as_bytes()).unwrap(), &TokenizerOptions::default()).unwrap();
+    let (json, config) =
+        complete_tokenizer(bare.clone(), TokenizerConfig::parse(config.as_bytes()).unwrap(), &TokenizerOptions::default()).unwrap();
     let tokenizer = ChatTokenizer::from_json(&json, &config).unwrap();
     assert_eq!(tokenizer.token_to_id("</s>"), Some(tokenizer.eos_id()));
     assert_ne!(tokenizer.pad_id(), tokenizer.eos_id());
@@ -249,11 +292,12 @@ fn finished_tokenizers_are_completed() {
 /// is encoded, and the mask comes from offsets.
 #[test]
 fn tokenizers_that_mark_the_start_of_a_text() {
-    let vocab: Vec<String> = ["<unk>", "</s>", "<pad>", "▁", "▁Hello", "▁there", "!", "u", "s", "e", "r", ":", "a", "▁B", "H", "i", "<0x0A>"]
-        .iter()
-        .enumerate()
-        .map(|(id, token)| format!("{}: {id}", serde_json::json!(token)))
-        .collect();
+    let vocab: Vec<String> =
+        ["<unk>", "</s>", "<pad>", "▁", "▁Hello", "▁there", "!", "u", "s", "e", "r", ":", "a", "▁B", "H", "i", "<0x0A>"]
+            .iter()
+            .enumerate()
+            .map(|(id, token)| format!("{}: {id}", serde_json::json!(token)))
+            .collect();
     let json = format!(
         r#"{{"version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
         "added_tokens": [
