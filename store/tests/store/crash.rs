@@ -28,12 +28,23 @@ fn work(folder: &Path) -> Result<()> {
     store.record_use("a.toml", &keys)?;
     store.expect_lookups(10_000);
     for stage in STAGES {
-        if let Some(outputs) = store.outputs(key(stage))?
-            && outputs.values().all(|output| store.contains_artifact(*output))
-        {
+        let is_cached = || -> Result<bool> {
+            let outputs = store.outputs(key(stage))?;
+            Ok(outputs.is_some_and(|outputs| outputs.values().all(|output| store.contains_artifact(*output))))
+        };
+        let _lease = loop {
+            if is_cached()? {
+                break None;
+            }
+            if let LeaseOutcome::Acquired(lease) = store.lease(key(stage), &holder(stage))? {
+                break Some(lease);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        // Its last owner may have finished between our looking and our taking the lease.
+        if is_cached()? {
             continue;
         }
-        let LeaseOutcome::Acquired(_lease) = store.lease(key(stage), &holder(stage))? else { panic!("a dead process holds the lease") };
         let snapshots = store.snapshots(key(&format!("{stage} prefix")));
         for step in [10_u8, 20] {
             let mut state = snapshots.builder();
@@ -150,5 +161,37 @@ fn a_full_disk_is_an_error_and_the_next_run_continues() {
         verify(folder.path());
         run_child(folder.path(), None);
         assert_eq!(verify(folder.path()), STAGES.len(), "after {point}");
+    }
+}
+
+#[test]
+fn processes_that_overlap_share_the_work_beside_a_collection() {
+    for _ in 0..5 {
+        let folder = fast_folder();
+        let path = folder.path().join("store");
+        let spawn = || {
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.args(["crash::child", "--exact", "--nocapture"]).env("RLFLOW_TEST_CHILD", &path).env_remove("RLFLOW_FAULT");
+            command.stdout(std::process::Stdio::piped()).spawn().unwrap()
+        };
+        let mut children: Vec<_> = (0..4).map(|_| spawn()).collect();
+        while children.iter_mut().any(|child| child.try_wait().unwrap().is_none()) {
+            if let Ok(store) = Store::open(&path) {
+                store.gc(&GcOptions { grace: Duration::from_secs(3600), ..GcOptions::default() }).unwrap();
+            }
+        }
+        for child in children {
+            let output = child.wait_with_output().unwrap();
+            let stdout = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && !stdout.contains("failed: "), "{stdout}");
+        }
+        assert_eq!(verify(&path), STAGES.len());
+        let runs = Store::open(&path).unwrap().runs().unwrap();
+        assert_eq!(runs.len(), 4);
+        let events: String = runs.iter().map(|run| std::fs::read_to_string(run.join("events.jsonl")).unwrap()).collect();
+        for stage in STAGES {
+            let finished = events.matches(&format!("\"stage\":\"{stage}\"")).count();
+            assert_eq!(finished, 1, "{stage} was made {finished} times");
+        }
     }
 }
