@@ -281,6 +281,23 @@ fn the_mixture_is_drawn_and_recorded() {
 }
 
 #[test]
+fn one_long_document_can_be_weighed_and_held_out_in_parts() {
+    let bench = Bench::new();
+    let text: String = (0..400).map(|number| format!("Sentence number {number} stands here. ")).collect();
+    bench.write("long.txt", &text);
+    bench.write("short.txt", (0..200).map(|number| format!("line {number}\n")).collect::<String>());
+    let whole = bench.corpus(json!({"sources": [{"path": "long.txt"}]})).unwrap();
+    assert_eq!(everything(&whole).len(), 1);
+    let cut = bench.corpus(json!({"sources": [{"path": "long.txt"}], "max_document_bytes": 200, "heldout": 0.1})).unwrap();
+    assert_eq!(everything(&cut).concat().len(), text.len());
+    assert!(everything(&cut).iter().all(|document| document.len() <= 200) && !documents(&cut, Split::HeldOut).is_empty());
+    // One document against 200: its weight means 200 passes, which is worth a word.
+    let sources = json!([{"path": "long.txt", "weight": 1}, {"path": "short.txt", "split": "line", "weight": 1}]);
+    bench.corpus(json!({"sources": sources, "heldout": 0.0})).unwrap();
+    assert!(bench.warnings().iter().any(|text| text.contains("long.txt: its 1 documents are passed")));
+}
+
+#[test]
 fn bad_files_are_named_with_the_place() {
     let bench = Bench::new();
     let corpus = |path: &str| data_error(bench.corpus(json!({"sources": [{"path": path}]})));

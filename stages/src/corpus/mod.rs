@@ -80,6 +80,11 @@ pub struct CorpusConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1), extend("x-unit" = "bytes"))]
     pub max_bytes: Option<u64>,
+    /// Documents longer than this are cut into several, after a line or a sentence where possible, so that parts of a very long one can
+    /// be weighed and held out. Not cut if not set: trainers split documents to their context anyway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 64), extend("x-unit" = "bytes"))]
+    pub max_document_bytes: Option<u64>,
     /// Share of rows that may be without text, from 0 to 1; more is an error.
     #[serde(default = "default_max_unusable")]
     #[schemars(range(min = 0.0, max = 1.0))]
@@ -186,6 +191,7 @@ impl StageKind for Corpus {
             max_documents: config.max_documents,
             max_bytes: config.max_bytes,
             max_unusable: config.max_unusable,
+            max_document_bytes: config.max_document_bytes,
         };
         Ok(BTreeMap::from([("text".into(), build_corpus(context, &sources, &options)?)]))
     }

@@ -53,6 +53,7 @@ impl ChatTemplate {
         environment.set_lstrip_blocks(true);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_formatter(print_as_python);
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -152,6 +153,15 @@ fn take_spans(text: String) -> Result<Rendered, TextError> {
     match open {
         None => Ok(Rendered { text: clean, spans }),
         Some(_) => Err(TextError::Mask { message: "a {% generation %} block is not closed".into() }),
+    }
+}
+
+/// Lists and dictionaries are printed as Python does; the rest as Jinja.
+fn print_as_python(out: &mut minijinja::Output<'_>, state: &minijinja::State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
+    let shown = matches!(value.kind(), minijinja::value::ValueKind::Seq | minijinja::value::ValueKind::Map);
+    match shown.then(|| serde_json::to_value(value)) {
+        Some(Ok(json)) => out.write_str(&python_json::repr(&json)).map_err(minijinja::Error::from),
+        _ => minijinja::escape_formatter(out, state, value),
     }
 }
 

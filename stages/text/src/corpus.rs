@@ -38,6 +38,30 @@ pub struct CorpusOptions {
     pub max_bytes: Option<u64>,
     /// Share of rows that may be without text.
     pub max_unusable: f64,
+    /// Longer documents are cut.
+    pub max_document_bytes: Option<u64>,
+}
+
+/// Passes over a source that nobody limited, above which the user is told.
+const MANY_PASSES: f64 = 20.0;
+
+/// Cuts `text` into pieces of at most `most` bytes (at least one character each) that together are the text: after the last
+/// line end of a piece's second half, else after a sentence, else after a space.
+fn pieces(mut text: &str, most: usize) -> impl Iterator<Item = &str> {
+    std::iter::from_fn(move || {
+        let first = text.chars().next()?.len_utf8();
+        let mut end = text.len();
+        if end > most {
+            let limit = (0..=most).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0).max(first);
+            let half = (0..=limit / 2).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+            let after = |mark: &str| text[half..limit].rfind(mark).map(|at| half + at + mark.len());
+            let sentence = [". ", "! ", "? ", "。", "！", "？"].iter().filter_map(|mark| after(mark)).max();
+            end = after("\n").or(sentence).or_else(|| after(" ")).unwrap_or(limit);
+        }
+        let (piece, rest) = text.split_at(end);
+        text = rest;
+        Some(piece)
+    })
 }
 
 /// What became of one source; `mixture.json` lists one per source.
@@ -131,7 +155,10 @@ impl Corpus {
                 context.check_cancelled()?;
             }
             match text {
-                Ok(text) => self.add(index, source, text, options.heldout),
+                Ok(text) => {
+                    let most = options.max_document_bytes.map_or(usize::MAX, |most| most.max(1) as usize);
+                    pieces(text, most).try_for_each(|piece| self.add(index, source, piece, options.heldout))
+                }
                 Err(reason) => {
                     self.counts[index].unusable += 1;
                     self.unusable.add(file, line, reason);
@@ -221,6 +248,14 @@ impl Corpus {
         for counts in self.counts.iter_mut().filter(|counts| counts.train > 0) {
             counts.epochs = counts.drawn as f64 / counts.train as f64;
         }
+        for (counts, source) in self.counts.iter().zip(sources).filter(|(counts, _)| counts.epochs > MANY_PASSES) {
+            if let (None, Some(file)) = (source.epochs, source.files.first()) {
+                context.warning(format!(
+                    "{}: its {} documents are passed {:.0} times to reach its weight; set `epochs`, `max_documents` or `max_bytes` to limit that",
+                    file.name, counts.train, counts.epochs
+                ));
+            }
+        }
         if self.drawn.is_empty() {
             return Err(StageError::invalid_with_hint(
                 "no document is left to train on",
@@ -259,5 +294,32 @@ impl Corpus {
         builder.put("mixture.json", &serde_json::to_vec_pretty(&mixture).expect("counts are JSON"))?;
         builder.metadata(json!({ "train": mixture["train"], "heldout": mixture["heldout"] }));
         Ok(builder.publish()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn long_documents_are_cut_where_it_hurts_least() {
+        let cut = |text: &'static str, most| pieces(text, most).collect::<Vec<_>>();
+        assert_eq!(cut("short", 10), ["short"]);
+        assert_eq!(cut("one. two three\nfour", 17), ["one. two three\n", "four"]);
+        assert_eq!(cut("It is so. And not so.", 14), ["It is so. ", "And not so."]);
+        assert_eq!(cut("aaaa bbbb cccc", 10), ["aaaa bbbb ", "cccc"]);
+        assert_eq!(cut("你好。世界", 10), ["你好。", "世界"]);
+        assert_eq!(cut("你好", 1), ["你", "好"]);
+        assert_eq!(cut("", 5), [""; 0]);
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_are_the_text(text in "[a. \n你é]{0,80}", most in 1usize..30) {
+            let cut: Vec<&str> = pieces(&text, most).collect();
+            prop_assert_eq!(cut.concat(), text.as_str());
+            prop_assert!(cut.iter().all(|piece| !piece.is_empty() && (piece.len() <= most || piece.chars().count() == 1)));
+        }
     }
 }

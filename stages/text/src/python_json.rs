@@ -1,4 +1,4 @@
-//! JSON as Python's `json.dumps` writes it: chat templates were trained with its spaces.
+//! JSON as Python's `json.dumps` and `repr` write it: models were trained with their spaces and quotes.
 
 use serde_json::Value;
 
@@ -98,6 +98,40 @@ fn string(out: &mut String, text: &str, ensure_ascii: bool) {
     out.push('"');
 }
 
+/// `repr(value)`: what a template prints of a list or a dictionary.
+pub(crate) fn repr(value: &Value) -> String {
+    match value {
+        Value::Null => "None".into(),
+        Value::Bool(true) => "True".into(),
+        Value::Bool(false) => "False".into(),
+        Value::Number(number) => number.to_string(),
+        Value::String(text) => repr_string(text),
+        Value::Array(values) => format!("[{}]", values.iter().map(repr).collect::<Vec<_>>().join(", ")),
+        Value::Object(map) => {
+            let entries: Vec<String> = map.iter().map(|(key, value)| format!("{}: {}", repr_string(key), repr(value))).collect();
+            format!("{{{}}}", entries.join(", "))
+        }
+    }
+}
+
+fn repr_string(text: &str) -> String {
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    let mut out = String::from(quote);
+    for character in text.chars() {
+        match character {
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            control if control < ' ' || control == '\u{7f}' => out.push_str(&format!("\\x{:02x}", control as u32)),
+            other if other == quote => out.extend(['\\', other]),
+            other => out.push(other),
+        }
+    }
+    out.push(quote);
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,5 +152,12 @@ mod tests {
         let mut emoji = String::new();
         string(&mut emoji, "😀", true);
         assert_eq!(emoji, "\"\\ud83d\\ude00\"");
+    }
+
+    /// Expected texts printed by CPython 3.11's `repr`.
+    #[test]
+    fn as_python_shows_it() {
+        assert_eq!(repr(&json!([1, "a", null, true, 1.0])), "[1, 'a', None, True, 1.0]");
+        assert_eq!(repr(&json!({"k": "it's", "q": "'\"", "n": "a\n\\\u{1}é"})), "{'k': \"it's\", 'q': '\\'\"', 'n': 'a\\n\\\\\\x01é'}");
     }
 }
