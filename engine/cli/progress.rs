@@ -51,6 +51,7 @@ fn line(event: &Event, verbose: bool) -> Option<String> {
 fn ended(outcome: &StageOutcome) -> Option<String> {
     let name = &outcome.name;
     Some(match outcome.status {
+        StageStatus::Failed if outcome.was_interrupted() => format!("{name}: interrupted"),
         StageStatus::Failed => format!("{name}: failed: {}", outcome.error.as_deref().unwrap_or("no message")),
         StageStatus::Skipped | StageStatus::Cached => return None,
         _ => {

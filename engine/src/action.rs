@@ -127,7 +127,9 @@ impl<'a> Actions<'a> {
         };
         let (wanted, force) = (resolve(&request.stages, "STAGE"), resolve(&request.force, "--force"));
         let count = workflow.stages.len();
-        let selected = if request.stages.is_empty() { vec![true; count] } else { workflow.dag.ancestors(&wanted) };
+        // What is forced is asked for too, even if nothing else needs it.
+        let asked: Vec<usize> = wanted.iter().chain(&force).copied().collect();
+        let selected = if request.stages.is_empty() { vec![true; count] } else { workflow.dag.ancestors(&asked) };
         let mut forced = vec![false; count];
         force.into_iter().for_each(|stage| forced[stage] = true);
 

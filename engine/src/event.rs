@@ -75,6 +75,11 @@ pub struct StageOutcome {
 }
 
 impl StageOutcome {
+    /// Whether it was stopped, rather than failing by itself.
+    pub fn was_interrupted(&self) -> bool {
+        self.status == StageStatus::Failed && self.error.as_deref() == Some("interrupted")
+    }
+
     /// As scripts see it.
     pub fn to_json(&self) -> Value {
         json!({

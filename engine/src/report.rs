@@ -35,7 +35,8 @@ pub fn run_report(workflow: &Workflow, store: &Store, summary: &Summary, command
         }
     }
     let file = workflow.path.display();
-    let failed: Vec<&StageOutcome> = summary.stages.iter().filter(|stage| stage.status == StageStatus::Failed).collect();
+    let failed: Vec<&StageOutcome> =
+        summary.stages.iter().filter(|stage| stage.status == StageStatus::Failed && !stage.was_interrupted()).collect();
     for stage in &failed {
         let _ = writeln!(out, "\n{} failed: {}", stage.name, stage.error.as_deref().unwrap_or("no message"));
         if let Some(hint) = &stage.hint {
@@ -92,8 +93,11 @@ fn last_policy<'a>(workflow: &'a Workflow, summary: &'a Summary) -> Option<&'a S
 fn rows(workflow: &Workflow, summary: &Summary) -> Vec<Vec<String>> {
     stages(workflow, summary)
         .map(|(stage, outcome)| {
-            let result =
-                if outcome.same_output { format!("{}, same output", outcome.status.name()) } else { outcome.status.name().to_owned() };
+            let result = match outcome.status.name() {
+                _ if outcome.was_interrupted() => "interrupted".to_owned(),
+                status if outcome.same_output => format!("{status}, same output"),
+                status => status.to_owned(),
+            };
             let did_nothing = matches!(outcome.status, StageStatus::Cached | StageStatus::Skipped);
             let why = match (&outcome.rerun, &outcome.error) {
                 (Some(rerun), _) => rerun.text(),

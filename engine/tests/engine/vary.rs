@@ -229,8 +229,7 @@ fn candidates(value: &Value, schemas: &[Value]) -> Vec<Value> {
 /// Makes data paths absolute, so that the file can stand in another folder.
 fn absolute_paths(settings: &mut Value, schema: &Value, folder: &Path) {
     let folder = folder.canonicalize().expect("the workflow's folder is there");
-    let paths: Vec<String> =
-        flatten(settings).into_iter().map(|(path, _)| path).filter(|path| find(schema, schema, path).mark == Mark::Path).collect();
+    let paths: Vec<String> = flatten(settings).into_keys().filter(|path| find(schema, schema, path).mark == Mark::Path).collect();
     for path in paths {
         if let Some(value) = at(settings, &path)
             && let Some(text) = value.as_str()
