@@ -199,7 +199,12 @@ impl<'a> Actions<'a> {
         {
             return Ok(Decision::Cached { key, outputs: outputs.into() });
         }
-        let last = self.store.last_action(&self.workflow_name, &stage.name, stage.kind.name())?;
+        // A result under this very key is the one to compare with, whatever its stage was called.
+        let under_key = if must_run.is_some() { self.store.action(key)? } else { None };
+        let last = match under_key {
+            Some(record) => Some(record),
+            None => self.store.last_action(&self.workflow_name, &stage.name, stage.kind.name())?,
+        };
         let fresh = matches!(must_run, Some(RerunReason::Forced { .. }));
         let prefix_key = full_key.prefix(&stage.kind.horizon(&stage.config));
         let snapshots = if fresh { Vec::new() } else { self.usable_snapshots(stage, prefix_key)? };
