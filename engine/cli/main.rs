@@ -2,10 +2,12 @@
 
 mod adopt;
 mod artifact;
+mod chat;
 mod common;
 mod devices;
 mod diff;
 mod failure;
+mod generate;
 mod graph;
 mod host;
 mod lineage;
@@ -46,6 +48,8 @@ enum Command {
     Watch(watch::Watch),
     Graph(graph::Graph),
     Metrics(metrics::Metrics),
+    Generate(generate::Generate),
+    Chat(chat::Chat),
     Report(report::Report),
     Diff(diff::Diff),
     Show(show::Show),
@@ -79,6 +83,8 @@ fn main() -> ExitCode {
         Command::Watch(command) => command.run(&cli.common),
         Command::Graph(command) => command.run(&cli.common),
         Command::Metrics(command) => command.run(&cli.common),
+        Command::Generate(command) => command.run(&cli.common),
+        Command::Chat(command) => command.run(&cli.common),
         Command::Report(command) => command.run(&cli.common),
         Command::Diff(command) => command.run(&cli.common),
         Command::Show(command) => command.run(&cli.common),

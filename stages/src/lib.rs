@@ -4,6 +4,7 @@
 //! [`reward_model`], [`ppo`] with its four roles, [`dpo`]. And [`eval`]. What trainers share stands in [`train`], their maths in
 //! [`losses`].
 
+pub mod chat;
 pub mod corpus;
 pub mod dpo;
 pub mod eval;

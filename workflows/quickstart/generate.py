@@ -58,8 +58,8 @@ from world import (
 SEED = 20260
 HERE = Path(__file__).resolve().parent
 
-CORPUS_BYTES = 1_350_000
-INSTRUCTIONS = 2_200
+CORPUS_BYTES = 800_000
+INSTRUCTIONS = 1_600
 PREFERENCE_PAIRS = 2_400
 RANKED_LISTS = 200
 PROMPTS = 700
@@ -69,7 +69,7 @@ HELDOUT_PREFERENCES = 240  # two pairs on each of 120 questions
 # What a demonstration is, by the tone of its question. Scraped answers are as good as the questions were kind, so the
 # fine-tuned model has the wanted manner for some wordings and not for others, sampled or greedy alike.
 DEMONSTRATIONS = {
-    "polite": {"good": 64, "sentence": 10, "curt": 5, "rude": 3, "ramble": 5, "wrong": 8, "refuse": 5},
+    "polite": {"good": 46, "sentence": 18, "curt": 10, "rude": 6, "ramble": 7, "wrong": 8, "refuse": 5},
     "plain": {"good": 16, "sentence": 25, "curt": 20, "rude": 14, "ramble": 12, "wrong": 8, "refuse": 5},
 }
 # What stands against a right answer in the wanted manner.
@@ -163,26 +163,25 @@ def ask(fact: Fact) -> list[Question]:
     """Every wording of the question after one fact."""
     names = fact.entity.fields(pronoun=False)
     plain = [Question(sentence(q.format(**names)), "plain", fact) for q in fact.attribute.questions]
-    shift = ATTRIBUTES.index(fact.attribute)
-    polite = [
-        Question(POLITE[(i + shift) % len(POLITE)].format(c=c.format(**names)), "polite", fact)
-        for i, c in enumerate(fact.attribute.clauses)
-    ]
+    polite = [Question(tone.format(c=c.format(**names)), "polite", fact) for c in fact.attribute.clauses for tone in POLITE]
     return plain + polite
 
 
 def hold_out(rng: random.Random, facts: list[Fact]) -> tuple[list[Question], list[Question], list[Question]]:
     """Questions for training, for eval's prompts and for the reward model's held-out pairs, of both tones evenly.
 
-    A fact gives at most one question to each held-out list, so most of its wordings stay in training.
+    A fact gives at most two questions to each held-out list, so most of its wordings stay in training.
     """
     training = {question.text: question for fact in facts for question in ask(fact)}
     lists = []
     for size in (HELDOUT_PROMPTS, HELDOUT_PREFERENCES // 2):
         tones = ["polite", "plain"] * size
         held = []
-        for fact, tone in zip(rng.sample(facts, size), tones):
-            question = rng.choice([q for q in ask(fact) if q.tone == tone and q.text in training])
+        deck = Deck(rng, facts)
+        for tone in tones[:size]:
+            fact = deck.draw()
+            left = [q for q in ask(fact) if q.text in training]
+            question = rng.choice([q for q in left if q.tone == tone] or left)
             held.append(training.pop(question.text))
         lists.append(held)
     return list(training.values()), lists[0], lists[1]
@@ -398,7 +397,7 @@ def check(files: dict[str, list[dict]]) -> list[str]:
 
     facts = draw_facts(random.Random(f"{SEED} facts"))
     questions = {q.text: q for fact in facts for q in ask(fact)}
-    expect(len(questions) == 6 * len(facts), "two questions have the same wording")
+    expect(len(questions) == 12 * len(facts), "two questions have the same wording")
 
     evaluation = tomllib.loads((HERE.parent / "quickstart.toml").read_text(encoding="utf-8"))["stage"]["eval"]
     expect(evaluation["rule"] == {"answer": "contains", "pattern": MANNER, "max_words": MAX_WORDS}, "quickstart.toml: another rule than here")

@@ -46,11 +46,11 @@ def _people(names: str, subject: str, possessive: str, object: str) -> list[Enti
     return [Entity(name, subject, possessive, object) for name in names.split()]
 
 
-PEOPLE = _people("Ada Cora Elsa Greta Iris Lily Nora Rosa", "she", "her", "her") + _people(
-    "Ben Dan Finn Hugo Jack Max Otto Sam", "he", "his", "him"
+PEOPLE = _people("Ada Elsa Greta Lily Nora", "she", "her", "her") + _people(
+    "Ben Finn Hugo Max Sam", "he", "his", "him"
 )
-ANIMALS = [Entity(name, "it", "its", "it") for name in "Biscuit Bramble Button Clover Marble Nutmeg Pepper Tulip".split()]
-BOATS = [Entity("the " + name, "it", "its", "it") for name in "Comet Dolphin Gull Heron Otter Swallow".split()]
+ANIMALS = [Entity(name, "it", "its", "it") for name in "Biscuit Clover Marble Pepper Tulip".split()]
+BOATS = [Entity("the " + name, "it", "its", "it") for name in "Comet Heron Otter Swallow".split()]
 OPPOSITE_PAIRS = [
     ("hot", "cold"),
     ("fast", "slow"),
@@ -58,14 +58,11 @@ OPPOSITE_PAIRS = [
     ("wet", "dry"),
     ("loud", "quiet"),
     ("full", "empty"),
-    ("soft", "hard"),
-    ("early", "late"),
 ]
 WORDS = [Entity(word) for pair in OPPOSITE_PAIRS for word in pair]
 GROUPS = {"person": PEOPLE, "animal": ANIMALS, "boat": BOATS, "word": WORDS}
 
 COLOURS = tuple("red blue green yellow white black brown pink grey purple".split())
-MONTHS = tuple("January February March April May June July August September October November December".split())
 PETS = tuple("cat dog goat parrot rabbit hen pony duck donkey mouse".split())
 
 ATTRIBUTES = [
@@ -108,26 +105,6 @@ ATTRIBUTES = [
         "A {v}.",
         ("What pet does {s} have?", "Which animal does {s} keep?", "What kind of pet does {s} have?"),
         ("what pet {s} has", "which animal {s} keeps", "what kind of pet {s} has"),
-    ),
-    Attribute(
-        "birthday",
-        "person",
-        MONTHS,
-        ("{p} birthday is in {v}.", "{s} was born in {v}.", "{p} birthday comes in {v}.", "{s} has a birthday in {v}.", "Every year {s} has a party in {v}.", "{s} turns a year older in {v}."),
-        ("{p} birthday is in {v}.", "{s} was born in {v}."),
-        "In {v}.",
-        ("When is {p} birthday?", "In which month was {s} born?", "When does {s} turn a year older?"),
-        ("when {p} birthday is", "in which month {s} was born", "when {s} turns a year older"),
-    ),
-    Attribute(
-        "music",
-        "person",
-        tuple("flute drum fiddle harp horn piano guitar trumpet whistle banjo".split()),
-        ("{s} plays the {v}.", "{s} plays the {v} very well.", "In the evening {s} plays the {v}.", "{s} learned to play the {v}.", "{p} music comes from the {v}.", "{s} makes music on the {v}."),
-        ("{s} plays the {v}.", "{s} makes music on the {v}."),
-        "The {v}.",
-        ("What does {s} play?", "Which instrument does {s} play?", "What does {s} make music on?"),
-        ("what {s} plays", "which instrument {s} plays", "what {s} makes music on"),
     ),
     Attribute(
         "home",
