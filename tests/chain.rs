@@ -17,12 +17,14 @@ const SHRINK: &[&str] = &[
     "stage.pretrain.model={ hidden_size = 32, layers = 2, heads = 4, kv_heads = 2, context = 128, tie_embeddings = true }",
     "stage.pretrain.train={ steps = 6, batch_size = 4, lr = 3e-3 }",
     "stage.sft.train={ steps = 6, batch_size = 4, lr = 1e-3 }",
-    "stage.reward_model.train={ steps = 6, batch_size = 4, lr = 1e-3 }",
+    // So few rows that every pair is visited: a change of any of them is a change of the result.
+    "stage.preferences.max_rows=12",
+    "stage.reward_model.train={ steps = 6, batch_size = 8, lr = 1e-3 }",
     "stage.ppo.steps=3",
     "stage.ppo.batch_size=8",
     "stage.ppo.num_mini_batches=2",
     "stage.ppo.max_new_tokens=8",
-    "stage.dpo.train={ steps = 6, batch_size = 4, lr = 1e-3 }",
+    "stage.dpo.train={ steps = 6, batch_size = 8, lr = 1e-3 }",
     "stage.eval.max_prompts=6",
     "stage.eval.max_new_tokens=8",
 ];

@@ -71,8 +71,9 @@ fn first_metrics(values: &[(String, f64)]) -> String {
 }
 
 struct Lines {
-    /// Per stage: time of the last line, and of the first progress with how much was done then.
-    last: BTreeMap<String, (f64, f64, u64)>,
+    /// Per stage and unit (a stage may count documents first and steps then): time of the last line, and of the first
+    /// progress with how much was done then.
+    last: BTreeMap<(String, String), (f64, f64, u64)>,
     metrics: BTreeMap<String, String>,
     verbose: bool,
 }
@@ -80,7 +81,7 @@ struct Lines {
 impl Lines {
     fn progress(&mut self, time: f64, stage: &str, event: &StageEvent) -> Option<String> {
         let StageEvent::Progress { done, total, unit, tokens_per_s, detail, .. } = event else { return None };
-        let (last, began, done_then) = self.last.entry(stage.to_owned()).or_insert((time, time, *done));
+        let (last, began, done_then) = self.last.entry((stage.to_owned(), unit.clone())).or_insert((time, time, *done));
         if time - *last < LINE_SECONDS {
             return None;
         }
@@ -90,8 +91,7 @@ impl Lines {
         let left = text::seconds(per_unit * total.saturating_sub(*done) as f64);
         let parts = [
             format!("{unit} {}/{}", thousands(*done), thousands(*total)),
-            detail.clone(),
-            self.metrics.get(stage).cloned().unwrap_or_default(),
+            if detail.is_empty() { self.metrics.get(stage).cloned().unwrap_or_default() } else { detail.clone() },
             rate(*tokens_per_s),
             format!("about {left} left"),
         ];

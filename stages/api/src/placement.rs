@@ -103,10 +103,10 @@ pub struct Execution {
     /// Where the stage runs: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:0"`, a list of devices, or `{ cpu = 4 }` for four ranks on the CPU.
     #[schemars(extend("x-setting" = "execution"))]
     pub device: DeviceChoice,
-    /// ZeRO level: 0, 1, 2, 3, or `"auto"` for the lowest that fits.
+    /// ZeRO level: 0, 1, 2, 3, or `"auto"` for the lowest that fits. On one rank there is nothing to shard and all are the same.
     #[schemars(extend("x-setting" = "execution"))]
     pub zero: ZeroSetting,
-    /// `"cpu"` keeps optimizer state, or a frozen model, in host memory.
+    /// `"cpu"` keeps optimizer state, or a frozen model, in host memory; on the CPU it is there anyway.
     #[schemars(extend("x-setting" = "execution"))]
     pub offload: Offload,
 }

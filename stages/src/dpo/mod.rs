@@ -97,7 +97,7 @@ impl StageKind for Dpo {
     }
 
     fn check(config: &DpoConfig) -> Vec<Problem> {
-        config.train.check("train")
+        [config.train.check("train"), train::check_placement(&config.execution.placement)].concat()
     }
 
     fn describe(config: &DpoConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {

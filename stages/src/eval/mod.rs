@@ -23,7 +23,7 @@ use crate::{
     pairs::{Answered, AnsweredBatch},
     pretrain::Windows,
     reward_model::ScoredBatch,
-    train::burn_device,
+    train::{burn_device, check_placement},
 };
 
 /// See the module.
@@ -55,7 +55,7 @@ pub struct EvalConfig {
     #[serde(default = "unit")]
     #[schemars(extend("exclusiveMinimum" = 0.0), range(max = 1.0))]
     pub top_p: f64,
-    /// What makes an answer right, where it can be said.
+    /// What makes an answer right, where it can be said; without it there is no rule score.
     #[serde(default)]
     pub rule: Option<Rule>,
     /// Prompts whose answers are shown side by side.
@@ -112,7 +112,7 @@ impl StageKind for Eval {
     ];
     const OUTPUTS: &'static [OutputPort] = &[OutputPort { name: "evaluation", types: &[ArtifactType::Evaluation], doc: "All numbers and answers." }];
     const METRICS: &'static [(&'static str, &'static str)] = &[
-        ("<model>/rule_score", "share of answers that are right by the rule (prompts with a reference answer)"),
+        ("<model>/rule_score", "share of answers that are right by the rule; where a prompt has no reference answer, its other parts decide"),
         ("<model>/reward", "mean score by the judge"),
         ("<model>/win_rate", "share of prompts whose answer the judge scores above the baseline's; ties count half"),
         ("<model>/kl", "mean over answers of the summed log-ratio to the reference, in nats"),
@@ -123,7 +123,8 @@ impl StageKind for Eval {
     const DRAWS: bool = true;
 
     fn check(config: &EvalConfig) -> Vec<Problem> {
-        config.rule.iter().flat_map(|rule| rule.check("rule")).collect()
+        let problems = config.rule.iter().flat_map(|rule| rule.check("rule"));
+        problems.chain(check_placement(&config.execution)).collect()
     }
 
     fn describe(config: &EvalConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {

@@ -18,7 +18,7 @@ pub enum KlController {
         /// KL per answer to approach, in nats.
         #[schemars(extend("exclusiveMinimum" = 0.0))]
         target: f64,
-        /// Samples over which the coefficient moves by a factor.
+        /// Divides the number of samples of a step: the larger, the slower the coefficient moves.
         #[schemars(extend("exclusiveMinimum" = 0.0))]
         horizon: f64,
     },
@@ -205,7 +205,7 @@ pub struct RoleTrain {
     /// Answers per forward and backward pass.
     #[schemars(extend("x-unit" = "sequences"), range(min = 1))]
     pub micro_batch_size: usize,
-    /// Learning rate over PPO steps: `constant`, `linear` or `cosine`.
+    /// Learning rate over PPO steps: `constant`, `linear` or `cosine` (not `wsd`).
     pub schedule: Schedule,
     /// PPO steps of linear warmup from 0.
     #[schemars(extend("x-unit" = "steps"))]

@@ -10,7 +10,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::config::RoleTrain;
-use crate::{models, train::burn_device};
+use crate::{
+    models,
+    train::{burn_device, check_placement},
+};
 
 /// Settings of a role that is trained.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
@@ -73,7 +76,8 @@ macro_rules! role {
             const DRAWS: bool = $gives as u8 == ArtifactType::Critic as u8;
 
             fn check(config: &$config) -> Vec<Problem> {
-                config.train().map(RoleTrain::check).unwrap_or_default()
+                let problems = config.train().map(RoleTrain::check).unwrap_or_default();
+                [problems, check_placement(&config.execution)].concat()
             }
 
             fn describe(_: &$config, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {

@@ -88,6 +88,7 @@ impl StageKind for Pretrain {
     fn check(config: &PretrainConfig) -> Vec<Problem> {
         let mut problems = config.train.check("train");
         problems.extend(config.model.iter().flat_map(|model| model.check("model")));
+        problems.extend(train::check_placement(&config.execution.placement));
         problems
     }
 

@@ -82,7 +82,7 @@ impl StageKind for RewardModel {
     }
 
     fn check(config: &RewardModelConfig) -> Vec<Problem> {
-        config.train.check("train")
+        [config.train.check("train"), train::check_placement(&config.execution.placement)].concat()
     }
 
     fn describe(config: &RewardModelConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {

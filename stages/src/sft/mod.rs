@@ -71,7 +71,7 @@ impl StageKind for Sft {
     }
 
     fn check(config: &SftConfig) -> Vec<Problem> {
-        config.train.check("train")
+        [config.train.check("train"), train::check_placement(&config.execution.placement)].concat()
     }
 
     fn describe(config: &SftConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {

@@ -1,5 +1,5 @@
 use burn::tensor::Device;
-use rlflow_api::{DeviceSpec, Execution, SnapshotPolicy, StageError, StageResult};
+use rlflow_api::{DeviceChoice, DeviceSpec, Execution, Problem, SnapshotPolicy, StageError, StageResult};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +30,20 @@ impl TrainExecution {
             None => SnapshotPolicy::default(),
         }
     }
+}
+
+/// Placements that this version cannot run, found before anything does.
+pub fn check_placement(execution: &Execution) -> Vec<Problem> {
+    let ranks = match &execution.device {
+        DeviceChoice::One(_) => 1,
+        DeviceChoice::List(devices) => devices.len(),
+        DeviceChoice::CpuRanks { cpu } => *cpu,
+    };
+    if ranks <= 1 {
+        return Vec::new();
+    }
+    let message = format!("{ranks} ranks were asked for; this version runs a stage on one");
+    vec![Problem::new("too_many_ranks", "device", message).hint("name a single device: the result is the same")]
 }
 
 /// The Burn device of a placement's first rank.

@@ -59,11 +59,11 @@ fn yes() -> bool {
 #[serde(bound = "D: TrainDefaults")]
 #[schemars(bound = "D: TrainDefaults", inline)]
 pub struct TrainSettings<D> {
-    /// Optimizer steps. Give this or `epochs`.
+    /// Optimizer steps. Give this or `epochs`; without either, `epochs` is 1 (sft: 3).
     #[serde(default)]
     #[schemars(extend("x-unit" = "steps"), range(min = 1))]
     pub steps: Option<u64>,
-    /// Passes over the data. Give this or `steps`.
+    /// Passes over the data. Give this or `steps`; without either it is 1 (sft: 3).
     #[serde(default)]
     #[schemars(extend("x-unit" = "epochs"), extend("exclusiveMinimum" = 0.0))]
     pub epochs: Option<f64>,
@@ -87,7 +87,7 @@ pub struct TrainSettings<D> {
     #[serde(default)]
     #[schemars(extend("x-unit" = "steps"))]
     pub warmup_steps: u64,
-    /// Steps of decay at the end of `wsd`.
+    /// Steps of decay at the end of `wsd`, which needs it.
     #[serde(default)]
     #[schemars(extend("x-unit" = "steps"))]
     pub decay_steps: u64,
@@ -99,7 +99,7 @@ pub struct TrainSettings<D> {
     #[serde(default = "D::weight_decay")]
     #[schemars(range(min = 0.0))]
     pub weight_decay: f64,
-    /// Decay rates of the first and second moment.
+    /// Decay rates of the first and of the second moment: two numbers.
     #[serde(default = "D::betas")]
     #[schemars(inner(range(min = 0.0, max = 0.999_999)))]
     pub betas: [f64; 2],
