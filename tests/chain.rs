@@ -30,7 +30,20 @@ const SHRINK: &[&str] = &[
 ];
 
 const ALL: [&str; 15] = [
-    "corpus", "tokenizer", "pretrain", "instructions", "preferences", "prompts", "sft", "reward_model", "actor", "critic", "ref", "reward", "ppo", "dpo",
+    "corpus",
+    "tokenizer",
+    "pretrain",
+    "instructions",
+    "preferences",
+    "prompts",
+    "sft",
+    "reward_model",
+    "actor",
+    "critic",
+    "ref",
+    "reward",
+    "ppo",
+    "dpo",
     "eval",
 ];
 
@@ -139,7 +152,13 @@ fn only_what_changed_runs_again() {
     assert_eq!((reason["from"].as_f64(), reason["to"].as_f64()), (Some(0.1), Some(0.3)), "{reason}");
 
     // A default spelled out, execution settings, and stages renamed: nothing.
-    let spelled = ["stage.dpo.train.eps=1e-8", "stage.dpo.label_smoothing=0", "stage.ppo.gamma=1", "stage.sft.device=\"cpu\"", "stage.sft.snapshot_every=2"];
+    let spelled = [
+        "stage.dpo.train.eps=1e-8",
+        "stage.dpo.label_smoothing=0",
+        "stage.ppo.gamma=1",
+        "stage.sft.device=\"cpu\"",
+        "stage.sft.snapshot_every=2",
+    ];
     assert_eq!(fixture.run("store", &spelled).succeeded().ran(), names(&[]));
     fixture.edit("quickstart.toml", |text| text.replace("[stage.ref]", "[stage.anchor]").replace("ref = \"ref\"", "ref = \"anchor\""));
     let renamed = fixture.run("store", &[]).succeeded();
@@ -217,7 +236,10 @@ fn a_killed_run_continues_to_the_same_bits() {
     let errors = ppo["series"]["policy/first_ratio_error"].as_array().unwrap().clone();
     assert_eq!(errors.len(), 3);
     assert!(errors.iter().all(|point| point[1] == 0.0), "{errors:?}");
-    assert!(ppo["series"]["policy/approxkl_avg"].as_array().unwrap().iter().any(|point| point[1].as_f64().unwrap() > 0.0), "nothing was learnt");
+    assert!(
+        ppo["series"]["policy/approxkl_avg"].as_array().unwrap().iter().any(|point| point[1].as_f64().unwrap() > 0.0),
+        "nothing was learnt"
+    );
 }
 
 #[test]

@@ -42,7 +42,8 @@ pub struct SamplingArgs {
 
 impl SamplingArgs {
     pub fn sampling(&self) -> Result<Sampling, Failure> {
-        let usable = self.temperature >= 0.0 && self.temperature.is_finite() && self.top_p > 0.0 && self.top_p <= 1.0 && self.max_new_tokens > 0;
+        let usable =
+            self.temperature >= 0.0 && self.temperature.is_finite() && self.top_p > 0.0 && self.top_p <= 1.0 && self.max_new_tokens > 0;
         if !usable {
             let hint = "temperature is at least 0, top-p above 0 and at most 1, max-new-tokens at least 1";
             return Err(Failure::request("out_of_range", "these sampling options cannot be used".to_owned(), hint));
@@ -107,7 +108,8 @@ impl Generate {
         let mut prompts = self.prompt.clone();
         if self.stdin {
             for line in std::io::stdin().lock().lines() {
-                let line = line.map_err(|error| Failure::request("bad_input", format!("standard input: {error}"), "prompts are UTF-8 text"))?;
+                let line =
+                    line.map_err(|error| Failure::request("bad_input", format!("standard input: {error}"), "prompts are UTF-8 text"))?;
                 prompts.push(line);
             }
         }

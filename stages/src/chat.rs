@@ -53,7 +53,14 @@ impl ChatModel {
     ///
     /// # Errors
     /// If the prompt fills the model's context.
-    pub fn reply(&self, prompt: &Prompt<'_>, sampling: &Sampling, seed: u64, turn: u64, mut each: impl FnMut(&str) -> bool) -> StageResult<Reply> {
+    pub fn reply(
+        &self,
+        prompt: &Prompt<'_>,
+        sampling: &Sampling,
+        seed: u64,
+        turn: u64,
+        mut each: impl FnMut(&str) -> bool,
+    ) -> StageResult<Reply> {
         let ids = match prompt {
             Prompt::Messages(messages) => self.tokenizer.encode_prompt(messages).map_err(|error| StageError::invalid(error.to_string()))?,
             Prompt::Text(text) => self.tokenizer.encode(text),

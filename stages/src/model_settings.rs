@@ -81,7 +81,9 @@ impl ModelSettings {
         if hidden_size % heads != 0 {
             let message = format!("heads = {heads} does not divide hidden_size = {hidden_size}");
             let divisors: Vec<String> = (1..=hidden_size.min(256)).filter(|n| hidden_size % n == 0).map(|n| n.to_string()).collect();
-            problems.push(Problem::new("heads_do_not_divide", format!("{prefix}.heads"), message).hint(format!("{} would", divisors.join(", "))));
+            problems.push(
+                Problem::new("heads_do_not_divide", format!("{prefix}.heads"), message).hint(format!("{} would", divisors.join(", "))),
+            );
         } else if self.positions == Positions::Rope && hidden_size / heads % 2 != 0 {
             let message = format!("rotary positions turn pairs, and heads of width {} are odd", hidden_size / heads);
             problems.push(Problem::new("odd_head_width", format!("{prefix}.heads"), message));

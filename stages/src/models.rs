@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Device;
 use rlflow_api::{
-    Artifact, ArtifactBuilder, ArtifactMeta, ArtifactType, DescribeContext, Description, Needs, Problem, RunContext, StageError, StageResult,
+    Artifact, ArtifactBuilder, ArtifactMeta, ArtifactType, DescribeContext, Description, Needs, Problem, RunContext, StageError,
+    StageResult,
 };
 use rlflow_model::{CheckpointInfo, Decoder, Head, checkpoint};
 use rlflow_text::ChatTokenizer;

@@ -6,9 +6,16 @@ use rlflow_kernels::matmul::{MatrixRef, matmul};
 
 fn main() {
     println!("{:>22} {:>10} {:>10} {:>10}", "tokens x in x out", "forward", "d input", "d weight");
-    for (tokens, input, output) in
-        [(1024, 128, 128), (1024, 128, 384), (1024, 384, 128), (1024, 128, 1024), (4096, 128, 384), (2048, 256, 768), (2048, 512, 1408), (2048, 512, 512)]
-    {
+    for (tokens, input, output) in [
+        (1024, 128, 128),
+        (1024, 128, 384),
+        (1024, 384, 128),
+        (1024, 128, 1024),
+        (4096, 128, 384),
+        (2048, 256, 768),
+        (2048, 512, 1408),
+        (2048, 512, 512),
+    ] {
         let x = vec![0.5f32; tokens * input];
         let w = vec![0.25f32; input * output];
         let y = vec![0.125f32; tokens * output];

@@ -13,9 +13,9 @@ mod optimizer;
 pub mod parameters;
 pub mod schedule;
 
+pub use checkpoint::CheckpointInfo;
 pub use decoder::{Decoder, HeadView, PackedBatch, TokenStats};
 pub use fused::TokenTargets;
-pub use checkpoint::CheckpointInfo;
 pub use generate::{Completion, Draws, Sampling};
 pub use optimizer::{Gradients, Optimizer, OptimizerSettings};
 pub use parameters::{Head, ParameterSpec, Parameters};

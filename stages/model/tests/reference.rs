@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use burn::tensor::Device;
 use rlflow_api::ModelConfig;
-use rlflow_model::{Decoder, Head, LearningRate, Optimizer, OptimizerSettings, PackedBatch, Parameters, Schedule, TokenTargets, parameters};
+use rlflow_model::{
+    Decoder, Draws, Head, LearningRate, Optimizer, OptimizerSettings, PackedBatch, Parameters, Sampling, Schedule, TokenTargets,
+    generate::generate, parameters,
+};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -267,9 +270,104 @@ fn schedules_agree_with_transformers() {
         let warmup_steps = if name == "constant" { 0 } else { 20 };
         let rate = LearningRate { lr: 1.0, schedule, warmup_steps, decay_steps: 40, total_steps: 200, min_lr_ratio: 0.0 };
         for (step, expected) in case["multipliers"].as_array().unwrap().iter().enumerate() {
-            assert!((rate.at(step as u64) - expected.as_f64().unwrap()).abs() < 1e-9, "{name} at {step}: {} against {expected}", rate.at(step as u64));
+            assert!(
+                (rate.at(step as u64) - expected.as_f64().unwrap()).abs() < 1e-9,
+                "{name} at {step}: {} against {expected}",
+                rate.at(step as u64)
+            );
         }
         compared += 1;
     }
     assert!(compared >= 4, "only {compared} schedules compared");
+}
+
+/// Greedy decoding over the cache gives transformers' tokens, and each token's log-probability is the full pass's.
+#[test]
+fn cached_decoding_agrees_with_transformers_and_with_the_full_pass() {
+    for name in ["llama_tiny_mha", "llama_tiny_gqa", "llama_tiny_mqa", "llama_tiny_alibi"] {
+        let (case, weights) = case(name, name);
+        let weights = SafeTensors::deserialize(&weights).unwrap();
+        let view = SafeTensors::deserialize(&case.tensors).unwrap();
+        let decoder = load(&weights, case.config.clone());
+        // Prompts of different lengths in one batch; the short one must not notice the long one.
+        let prompts = [case.sequences[0].as_slice(), &case.sequences[1][..5], case.sequences[1].as_slice()];
+        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 16, stop_ids: vec![] };
+        let draws = Draws { seed: 0, purpose: "test", step: 0 };
+        let completions = generate(&decoder, &prompts, &sampling, draws, |_, _| true);
+        if let Ok(tensor) = view.tensor("greedy_ids") {
+            let width = tensor.shape()[1];
+            let greedy = integers(&view, "greedy_ids");
+            for (row, completion) in [(0, &completions[0]), (1, &completions[2])] {
+                let expected: Vec<u32> =
+                    greedy[row * width + case.sequences[row].len()..(row + 1) * width].iter().map(|id| *id as u32).collect();
+                assert_eq!(completion.ids, expected, "{name} row {row}");
+            }
+        }
+        for (prompt, completion) in prompts.iter().zip(&completions) {
+            let whole = [prompt, completion.ids.as_slice()].concat();
+            let batch = PackedBatch::new([whole.as_slice()]);
+            let rows: Arc<[u32]> = (prompt.len() as u32 - 1..whole.len() as u32 - 1).collect();
+            let targets: Arc<[u32]> = completion.ids.clone().into();
+            let full = decoder.evaluate(&batch, |head| head.token_stats(TokenTargets { rows, targets, scale: 1.0 }).logprobs);
+            close(name, &completion.logprobs, &parameters::host(&full), 0.0, 1e-4);
+        }
+    }
+}
+
+/// Stop tokens end an answer and belong to it; the context's end does too; draws repeat with their coordinates.
+#[test]
+fn answers_end_where_they_should() {
+    let (case, weights) = case("llama_tiny_gqa", "llama_tiny_gqa");
+    let decoder = load(&SafeTensors::deserialize(&weights).unwrap(), case.config.clone());
+    let prompts = [case.sequences[0].as_slice(), case.sequences[1].as_slice()];
+    let draws = |seed| Draws { seed, purpose: "test", step: 0 };
+    let long = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 10_000, stop_ids: vec![] };
+    let first = generate(&decoder, &prompts, &long, draws(1), |_, _| true);
+    for (prompt, completion) in prompts.iter().zip(&first) {
+        // The last token needs no position of its own.
+        assert_eq!(prompt.len() + completion.ids.len(), case.config.context + 1);
+        assert!(!completion.ended);
+    }
+    assert_eq!(first, generate(&decoder, &prompts, &long, draws(1), |_, _| true));
+    assert_ne!(first, generate(&decoder, &prompts, &long, draws(2), |_, _| true));
+    let stop = first[0].ids[3];
+    let at = first[0].ids.iter().position(|id| *id == stop).unwrap();
+    let stopping = Sampling { stop_ids: vec![stop], ..long };
+    let stopped = generate(&decoder, &prompts, &stopping, draws(1), |_, _| true);
+    assert!(stopped[0].ended);
+    assert_eq!(stopped[0].ids, first[0].ids[..=at], "the stop token belongs to the answer");
+    let mut seen = 0;
+    generate(&decoder, &prompts, &stopping, draws(1), |_, _| {
+        seen += 1;
+        seen < 4
+    });
+    assert!(seen <= 5, "a reader can stop everything");
+}
+
+/// One batch of eight sequences and two of four, added: the same gradients within 1e-5.
+#[test]
+fn accumulated_micro_batches_agree_with_the_whole_batch() {
+    let (case, weights) = case("llama_tiny_gqa", "llama_tiny_gqa");
+    let decoder = load(&SafeTensors::deserialize(&weights).unwrap(), case.config.clone());
+    let sequences: Vec<Vec<u32>> = (0..8).map(|i| case.sequences[i % 2].iter().map(|id| (id + i as u32) % 97).collect()).collect();
+    let run = |groups: &[&[Vec<u32>]]| {
+        let mut sums = rlflow_model::Gradients::new(decoder.parameters().specs().len());
+        for group in groups {
+            let batch = PackedBatch::new(group.iter().map(Vec::as_slice));
+            let rows: Arc<[u32]> = (0..batch.tokens() as u32).filter(|row| (row + 1) % 12 != 0).collect();
+            let targets: Arc<[u32]> = rows.iter().map(|row| batch.ids[*row as usize + 1]).collect();
+            let targets = TokenTargets { rows, targets, scale: 1.0 };
+            decoder.backward(
+                &batch,
+                false,
+                |head| (head.token_stats(targets.clone()).logprobs.sum(), ()),
+                |slot, gradient| sums.add(slot, gradient),
+            );
+        }
+        (0..decoder.parameters().specs().len()).map(|slot| parameters::host(sums.get(slot).unwrap())).collect::<Vec<_>>()
+    };
+    let (whole, split) = (run(&[&sequences]), run(&[&sequences[..4], &sequences[4..]]));
+    for (slot, (whole, split)) in whole.iter().zip(&split).enumerate() {
+        close(&decoder.parameters().specs()[slot].name, split, whole, 1e-5, 1e-6);
+    }
 }

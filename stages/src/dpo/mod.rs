@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Tensor, TensorData};
 use rlflow_api::{
-    Artifact, ArtifactType, DescribeContext, Description, Dtype, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageError,
-    StageKind, StageResult,
+    Artifact, ArtifactType, DescribeContext, Description, Dtype, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot,
+    StageError, StageKind, StageResult,
 };
 use rlflow_model::{Decoder, Head, Schedule, checkpoint, parameters::host};
 use rlflow_text::{PreferenceDataset, Split};
@@ -64,7 +64,8 @@ impl StageKind for Dpo {
 
     const NAME: &'static str = "dpo";
     const VERSION: u32 = 1;
-    const SUMMARY: &'static str = "Direct preference optimisation: raises preferred answers against a frozen reference, without a reward model.";
+    const SUMMARY: &'static str =
+        "Direct preference optimisation: raises preferred answers against a frozen reference, without a reward model.";
     const INPUTS: &'static [InputPort] = &[
         InputPort::one("model", &[ArtifactType::Policy], "Model to start from."),
         InputPort::one("data", &[ArtifactType::Preferences], "Preference rows; K ranked answers give all their pairs."),
@@ -131,7 +132,10 @@ impl StageKind for Dpo {
         let heldout = Pairs::from_rows(&PreferenceDataset::load(data, Split::HeldOut)?, length, TooLong::Truncate);
         context.metrics(0, &[("truncated_pairs", train.truncated as f64), ("dropped_pairs", train.dropped as f64)]);
         if train.pairs.is_empty() {
-            return Err(StageError::invalid_with_hint("no pair has an answer within the context", "a longer `model.context`, or shorter prompts"));
+            return Err(StageError::invalid_with_hint(
+                "no pair has an answer within the context",
+                "a longer `model.context`, or shorter prompts",
+            ));
         }
         let plan = config.train.plan(train.pairs.len());
 
@@ -158,7 +162,8 @@ impl StageKind for Dpo {
         let (train, heldout) = (with_reference(train.pairs, "train")?, with_reference(heldout.pairs, "heldout")?);
 
         let order = RowOrder::new(context.seed, "dpo/order", train.len(), plan.shuffle);
-        let mut task = DpoTask { pairs: train, heldout, order, plan: plan.clone(), beta: config.beta, label_smoothing: config.label_smoothing };
+        let mut task =
+            DpoTask { pairs: train, heldout, order, plan: plan.clone(), beta: config.beta, label_smoothing: config.label_smoothing };
         context.phase("training");
         train::train(context, &plan, &config.execution, &mut model.decoder, &mut task)?;
         let artifact = models::publish(context, ArtifactType::Policy, &model.decoder, &model.info, &model.artifact)?;
@@ -172,7 +177,10 @@ fn reference_logps(context: &RunContext<'_>, model: &Decoder, pairs: &[Pair], mi
     for pairs in pairs.chunks(micro_batch_size) {
         context.check_cancelled()?;
         let batch = answered_batch(pairs.iter());
-        let sums = sequence_sums(&host(&model.evaluate(&batch.batch, |head| head.token_stats(batch.targets.clone()).logprobs)), &batch.answer_lens);
+        let sums = sequence_sums(
+            &host(&model.evaluate(&batch.batch, |head| head.token_stats(batch.targets.clone()).logprobs)),
+            &batch.answer_lens,
+        );
         let (chosen, rejected) = sums.split_at(pairs.len());
         logps.extend(chosen.iter().zip(rejected).flat_map(|(c, r)| [*c as f32, *r as f32]));
     }

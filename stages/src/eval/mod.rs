@@ -5,8 +5,8 @@ mod rule;
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, Input, InputPort, OutputPort, Problem, RunContext, Sample,
-    StageError, StageEvent, StageKind, StageResult, Table,
+    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, Input, InputPort, OutputPort, Problem, RunContext,
+    Sample, StageError, StageEvent, StageKind, StageResult, Table,
 };
 use rlflow_model::{Completion, Decoder, Draws, Head, Sampling, generate::generate, parameters::host};
 use rlflow_text::{ChatTokenizer, PromptDataset, PromptRow, Split, TokenDataset, tokenize_corpus};
@@ -107,12 +107,17 @@ impl StageKind for Eval {
         InputPort::one("prompts", &[ArtifactType::Prompts], "Prompts; the held-out split is used, or all where nothing is held out."),
         InputPort::one("judge", &[ArtifactType::Reward], "Reward model for rewards and win rates.").optional(),
         InputPort::one("corpus", &[ArtifactType::Text], "Corpus whose held-out documents give the perplexity.").optional(),
-        InputPort::one("baseline", &[ArtifactType::Policy], "Checkpoint that the others must beat; the first model unless connected.").optional(),
+        InputPort::one("baseline", &[ArtifactType::Policy], "Checkpoint that the others must beat; the first model unless connected.")
+            .optional(),
         InputPort::one("ref", &[ArtifactType::Policy], "Checkpoint that the KL is taken to; the first model unless connected.").optional(),
     ];
-    const OUTPUTS: &'static [OutputPort] = &[OutputPort { name: "evaluation", types: &[ArtifactType::Evaluation], doc: "All numbers and answers." }];
+    const OUTPUTS: &'static [OutputPort] =
+        &[OutputPort { name: "evaluation", types: &[ArtifactType::Evaluation], doc: "All numbers and answers." }];
     const METRICS: &'static [(&'static str, &'static str)] = &[
-        ("<model>/rule_score", "share of answers that are right by the rule; where a prompt has no reference answer, its other parts decide"),
+        (
+            "<model>/rule_score",
+            "share of answers that are right by the rule; where a prompt has no reference answer, its other parts decide",
+        ),
         ("<model>/reward", "mean score by the judge"),
         ("<model>/win_rate", "share of prompts whose answer the judge scores above the baseline's; ties count half"),
         ("<model>/kl", "mean over answers of the summed log-ratio to the reference, in nats"),
@@ -247,7 +252,8 @@ impl<'a> Evaluation<'a> {
 
         let mut builder = context.output(ArtifactType::Evaluation);
         // By position, not by name: a renamed stage gives the same evaluation.
-        let models: Vec<serde_json::Value> = numbers.iter().map(|numbers| numbers.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect()).collect();
+        let models: Vec<serde_json::Value> =
+            numbers.iter().map(|numbers| numbers.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect()).collect();
         let answers: Vec<serde_json::Value> = self
             .rows
             .iter()
@@ -289,7 +295,9 @@ impl<'a> Evaluation<'a> {
             .collect();
         let texts: Vec<String> = completions.iter().map(|completion| self.tokenizer.decode(&completion.ids).trim().to_owned()).collect();
         let right = match &self.rule {
-            Some(rule) => (prompts.iter().zip(&texts)).map(|(prompt, text)| f64::from(u8::from(rule.holds(text, prompt.answer.as_deref())))).collect(),
+            Some(rule) => {
+                (prompts.iter().zip(&texts)).map(|(prompt, text)| f64::from(u8::from(rule.holds(text, prompt.answer.as_deref())))).collect()
+            }
             None => Vec::new(),
         };
         let mut rewards = Vec::new();

@@ -49,7 +49,12 @@ impl Rule {
 
     /// Compiles the pattern.
     pub fn compile(&self) -> Result<CompiledRule, String> {
-        let pattern = self.pattern.as_deref().map(Regex::new).transpose().map_err(|error| format!("`pattern` is not a regular expression: {error}"))?;
+        let pattern = self
+            .pattern
+            .as_deref()
+            .map(Regex::new)
+            .transpose()
+            .map_err(|error| format!("`pattern` is not a regular expression: {error}"))?;
         Ok(CompiledRule { answer: self.answer, pattern, max_words: self.max_words })
     }
 }
@@ -80,13 +85,17 @@ fn contains_words(text: &str, words: &str) -> bool {
         return false;
     }
     let is_inner = |c: Option<char>| c.is_some_and(char::is_alphanumeric);
-    text.match_indices(words).any(|(at, found)| !is_inner(text[..at].chars().next_back()) && !is_inner(text[at + found.len()..].chars().next()))
+    text.match_indices(words)
+        .any(|(at, found)| !is_inner(text[..at].chars().next_back()) && !is_inner(text[at + found.len()..].chars().next()))
 }
 
 fn final_number(text: &str) -> Option<String> {
     let tail = text.rsplit_once("####").map_or(text, |(_, tail)| tail);
     let numbers = tail.split(|c: char| !(c.is_ascii_digit() || "-.,".contains(c)));
-    let last = numbers.map(|number| number.replace(',', "")).map(|number| number.trim_end_matches('.').to_owned()).rfind(|number| number.chars().any(|c| c.is_ascii_digit()))?;
+    let last = numbers
+        .map(|number| number.replace(',', ""))
+        .map(|number| number.trim_end_matches('.').to_owned())
+        .rfind(|number| number.chars().any(|c| c.is_ascii_digit()))?;
     Some(last.parse::<f64>().map_or(last.clone(), |value| value.to_string()))
 }
 

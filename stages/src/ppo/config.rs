@@ -250,7 +250,10 @@ impl RoleTrain {
         if self.schedule != Schedule::Wsd {
             return Vec::new();
         }
-        vec![Problem::new("out_of_range", "train.schedule", "schedule `wsd` is not for PPO's roles").hint("`constant`, `linear` or `cosine`")]
+        vec![
+            Problem::new("out_of_range", "train.schedule", "schedule `wsd` is not for PPO's roles")
+                .hint("`constant`, `linear` or `cosine`"),
+        ]
     }
 
     /// Optimizer settings.

@@ -17,8 +17,8 @@ mod update;
 use std::{collections::BTreeMap, time::Instant};
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, Needs, OutputPort, Problem, Retain, RunContext, Sample, StageError,
-    StageEvent, StageKind, StageResult,
+    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, Needs, OutputPort, Problem, Retain, RunContext, Sample,
+    StageError, StageEvent, StageKind, StageResult,
 };
 use rlflow_model::{Decoder, Head, Optimizer, checkpoint};
 use rlflow_text::{PromptDataset, Split};
@@ -97,7 +97,10 @@ impl StageKind for Ppo {
         if let Some(model) = model
             && config.max_new_tokens >= model.context
         {
-            let message = format!("max_new_tokens = {} leaves no room for a prompt in the model's context of {}", config.max_new_tokens, model.context);
+            let message = format!(
+                "max_new_tokens = {} leaves no room for a prompt in the model's context of {}",
+                config.max_new_tokens, model.context
+            );
             let hint = format!("a prompt and its answer share the context: at most {}", model.context - 1);
             return Err(vec![Problem::new("context_too_long", "max_new_tokens", message).hint(hint)]);
         }
@@ -147,7 +150,8 @@ impl Trained {
     fn new(loaded: LoadedModel) -> StageResult<Self> {
         let LoadedModel { decoder, info, artifact } = loaded;
         let role = info.role.clone().unwrap_or_default();
-        let mut train: RoleTrain = serde_json::from_value(role).map_err(|error| StageError::invalid(format!("the role's settings: {error}")))?;
+        let mut train: RoleTrain =
+            serde_json::from_value(role).map_err(|error| StageError::invalid(format!("the role's settings: {error}")))?;
         train.normalise();
         let optimizer = Optimizer::new(decoder.parameters(), train.optimizer());
         Ok(Self { decoder, optimizer, train, loaded: LoadedModelInfo { info, artifact } })
@@ -194,7 +198,11 @@ impl<'a> Run<'a> {
         let usable: Vec<usize> = (0..prompts.len()).filter(|row| prompts.row(*row).ids.len() + config.max_new_tokens <= room).collect();
         let dropped = prompts.len() - usable.len();
         if dropped > 0 {
-            context.note(format!("{dropped} of {} prompts leave no room for {} new tokens and are not used", prompts.len(), config.max_new_tokens));
+            context.note(format!(
+                "{dropped} of {} prompts leave no room for {} new tokens and are not used",
+                prompts.len(),
+                config.max_new_tokens
+            ));
         }
         if usable.is_empty() {
             return Err(StageError::invalid_with_hint(
@@ -262,7 +270,9 @@ impl<'a> Run<'a> {
     }
 
     fn report(&self, step: u64, experience: &Experience, updated: &Updated, kl_coef: f64) -> StageResult<()> {
-        let metrics = [experience.metrics(kl_coef), updated.metrics(), vec![("episode", ((step + 1) * self.config.batch_size as u64) as f64)]].concat();
+        let metrics =
+            [experience.metrics(kl_coef), updated.metrics(), vec![("episode", ((step + 1) * self.config.batch_size as u64) as f64)]]
+                .concat();
         if let Some((name, value)) = metrics.iter().find(|(_, value)| !value.is_finite()) {
             let last_snapshot = self.context.snapshots.last_step();
             return Err(StageError::NonFinite { step: step + 1, tensor: (*name).into(), value: *value as f32, last_snapshot });

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, Needs, OutputPort, Problem, RunContext, StageKind, StageResult,
+    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, Needs, OutputPort, Problem, RunContext, StageKind,
+    StageResult,
 };
 use rlflow_model::{CheckpointInfo, Head};
 use schemars::JsonSchema;

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageError,
-    StageKind, StageResult,
+    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot,
+    StageError, StageKind, StageResult,
 };
 use rlflow_model::{CheckpointInfo, Decoder, Head, Parameters, Schedule, parameters};
 use rlflow_text::{ChatTokenizer, Split, TokenDataset, tokenize_corpus};
@@ -102,7 +102,8 @@ impl StageKind for Pretrain {
             }
             (None, None) => {
                 let message = "`model` is missing: the shape of the network to train";
-                let hint = "model = { hidden_size = 256, layers = 6, heads = 8, context = 256 }, or inputs.model to go on from a checkpoint";
+                let hint =
+                    "model = { hidden_size = 256, layers = 6, heads = 8, context = 256 }, or inputs.model to go on from a checkpoint";
                 return Err(vec![Problem::new("missing_setting", "model", message).hint(hint)]);
             }
             (Some(model), None) => tokenizer.and_then(|meta| meta.vocab_size).map(|vocab| model.config(vocab as usize)),

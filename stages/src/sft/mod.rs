@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use rlflow_api::{
-    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageError, StageKind,
-    StageResult,
+    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageError,
+    StageKind, StageResult,
 };
 use rlflow_model::{Decoder, Head, Schedule};
 use rlflow_text::{ConversationDataset, ConversationRow, Split};

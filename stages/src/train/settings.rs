@@ -160,7 +160,8 @@ impl<D: TrainDefaults> TrainSettings<D> {
         let mut problems = Vec::new();
         if self.steps.is_some() && self.epochs.is_some() {
             problems.push(
-                Problem::new("conflicting_settings", format!("{prefix}.epochs"), "`steps` and `epochs` are both given").hint("remove one of them"),
+                Problem::new("conflicting_settings", format!("{prefix}.epochs"), "`steps` and `epochs` are both given")
+                    .hint("remove one of them"),
             );
         }
         let micro = self.micro_batch_size.unwrap_or(1);

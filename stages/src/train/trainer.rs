@@ -25,7 +25,13 @@ pub trait Task {
     fn tokens(&self, micro_batch: &Self::MicroBatch) -> u64;
 
     /// Gradients of the *sum* of losses, handed to `take`; returns sums for metrics, the loss first.
-    fn backward(&self, model: &Decoder, micro_batch: &Self::MicroBatch, checkpointing: bool, take: &mut dyn FnMut(usize, Tensor<2>)) -> Sums;
+    fn backward(
+        &self,
+        model: &Decoder,
+        micro_batch: &Self::MicroBatch,
+        checkpointing: bool,
+        take: &mut dyn FnMut(usize, Tensor<2>),
+    ) -> Sums;
 
     /// Metrics of a step from its sums, the loss first.
     fn metrics(&self, sums: &Sums, denominator: f64) -> Vec<(&'static str, f64)>;
@@ -41,7 +47,13 @@ const STATE: &str = "model";
 ///
 /// # Errors
 /// If data cannot be read, a value is not finite, or the user interrupts (after a snapshot).
-pub fn train<T: Task>(context: &RunContext<'_>, plan: &TrainPlan, execution: &TrainExecution, model: &mut Decoder, task: &mut T) -> StageResult<()> {
+pub fn train<T: Task>(
+    context: &RunContext<'_>,
+    plan: &TrainPlan,
+    execution: &TrainExecution,
+    model: &mut Decoder,
+    task: &mut T,
+) -> StageResult<()> {
     let mut optimizer = Optimizer::new(model.parameters(), plan.optimizer);
     context.snapshots.set_policy(execution.snapshot_policy());
     let mut first = 0;
@@ -69,7 +81,8 @@ pub fn train<T: Task>(context: &RunContext<'_>, plan: &TrainPlan, execution: &Tr
         let mut sums: Sums = Vec::new();
         for micro_batch in &micro_batches {
             tokens += task.tokens(micro_batch);
-            let more = task.backward(model, micro_batch, execution.gradient_checkpointing, &mut |slot, gradient| gradients.add(slot, gradient));
+            let more =
+                task.backward(model, micro_batch, execution.gradient_checkpointing, &mut |slot, gradient| gradients.add(slot, gradient));
             sums.resize(more.len().max(sums.len()), 0.0);
             sums.iter_mut().zip(more).for_each(|(sum, value)| *sum += value);
         }
