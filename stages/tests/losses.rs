@@ -7,8 +7,8 @@ use fixtures::{Fixture, close, number, numbers};
 use rlflow_model::parameters::host;
 use rlflow_stages::{
     losses::{
-        KlEstimator, clipped_policy_loss, clipped_value_loss, dpo_sigmoid_loss, explained_variance, gae, mean, pairwise_reward_loss, whiten,
-        whiten_keeping_mean,
+        KlEstimator, clipped_policy_loss, clipped_value_loss, dpo_sigmoid_loss, explained_variance, gae, mean, pairwise_reward_loss,
+        whiten, whiten_keeping_mean,
     },
     ppo::KlController,
 };
@@ -145,7 +145,8 @@ const LENGTH: usize = 11;
 
 /// Rows of a `[6, 11]` matrix without what `mask` leaves out: our responses have no padding.
 fn rows(values: &[f64], mask: &[bool]) -> Vec<Vec<f64>> {
-    let kept = |(values, mask): (&[f64], &[bool])| values.iter().zip(mask).filter(|(_, counts)| **counts).map(|(value, _)| *value).collect();
+    let kept =
+        |(values, mask): (&[f64], &[bool])| values.iter().zip(mask).filter(|(_, counts)| **counts).map(|(value, _)| *value).collect();
     values.chunks(LENGTH).zip(mask.chunks(LENGTH)).map(kept).collect()
 }
 
@@ -164,7 +165,8 @@ fn over_all(rows: &mut [Vec<f64>], change: fn(&mut [f64])) {
 
 /// Raw advantages and returns of all rows.
 fn estimate(rewards: &[Vec<f64>], values: &[Vec<f64>], settings: &Value) -> (Vec<f64>, Vec<f64>) {
-    let each = rewards.iter().zip(values).map(|(rewards, values)| gae(rewards, values, number(&settings["gamma"]), number(&settings["lam"])));
+    let each =
+        rewards.iter().zip(values).map(|(rewards, values)| gae(rewards, values, number(&settings["gamma"]), number(&settings["lam"])));
     let advantages: Vec<f64> = each.flatten().collect();
     let returns = advantages.iter().zip(values.iter().flatten()).map(|(advantage, value)| advantage + value).collect();
     (advantages, returns)
@@ -207,7 +209,8 @@ fn ppo_agrees_with_trl() {
     for (name, case) in cases {
         let (settings, scalars) = (&case["settings"], &case["scalars"]);
         let expected = |tensor: &str, mask: &[bool]| counted(&fixture.floats(&format!("{name}.{tensor}.f64")), mask);
-        let scalar = |key: &str, actual: f64, relative: f64| close(&format!("{name} {key}"), &[actual], &numbers(&scalars[key]), relative, 1e-7);
+        let scalar =
+            |key: &str, actual: f64, relative: f64| close(&format!("{name} {key}"), &[actual], &numbers(&scalars[key]), relative, 1e-7);
 
         let penalty = settings["missing_eos_penalty"].as_f64().unwrap_or(0.0);
         let scores: Vec<f64> =
@@ -261,9 +264,10 @@ fn ppo_agrees_with_trl() {
         scalar("policy/approxkl_counted", over_tokens(&|new, old| KlEstimator::K2.estimate(new, old)), 1e-9);
         scalar("policy/approxkl_k3_counted", over_tokens(&|new, old| KlEstimator::K3.estimate(old, new)), 1e-9);
 
-        let value = clipped(&counted(&fixture.floats("new_values"), &with_value), number(&settings["cliprange_value"]), |new, clip_range| {
-            clipped_value_loss(new, constant(&values.concat()), constant(&returns), clip_range)
-        });
+        let value =
+            clipped(&counted(&fixture.floats("new_values"), &with_value), number(&settings["cliprange_value"]), |new, clip_range| {
+                clipped_value_loss(new, constant(&values.concat()), constant(&returns), clip_range)
+            });
         scalar("loss/value", value.mean, 1e-5);
         scalar("val/clipfrac", value.clip_frac, 0.0);
         close(&format!("{name} value gradient"), &value.gradient, &expected("dnew_values", &with_value), 1e-5, 1e-7);
@@ -277,7 +281,8 @@ fn ppo_agrees_with_deepspeed_chat_where_the_score_is_on_the_last_token() {
     let tokens = fixture.mask("response_mask");
     let input = |name: &str| rows(&fixture.floats(name), &tokens);
     let expected = |name: &str| counted(&fixture.floats(&format!("deepspeed_chat.{name}")), &tokens);
-    let (settings, scalars) = (&fixture.json["variants"]["deepspeed_chat"]["settings"], &fixture.json["variants"]["deepspeed_chat"]["scalars"]);
+    let (settings, scalars) =
+        (&fixture.json["variants"]["deepspeed_chat"]["settings"], &fixture.json["variants"]["deepspeed_chat"]["scalars"]);
 
     let (kl_coef, bound) = (number(&settings["kl_coef"]), number(&settings["reward_clip"]));
     let mut rewards = input("logprobs");

@@ -16,9 +16,9 @@ use rlflow_text::{ConversationRow, ConversationWriter, PreferenceRow, Preference
 use serde_json::{Value, json};
 
 /// What TRL's own float32 differs by from float64 is some 2e-5 (`float32_error_of_trl`).
-const RELATIVE: f64 = 1e-3;
+const RELATIVE: f64 = 1e-4;
 const ABSOLUTE: f64 = 1e-5;
-const WEIGHTS: f64 = 1e-4;
+const WEIGHTS: f64 = 2e-5;
 
 /// Keeps the metrics that a stage reports: name to one value per step.
 #[derive(Default)]

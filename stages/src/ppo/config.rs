@@ -3,7 +3,7 @@ use rlflow_model::{LearningRate, OptimizerSettings, Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::losses::KlEstimator;
+use crate::{losses::KlEstimator, train::Precision};
 
 /// How the KL coefficient moves.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
@@ -122,6 +122,9 @@ pub struct PpoConfig {
     #[serde(default = "sample_every")]
     #[schemars(extend("x-unit" = "steps"), range(min = 1))]
     pub sample_every: u64,
+    /// Number format of the arithmetic: `fp32`.
+    #[serde(default)]
+    pub precision: Precision,
     /// Steps between snapshots; without it, about every 10 seconds.
     #[serde(default)]
     #[schemars(extend("x-setting" = "execution", "x-unit" = "steps"), range(min = 1))]

@@ -3,10 +3,21 @@ use rlflow_api::{DeviceChoice, DeviceSpec, Execution, Problem, SnapshotPolicy, S
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Execution settings of every trainer. None of them is part of a result's identity.
+/// Number format of a model's arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Single precision throughout.
+    #[default]
+    Fp32,
+}
+
+/// How every trainer runs. But for `precision`, none of these settings is part of a result's identity.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TrainExecution {
+    /// Number format of the arithmetic: `fp32`.
+    pub precision: Precision,
     /// Where it runs.
     #[serde(flatten)]
     pub placement: Execution,

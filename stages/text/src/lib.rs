@@ -4,7 +4,7 @@
 //! source comes next; [`build_corpus`] stores the documents and [`TextDataset`] reads them. [`train_bpe`] makes a tokenizer of them and
 //! [`ChatTokenizer`] is one in use, with its chat template ([`ChatTemplate`]); [`tokenize_corpus`] makes a
 //! [`TokenDataset`]. Rows of conversations, preferences and prompts are recognised by [`rows`] and stored as
-//! [`ConversationDataset`], [`PreferenceDataset`] and [`PromptDataset`]. [`CounterRng`] is the randomness of all of it.
+//! [`ConversationDataset`], [`PreferenceDataset`] and [`PromptDataset`].
 //!
 //! Artifacts hold results only: no names, paths or times, so that equal results have equal digests. Integers are little-endian.
 
@@ -12,7 +12,6 @@ mod bpe;
 mod chat_template;
 mod conversation;
 mod corpus;
-mod counter_rng;
 mod data_file;
 mod documents;
 mod error;
@@ -38,7 +37,6 @@ pub use bpe::{BpeOptions, train_bpe};
 pub use chat_template::{CHATML, ChatTemplate, Rendered};
 pub use conversation::{ConversationDataset, ConversationRow, ConversationWriter};
 pub use corpus::{CorpusOptions, CorpusSource, SourceCounts, build_corpus};
-pub use counter_rng::{CounterRng, philox4x32_10};
 pub use data_file::DataFormat;
 pub use documents::{TextSplit, read_documents};
 pub use error::TextError;

@@ -1,4 +1,4 @@
-use crate::CounterRng;
+use rlflow_api::CounterRng;
 
 /// How often and how likely a source is passed.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -31,7 +31,7 @@ pub struct Draw {
 /// Draws are by counter: draw number i depends on the seed, i and what was drawn before only.
 pub struct Mixture {
     sources: Vec<Source>,
-    rng: CounterRng,
+    seed: u64,
     weighted: bool,
     endless: bool,
     draws: u64,
@@ -43,8 +43,9 @@ struct Source {
     quota: Option<u64>,
     drawn: u64,
     /// Order of the current pass; empty = as stored.
-    order: Vec<u64>,
-    rng: CounterRng,
+    order: Vec<u32>,
+    seed: u64,
+    index: u64,
 }
 
 impl Mixture {
@@ -54,11 +55,10 @@ impl Mixture {
         let source = |(index, share): (usize, &SourceShare)| {
             let epochs = share.epochs.or((!weighted).then_some(1.0));
             let quota = epochs.map(|epochs| (epochs * share.documents as f64).round() as u64);
-            let rng = CounterRng::new(seed, &format!("corpus/order/{index}"));
-            Source { share: *share, quota, drawn: 0, order: Vec::new(), rng }
+            Source { share: *share, quota, drawn: 0, order: Vec::new(), seed, index: index as u64 }
         };
         let sources = sources.iter().enumerate().map(source).collect();
-        Self { sources, rng: CounterRng::new(seed, "corpus/mixture"), weighted, endless, draws: 0 }
+        Self { sources, seed, weighted, endless, draws: 0 }
     }
 
     fn pick(&self) -> Option<usize> {
@@ -71,7 +71,7 @@ impl Mixture {
         if total <= 0.0 {
             return None;
         }
-        let mut left = self.rng.uniform(self.draws, 0, 0) * total;
+        let mut left = CounterRng::new(self.seed, "corpus/mixture", self.draws, 0).uniform() * total;
         for (index, weight) in &live {
             left -= weight;
             if left < 0.0 {
@@ -98,11 +98,12 @@ impl Source {
         let (pass, at) = (self.drawn / documents, self.drawn % documents);
         if at == 0 {
             let left = self.quota.map_or(documents, |quota| quota - self.drawn);
+            let permutation = || CounterRng::new(self.seed, "corpus/order", pass, self.index).permutation(documents as usize);
             self.order = match weighted {
-                true => self.rng.permutation(documents as usize, pass),
+                true => permutation(),
                 false if left >= documents => Vec::new(),
                 false => {
-                    let mut part = self.rng.permutation(documents as usize, pass);
+                    let mut part = permutation();
                     part.truncate(left as usize);
                     part.sort_unstable();
                     part
@@ -110,7 +111,7 @@ impl Source {
             };
         }
         self.drawn += 1;
-        self.order.get(at as usize).copied().unwrap_or(at)
+        self.order.get(at as usize).map_or(at, |document| u64::from(*document))
     }
 }
 
