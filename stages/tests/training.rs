@@ -5,13 +5,21 @@ mod fixtures;
 
 use std::{collections::BTreeMap, sync::Mutex};
 
-use burn::tensor::Device;
-use fixtures::{Fixture, close, numbers};
+use burn::tensor::{Device, Tensor, TensorData};
+use fixtures::{Fixture, close, number, numbers};
 use rlflow_api::{
     Artifact, ArtifactType, CancelToken, Digest, Input, MemoStore, ModelConfig, Placement, Reporter, RunContext, Snapshots, StageEvent,
     StageResult, Store,
 };
-use rlflow_model::{CheckpointInfo, Decoder, Head, Parameters, checkpoint, parameters};
+use rlflow_model::{
+    CheckpointInfo, Decoder, Gradients, Head, HeadView, Optimizer, OptimizerSettings, PackedBatch, Parameters, checkpoint,
+    parameters::{self, host},
+};
+use rlflow_stages::{
+    losses::{KlEstimator, clipped_policy_loss, clipped_value_loss, gae, whiten},
+    pairs::{Answered, AnsweredBatch},
+    reward_model::ScoredBatch,
+};
 use rlflow_text::{ConversationRow, ConversationWriter, PreferenceRow, PreferenceWriter, Split};
 use serde_json::{Value, json};
 
@@ -68,8 +76,8 @@ impl Bench {
         Self { _folder: folder, store, fixture: Fixture::open(fixture), config }
     }
 
-    /// Stores a model; `weight` says which fixture and which tensor of it a weight is.
-    fn model<'a>(&self, artifact_type: ArtifactType, head: Head, weight: impl Fn(&str) -> (&'a Fixture, String)) -> Artifact {
+    /// A model; `weight` says which fixture and which tensor of it a weight is.
+    fn decoder<'a>(&self, head: Head, weight: impl Fn(&str) -> (&'a Fixture, String)) -> Decoder {
         let (specs, _) = parameters::specs(&self.config, head);
         let device = Device::flex();
         let data = |spec: &rlflow_model::ParameterSpec| {
@@ -77,7 +85,12 @@ impl Bench {
             Ok::<_, std::convert::Infallible>(fixture.floats(&name).into_iter().map(|value| value as f32).collect())
         };
         let Ok(parameters) = Parameters::from_data(specs, &device, data);
-        let decoder = Decoder::new(self.config.clone(), head, parameters, device);
+        Decoder::new(self.config.clone(), head, parameters, device)
+    }
+
+    /// The same, stored.
+    fn model<'a>(&self, artifact_type: ArtifactType, head: Head, weight: impl Fn(&str) -> (&'a Fixture, String)) -> Artifact {
+        let decoder = self.decoder(head, weight);
         let info = CheckpointInfo { model: self.config.clone(), head, tokenizer: "fixture".into(), role: None };
         let mut builder = self.store.artifact(artifact_type.name());
         checkpoint::save(&decoder, &mut builder, &info).unwrap();
@@ -160,14 +173,16 @@ impl Bench {
             assert_eq!(expected.len(), 50);
             close(ours, &trained.series[*ours], &expected, RELATIVE, ABSOLUTE);
         }
-        let mut compared = 0;
-        for entry in trained.model.manifest().entries.iter().filter(|entry| entry.dtype.is_some()) {
-            let weights = checkpoint::floats(&trained.model.read(&entry.name).unwrap());
-            let weights: Vec<f64> = weights.into_iter().map(f64::from).collect();
-            close(&entry.name, &weights, &self.fixture.floats(&format!("final.{}", entry.name)), 0.0, WEIGHTS);
-            compared += weights.len();
+        let head = CheckpointInfo::of(&trained.model).unwrap().head;
+        let (decoder, _) = checkpoint::load(&trained.model, head, 1, &Device::flex()).unwrap();
+        self.check_weights("final.", &decoder);
+    }
+
+    fn check_weights(&self, prefix: &str, decoder: &Decoder) {
+        for (slot, spec) in decoder.parameters().specs().iter().enumerate() {
+            let weights: Vec<f64> = decoder.parameters().host(slot).into_iter().map(f64::from).collect();
+            close(&spec.name, &weights, &self.fixture.floats(&format!("{prefix}{}", spec.name)), 0.0, WEIGHTS);
         }
-        assert!(compared as u64 >= self.config.parameter_count(), "{compared} weights compared");
     }
 }
 
@@ -218,4 +233,170 @@ fn fifty_steps_of_dpo_are_those_of_trl() {
         let (name, expected) = ("rewards/accuracies", numbers(&bench.fixture.json["series"]["rewards/accuracies"]));
         close(name, &trained.series[name][2..], &expected[2..], 0.0, 1e-6);
     }
+}
+
+/// One recorded response of PPO; `with_value` positions have a value, TRL's extra one after the last token included.
+struct Response {
+    answered: Answered,
+    with_value: usize,
+    advantages: Vec<f64>,
+    old_logprobs: Vec<f64>,
+    old_values: Vec<f64>,
+    returns: Vec<f64>,
+}
+
+/// Rows of whole sequences at which values are read: from the prompt's last token on.
+fn value_rows(responses: &[&Response]) -> (PackedBatch, Vec<u32>) {
+    let (mut rows, mut start) = (Vec::new(), 0);
+    for response in responses {
+        let first = start + response.answered.prompt_len - 1;
+        rows.extend((first..first + response.with_value).map(|row| row as u32));
+        start += response.answered.ids.len();
+    }
+    (PackedBatch::new(responses.iter().map(|response| response.answered.ids.as_slice())), rows)
+}
+
+fn wide(tensor: &Tensor<1>) -> Vec<f64> {
+    host(tensor).into_iter().map(f64::from).collect()
+}
+
+fn constant(values: impl Iterator<Item = f64>) -> Tensor<1> {
+    let values: Vec<f32> = values.map(|value| value as f32).collect();
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), &Device::flex())
+}
+
+/// One update from the sum of a minibatch's losses; returns their mean.
+fn update(
+    model: &mut Decoder,
+    optimizer: &mut Optimizer,
+    batch: &PackedBatch,
+    lr: f64,
+    weight: f64,
+    losses: impl FnOnce(&HeadView<'_>) -> Tensor<1>,
+) -> f64 {
+    let mut gradients = Gradients::new(model.parameters().specs().len());
+    let loss = |head: &HeadView<'_>| {
+        let losses = losses(head);
+        let each = wide(&losses);
+        (losses.sum() * weight, each)
+    };
+    let losses = model.backward(batch, false, loss, |slot, gradient| gradients.add(slot, gradient));
+    let count = losses.len() as f64;
+    optimizer.step(model.parameters_mut(), &gradients, count, lr);
+    losses.iter().sum::<f64>() / count
+}
+
+/// One iteration of TRL's PPO on recorded responses, with its four models. TRL gives the critic one position more than the
+/// response has tokens, and the score stands there; this follows it, so that everything else can be compared.
+#[test]
+fn one_iteration_of_ppo_is_that_of_trl() {
+    let bench = Bench::new("training_parity_ppo");
+    let (initial, sft, reward_model) =
+        (Fixture::open("llama_tiny_gqa"), Fixture::open("training_parity_sft"), Fixture::open("training_parity_reward_model"));
+    let mut policy = bench.decoder(Head::Language, |name| (&initial, name.into()));
+    let reference = bench.decoder(Head::Language, |name| (&sft, format!("final.{name}")));
+    let reward = bench.decoder(Head::Score, |name| (&reward_model, format!("final.{name}")));
+    let score_of = |name: &str| if name == parameters::SCORE_WEIGHT { &reward_model } else { &initial };
+    let mut critic = bench.decoder(Head::Score, |name| (score_of(name), name.into()));
+
+    let (fixture, settings) = (&bench.fixture, &bench.fixture.json["settings"]);
+    let setting = |name: &str| number(&settings[name]);
+    let ids = |row: &[i64]| row.iter().map(|id| *id as u32).collect::<Vec<u32>>();
+    let (queries, answers, width) = (fixture.integers("queries"), fixture.integers("responses"), fixture.width("responses"));
+    let mut responses: Vec<Response> = queries
+        .chunks(fixture.width("queries"))
+        .zip(answers.chunks(width))
+        .zip(fixture.integers("rollout.sequence_lengths"))
+        .map(|((query, answer), last)| {
+            let prompt: Vec<u32> = ids(query).into_iter().skip_while(|id| *id == 0).collect();
+            let count = last as usize + 1;
+            let answered = Answered { ids: [&prompt[..], &ids(&answer[..count])].concat(), prompt_len: prompt.len() };
+            let with_value = (count + 1).min(width);
+            Response { answered, with_value, advantages: vec![], old_logprobs: vec![], old_values: vec![], returns: vec![] }
+        })
+        .collect();
+    // Of a recorded [rows, width] matrix, what counts: tokens, or positions with a value.
+    let counted = |name: &str, len: &dyn Fn(&Response) -> usize, responses: &[Response]| -> Vec<f64> {
+        let values = fixture.floats(&format!("rollout.{name}"));
+        values.chunks(width).zip(responses).flat_map(|(row, response)| row[..len(response)].to_vec()).collect()
+    };
+    let tokens = |response: &Response| response.answered.answer_len();
+    let positions = |response: &Response| response.with_value;
+
+    // The rollout, from the models to whitened advantages.
+    let temperature = setting("temperature");
+    let batch = AnsweredBatch::new(responses.iter().map(|response| &response.answered), temperature);
+    let logprobs_by = |model: &Decoder| wide(&model.evaluate(&batch.batch, |head| head.token_stats(batch.targets.clone()).logprobs));
+    let (logprobs, ref_logprobs) = (logprobs_by(&policy), logprobs_by(&reference));
+    close("logprobs", &logprobs, &counted("logprobs", &tokens, &responses), RELATIVE, ABSOLUTE);
+    close("ref_logprobs", &ref_logprobs, &counted("ref_logprobs", &tokens, &responses), RELATIVE, ABSOLUTE);
+    let (whole, rows) = value_rows(&responses.iter().collect::<Vec<_>>());
+    let values = wide(&critic.evaluate(&whole, |head| head.scores(rows.into())));
+    close("values", &values, &counted("values", &positions, &responses), RELATIVE, ABSOLUTE);
+    let scores: Vec<f64> = ScoredBatch::new(responses.iter().map(|response| response.answered.ids.as_slice()))
+        .scores(&reward)
+        .into_iter()
+        .zip(&responses)
+        .map(|(score, response)| {
+            let ended = response.answered.ids.last() == Some(&(setting("eos_id") as u32));
+            if ended { score } else { score - setting("missing_eos_penalty") }
+        })
+        .collect();
+    close("scores", &scores, &fixture.floats("rollout.scores"), RELATIVE, ABSOLUTE);
+    let (mut token, mut position) = (0, 0);
+    for (response, score) in responses.iter_mut().zip(&scores) {
+        let range = token..token + response.answered.answer_len();
+        token = range.end;
+        response.old_logprobs = logprobs[range.clone()].to_vec();
+        response.old_values = values[position..position + response.with_value].to_vec();
+        position += response.with_value;
+        let mut rewards = vec![0.0; response.with_value];
+        for (reward, at) in rewards.iter_mut().zip(range) {
+            *reward = -setting("kl_coef") * KlEstimator::K1.estimate(logprobs[at], ref_logprobs[at]);
+        }
+        *rewards.last_mut().unwrap() += score;
+        response.advantages = gae(&rewards, &response.old_values, setting("gamma"), setting("gae_lambda"));
+        response.returns = response.advantages.iter().zip(&response.old_values).map(|(advantage, value)| advantage + value).collect();
+    }
+    let returns: Vec<f64> = responses.iter().flat_map(|response| response.returns.clone()).collect();
+    close("returns", &returns, &counted("returns", &positions, &responses), RELATIVE, ABSOLUTE);
+    let mut advantages: Vec<f64> = responses.iter().flat_map(|response| response.advantages[..tokens(response)].to_vec()).collect();
+    whiten(&mut advantages);
+    close("advantages", &advantages, &counted("advantages", &tokens, &responses), RELATIVE, ABSOLUTE);
+    let mut rest = advantages.into_iter();
+    for response in &mut responses {
+        response.advantages = rest.by_ref().take(response.answered.answer_len()).collect();
+    }
+
+    // The updates, in TRL's order of rows. It has one optimizer over both networks, which is two that know nothing of each other.
+    let betas = [0, 1].map(|at| number(&settings["betas"][at]));
+    let optimizer = OptimizerSettings { betas, eps: setting("eps"), weight_decay: 0.0, grad_clip: 0.0 };
+    let (mut policy_optimizer, mut critic_optimizer) =
+        (Optimizer::new(policy.parameters(), optimizer), Optimizer::new(critic.parameters(), optimizer));
+    let updates = fixture.json["updates"].as_array().unwrap();
+    assert_eq!(updates.len(), 4);
+    for expected in updates {
+        let chosen: Vec<&Response> = numbers(&expected["rows"]).into_iter().map(|row| &responses[row as usize]).collect();
+        let all = |values: fn(&Response) -> &Vec<f64>| constant(chosen.iter().flat_map(|response| values(response).clone()));
+        let batch = AnsweredBatch::new(chosen.iter().map(|response| &response.answered), temperature);
+        let policy_loss = update(&mut policy, &mut policy_optimizer, &batch.batch, setting("lr"), 1.0, |head| {
+            let logprobs = head.token_stats(batch.targets.clone()).logprobs;
+            clipped_policy_loss(
+                logprobs,
+                all(|response| &response.old_logprobs),
+                all(|response| &response.advantages),
+                setting("clip_range"),
+            )
+        });
+        close("policy loss", &[policy_loss], &numbers(&expected["loss/policy"]), RELATIVE, ABSOLUTE);
+        let (whole, rows) = value_rows(&chosen);
+        let value_loss = update(&mut critic, &mut critic_optimizer, &whole, setting("lr"), setting("vf_coef"), |head| {
+            let (old, returns) = (all(|response| &response.old_values), all(|response| &response.returns));
+            clipped_value_loss(head.scores(rows.into()), old, returns, setting("value_clip_range"))
+        });
+        close("value loss", &[value_loss], &numbers(&expected["loss/value"]), RELATIVE, ABSOLUTE);
+    }
+    bench.check_weights("final.policy.", &policy);
+    bench.check_weights("final.value.", &critic);
 }
