@@ -26,6 +26,15 @@ pub fn find(workflow: &Workflow, store: &Store, text: &str) -> Result<Digest, Fa
     })
 }
 
+/// Whether what [`find`] gives for `text` is of other settings or inputs than today's.
+pub fn is_stale(workflow: &Workflow, store: &Store, text: &str) -> Result<bool, Failure> {
+    if text.parse::<Digest>().is_ok() {
+        return Ok(false);
+    }
+    let stages = find_stages(workflow, split(workflow, text).0, "STAGE")?;
+    Ok(results(workflow, store, &host(), &stages)?.iter().any(|(_, stale, _)| *stale))
+}
+
 /// Stage and output port of `STAGE.PORT`; the whole text is the stage if there is one of that name.
 pub fn split<'a>(workflow: &Workflow, text: &'a str) -> (&'a str, Option<&'a str>) {
     match (find_stages(workflow, text, "STAGE"), text.rsplit_once('.')) {

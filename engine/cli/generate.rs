@@ -66,8 +66,11 @@ impl SamplingArgs {
 pub fn load_model(workflow: &WorkflowArgs, stage: &str, device: DeviceSpec, common: &Common) -> Result<ChatModel, Failure> {
     let (workflow, store) = workflow.open(common)?;
     let digest = artifact::find(&workflow, &store, stage)?;
+    if artifact::is_stale(&workflow, &store, stage)? {
+        eprintln!("warning: `{stage}` has not run with these settings and inputs; this is an older result of it");
+    }
     let Some(artifact) = store.open_artifact(digest)? else {
-        let hint = format!("rlflow run {} {stage}", workflow.path.display());
+        let hint = format!("rlflow run {} {stage} --force {stage}", workflow.path.display());
         return Err(Failure::request("no_artifact", format!("{digest} is not in the store any more"), hint));
     };
     ChatModel::load(&artifact, device).map_err(stage_failure)

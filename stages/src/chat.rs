@@ -40,7 +40,7 @@ impl ChatModel {
         let artifact_type = &artifact.manifest().artifact_type;
         if artifact_type != ArtifactType::Policy.name() {
             return Err(StageError::invalid_with_hint(
-                format!("a {artifact_type} writes no text"),
+                format!("an artifact of type `{artifact_type}` writes no text"),
                 "name a stage whose main output is a policy: pretrain, sft, ppo or dpo",
             ));
         }

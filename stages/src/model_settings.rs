@@ -11,24 +11,24 @@ pub struct ModelSettings {
     #[serde(default)]
     pub architecture: Architecture,
     /// Width of the residual stream.
-    #[schemars(range(min = 2, max = 65_536))]
+    #[schemars(range(min = 2, max = 100_000))]
     pub hidden_size: usize,
     /// Decoder blocks.
     #[schemars(range(min = 1, max = 1_000))]
     pub layers: usize,
     /// Query heads; must divide `hidden_size`.
-    #[schemars(range(min = 1, max = 1_024))]
+    #[schemars(range(min = 1, max = 1_000))]
     pub heads: usize,
     /// Key and value heads: as many as `heads` (multi-head), fewer (grouped) or 1 (multi-query). Default: `heads`.
     #[serde(default)]
-    #[schemars(range(min = 1, max = 1_024))]
+    #[schemars(range(min = 1, max = 1_000))]
     pub kv_heads: Option<usize>,
     /// Width of the feed-forward layer. Default: 8/3 of `hidden_size`, rounded up to 64.
     #[serde(default)]
-    #[schemars(range(min = 1, max = 1_048_576))]
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub intermediate_size: Option<usize>,
     /// Longest sequence.
-    #[schemars(extend("x-unit" = "tokens"), range(min = 8, max = 1_048_576))]
+    #[schemars(extend("x-unit" = "tokens"), range(min = 8, max = 1_000_000))]
     pub context: usize,
     /// How positions enter: `rope` or `alibi`.
     #[serde(default)]

@@ -100,14 +100,19 @@ impl Diagnostic for WorkflowError {
     }
 
     fn source_code(&self) -> Option<&dyn SourceCode> {
-        self.source.as_deref().map(|source| source as &dyn SourceCode)
+        // miette panics on columns beyond 65,535, and nobody reads a snippet that wide.
+        self.source.as_deref().filter(|_| self.column < WIDEST_SNIPPET).map(|source| source as &dyn SourceCode)
     }
 
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
         let span = self.span.clone()?;
+        self.source_code()?;
         Some(Box::new(std::iter::once(LabeledSpan::new_with_span(None, SourceSpan::from(span.start as usize..span.end as usize)))))
     }
 }
+
+/// Column up to which a report shows the line itself.
+const WIDEST_SNIPPET: u32 = 10_000;
 
 /// Everything that is wrong with a workflow, in the order of its files. Displayed as plain text, one block each;
 /// as a [`Diagnostic`] with the sources.

@@ -177,12 +177,10 @@ fn reference_logps(context: &RunContext<'_>, model: &Decoder, pairs: &[Pair], mi
     for pairs in pairs.chunks(micro_batch_size) {
         context.check_cancelled()?;
         let batch = answered_batch(pairs.iter());
-        let sums = sequence_sums(
-            &host(&model.evaluate(&batch.batch, |head| head.token_stats(batch.targets.clone()).logprobs)),
-            &batch.answer_lens,
-        );
+        let logprobs = model.evaluate(&batch.batch, |head| head.token_stats(batch.targets.clone()).logprobs);
+        let sums = host(&sequence_sums(&logprobs, &batch.answer_lens));
         let (chosen, rejected) = sums.split_at(pairs.len());
-        logps.extend(chosen.iter().zip(rejected).flat_map(|(c, r)| [*c as f32, *r as f32]));
+        logps.extend(chosen.iter().zip(rejected).flat_map(|(c, r)| [*c, *r]));
     }
     Ok(logps)
 }
@@ -193,15 +191,18 @@ fn answered_batch<'a>(pairs: impl Iterator<Item = &'a Pair> + Clone) -> Answered
     AnsweredBatch::new(chosen.chain(pairs.map(|pair| &pair.rejected)), 1.0)
 }
 
-fn sequence_sums(values: &[f32], lens: &[usize]) -> Vec<f64> {
-    let mut rest = values;
-    lens.iter()
+/// Sums over consecutive sequences, `[sequences]`. Policy and reference add in the same order, so that equal models
+/// differ by exactly 0.
+fn sequence_sums(logprobs: &Tensor<1>, lens: &[usize]) -> Tensor<1> {
+    let mut start = 0;
+    let sums: Vec<Tensor<1>> = lens
+        .iter()
         .map(|len| {
-            let (sequence, tail) = rest.split_at(*len);
-            rest = tail;
-            sequence.iter().map(|value| f64::from(*value)).sum()
+            start += len;
+            logprobs.clone().narrow(0, start - len, *len).sum()
         })
-        .collect()
+        .collect();
+    Tensor::cat(sums, 0)
 }
 
 /// A pair with the reference's summed log-probabilities.
@@ -243,15 +244,7 @@ impl DpoTask {
     /// Losses per pair on the graph, and sums for metrics. `logprobs` are those of all answer tokens.
     fn losses(&self, batch: &DpoBatch, logprobs: Tensor<1>, entropy: f64) -> (Tensor<1>, Sums) {
         let (pairs, device) = (batch.pairs(), logprobs.device());
-        // Sums over each sequence as a product with a 0/1 matrix would be dense: narrow slices, in order, are exact.
-        let mut start = 0;
-        let sums: Vec<Tensor<1>> = (batch.answered.answer_lens.iter())
-            .map(|len| {
-                start += len;
-                logprobs.clone().narrow(0, start - len, *len).sum()
-            })
-            .collect();
-        let logps = Tensor::cat(sums, 0);
+        let logps = sequence_sums(&logprobs, &batch.answered.answer_lens);
         let reference = Tensor::from_data(TensorData::new(batch.reference.clone(), [2 * pairs]), &device);
         let ratios = logps.clone() - reference;
         let deltas = ratios.clone().narrow(0, 0, pairs) - ratios.clone().narrow(0, pairs, pairs);

@@ -65,8 +65,6 @@ impl StageKind for RewardModel {
         ("accuracy", "share of pairs ranked right"),
         ("margin", "mean of chosen minus rejected score"),
         ("mean_reward", "mean score"),
-        ("min_reward", "lowest score"),
-        ("max_reward", "highest score"),
         ("num_tokens", "tokens of the step"),
         ("dropped_pairs", "pairs longer than the context, not trained on"),
         ("grad_norm", "gradient norm before clipping"),
@@ -171,7 +169,7 @@ impl PairBatch {
         pairwise_reward_loss(scores.clone().narrow(0, 0, pairs), scores.narrow(0, pairs, pairs), margins, centering)
     }
 
-    /// Loss, accuracy, margin, scores, tokens: summed; and the lowest and highest score.
+    /// Loss, accuracy, margin, scores, tokens: summed.
     fn statistics(&self, losses: &Tensor<1>, scores: &Tensor<1>) -> Sums {
         let (losses, scores) = (host(losses), host(scores));
         let (chosen, rejected) = scores.split_at(losses.len());
