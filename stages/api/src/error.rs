@@ -71,9 +71,9 @@ impl StageError {
         match self {
             Self::Data { hint, .. } | Self::Invalid { hint, .. } => hint.as_deref(),
             Self::Store(StoreError::Damaged { .. }) => Some("`rlflow fsck --repair` sets all damage aside at once; then run again"),
-            Self::NonFinite { .. } => {
-                Some("a lower `lr`, a longer `warmup_steps` or gradient clipping (`grad_clip`) usually helps; nothing of this stage was cached")
-            }
+            Self::NonFinite { .. } => Some(
+                "a lower `lr`, a longer `warmup_steps` or gradient clipping (`grad_clip`) usually helps; nothing of this stage was cached",
+            ),
             _ => None,
         }
     }

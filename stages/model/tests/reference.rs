@@ -142,7 +142,7 @@ fn token_statistics_agree_with_transformers() {
         let decoder = load(&weights, case.config.clone());
         let batch = PackedBatch::new(case.sequences.iter().map(Vec::as_slice));
         let width = case.sequences[0].len();
-        let rows: Vec<u32> = (0..batch.tokens() as u32).filter(|row| (*row as usize + 1) % width != 0).collect();
+        let rows: Vec<u32> = (0..batch.tokens() as u32).filter(|row| !(*row as usize + 1).is_multiple_of(width)).collect();
         let next: Vec<u32> = rows.iter().map(|row| batch.ids[*row as usize + 1]).collect();
         let targets = TokenTargets { rows: rows.clone().into(), targets: next.into(), scale: 1.0 };
         let stats = decoder.evaluate(&batch, |head| head.token_stats(targets));
@@ -354,7 +354,7 @@ fn accumulated_micro_batches_agree_with_the_whole_batch() {
         let mut sums = rlflow_model::Gradients::new(decoder.parameters().specs().len());
         for group in groups {
             let batch = PackedBatch::new(group.iter().map(Vec::as_slice));
-            let rows: Arc<[u32]> = (0..batch.tokens() as u32).filter(|row| (row + 1) % 12 != 0).collect();
+            let rows: Arc<[u32]> = (0..batch.tokens() as u32).filter(|row| !(row + 1).is_multiple_of(12)).collect();
             let targets: Arc<[u32]> = rows.iter().map(|row| batch.ids[*row as usize + 1]).collect();
             let targets = TokenTargets { rows, targets, scale: 1.0 };
             decoder.backward(

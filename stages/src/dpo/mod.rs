@@ -317,7 +317,7 @@ impl Task for DpoTask {
         if self.heldout.is_empty() {
             return Ok(Vec::new());
         }
-        let mut total = vec![0.0; 9];
+        let mut total = [0.0; 9];
         for pairs in self.heldout.chunks(self.plan.micro_batch_size) {
             let batch = DpoBatch::new(&pairs.iter().collect::<Vec<_>>());
             let sums = model.evaluate(&batch.answered.batch, |head| {

@@ -278,7 +278,7 @@ impl<'a> Run<'a> {
             return Err(StageError::NonFinite { step: step + 1, tensor: (*name).into(), value: *value as f32, last_snapshot });
         }
         self.context.metrics(step + 1, &metrics);
-        if step % self.config.sample_every == 0 || step + 1 == self.config.steps {
+        if step.is_multiple_of(self.config.sample_every) || step + 1 == self.config.steps {
             for sample in experience.samples.iter().take(2) {
                 self.context.sample(Sample {
                     step: step + 1,

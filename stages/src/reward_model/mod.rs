@@ -238,7 +238,7 @@ impl Task for RewardTask {
         if self.heldout.is_empty() {
             return Ok(Vec::new());
         }
-        let mut sums = vec![0.0; 5];
+        let mut sums = [0.0; 5];
         for pairs in self.heldout.chunks(self.plan.micro_batch_size) {
             let batch = PairBatch::new(&pairs.iter().collect::<Vec<_>>(), self.config.margin);
             let scores = model.evaluate(&batch.scored.batch, |head| head.scores(batch.scored.last_rows.clone()));
