@@ -3,9 +3,9 @@ use rlflow_store::{Digest, Store};
 
 use crate::{failure::Failure, host::host};
 
-/// The artifact that `text` names: `STAGE` (its main output), `STAGE.PORT`, or a digest.
+/// The artifact that `text` names: `STAGE` (its main output), `STAGE.PORT`, or a digest or its first digits.
 pub fn find(workflow: &Workflow, store: &Store, text: &str) -> Result<Digest, Failure> {
-    if let Ok(digest) = text.parse() {
+    if let Some(digest) = by_digest(workflow, store, text)? {
         return Ok(digest);
     }
     let (name, port) = split(workflow, text);
@@ -26,9 +26,32 @@ pub fn find(workflow: &Workflow, store: &Store, text: &str) -> Result<Digest, Fa
     })
 }
 
+/// The artifact that `text` is the digest of, whole or its first digits, unless it names a stage.
+pub fn by_digest(workflow: &Workflow, store: &Store, text: &str) -> Result<Option<Digest>, Failure> {
+    if let Ok(digest) = text.parse() {
+        return Ok(Some(digest));
+    }
+    if find_stages(workflow, text, "STAGE").is_ok() {
+        return Ok(None);
+    }
+    one(text, store.artifacts_beginning(text)?)
+}
+
+/// The only one of the digests that begin with `text`, if any does.
+pub fn one(text: &str, found: Vec<Digest>) -> Result<Option<Digest>, Failure> {
+    match found[..] {
+        [] => Ok(None),
+        [digest] => Ok(Some(digest)),
+        _ => {
+            let message = format!("`{text}` is the beginning of {} digests", found.len());
+            Err(Failure::request("ambiguous_digest", message, "write more of it"))
+        }
+    }
+}
+
 /// Whether what [`find`] gives for `text` is of other settings or inputs than today's.
 pub fn is_stale(workflow: &Workflow, store: &Store, text: &str) -> Result<bool, Failure> {
-    if text.parse::<Digest>().is_ok() {
+    if by_digest(workflow, store, text)?.is_some() {
         return Ok(false);
     }
     let stages = find_stages(workflow, split(workflow, text).0, "STAGE")?;

@@ -1,15 +1,17 @@
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 
 use clap::Args;
 use serde_json::json;
 
-use rlflow_stages::chat::Prompt;
+use rlflow_api::StageResult;
+use rlflow_stages::chat::{ChatModel, Prompt};
 use rlflow_text::Message;
 
 use crate::{
     common::{Common, WorkflowArgs},
     failure::{Failure, Outcome, print_line},
     generate::{SamplingArgs, load_model, stage_failure},
+    terminal::write_piece,
 };
 
 /// Talk with a checkpoint of a workflow
@@ -50,13 +52,19 @@ impl Chat {
                 continue;
             }
             messages.push(Message::user(text));
-            let mut stdout = std::io::stdout();
-            let show = |piece: &str| common.json || write!(stdout, "{piece}").and_then(|()| stdout.flush()).is_ok();
+            let forgotten = self.forget(&model, &mut messages).map_err(stage_failure)?;
+            if forgotten > 0 && !common.quiet {
+                eprintln!(
+                    "the conversation has outgrown the context of {}: {forgotten} of its oldest turns are forgotten",
+                    model.context()
+                );
+            }
+            let show = |piece: &str| common.json || write_piece(piece);
             let reply = match model.reply(&Prompt::Messages(&messages), &sampling, self.sampling.seed, turn, show) {
                 Ok(reply) => reply,
-                // A conversation that has outgrown the context can start again; a single turn that is too long cannot.
+                // Who types can say it in fewer words.
                 Err(error) if talk => {
-                    eprintln!("{error}\nhint: /new starts again");
+                    eprintln!("{error}");
                     messages.pop();
                     continue;
                 }
@@ -70,5 +78,18 @@ impl Chat {
             messages.push(Message::assistant(reply.text));
             turn += 1;
         }
+    }
+
+    /// Drops the oldest turns until the conversation leaves room for an answer; the opening and the last turn stay.
+    /// Returns how many were dropped.
+    fn forget(&self, model: &ChatModel, messages: &mut Vec<Message>) -> StageResult<usize> {
+        let (opening, context) = (self.sampling.opening().len(), model.context());
+        // A short answer is better than one more old turn; a long one is not worth all of them.
+        let room = self.sampling.max_new_tokens.min(context / 4).max(1);
+        let before = messages.len();
+        while messages.len() > opening + 2 && model.prompt_tokens(&Prompt::Messages(messages))? + room > context {
+            messages.drain(opening..opening + 2);
+        }
+        Ok(before - messages.len())
     }
 }

@@ -7,7 +7,7 @@ use rlflow_engine::{
     Registry,
     workflow::{LoadOptions, Workflow, load},
 };
-use rlflow_store::Store;
+use rlflow_store::{Store, StoreError};
 
 use crate::failure::Failure;
 
@@ -66,10 +66,14 @@ impl WorkflowArgs {
 }
 
 impl Common {
+    /// The store's folder: as asked for, or beside `folder`. An empty name (`RLFLOW_STORE=`) asks for nothing.
+    fn store_folder(&self, folder: &Path) -> PathBuf {
+        self.store.clone().filter(|asked| !asked.as_os_str().is_empty()).unwrap_or_else(|| folder.join(".rlflow"))
+    }
+
     /// The store of a workflow.
     pub fn store_beside(&self, workflow: &Workflow) -> Result<Store, Failure> {
-        let beside = || workflow.folder.join(".rlflow");
-        Ok(Store::open(&self.store.clone().unwrap_or_else(beside))?)
+        open_store(&self.store_folder(&workflow.folder))
     }
 
     /// The store for commands without a workflow: `--store`, or `.rlflow` here. It must exist.
@@ -83,13 +87,23 @@ impl Common {
     }
 
     fn existing_store(&self, beside: &Path) -> Result<Store, Failure> {
-        let folder = self.store.clone().unwrap_or_else(|| beside.join(".rlflow"));
+        let folder = self.store_folder(beside);
         if !folder.is_dir() {
             let message = format!("there is no store at {}", folder.display());
             return Err(Failure::request("no_store", message, "name it with --store DIR, or go to the folder that holds .rlflow"));
         }
-        Ok(Store::open(&folder)?)
+        open_store(&folder)
     }
+}
+
+/// A folder that cannot be a store is a wrong request; what breaks in one that can is not.
+fn open_store(folder: &Path) -> Result<Store, Failure> {
+    Store::open(folder).map_err(|error| match error {
+        StoreError::Io { .. } if !folder.is_dir() => {
+            Failure::request("bad_store", format!("{} cannot be a store: {error}", folder.display()), "name a folder with --store DIR")
+        }
+        error => error.into(),
+    })
 }
 
 /// `RUST_LOG` decides; without it warnings, or more with `-v`.

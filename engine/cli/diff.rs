@@ -12,6 +12,7 @@ use rlflow_engine::{
 use rlflow_store::{Digest, Store};
 
 use crate::{
+    artifact::one,
     common::{Common, registry},
     failure::{Failure, Outcome, print_line, print_text},
     host::host,
@@ -84,6 +85,9 @@ fn side(name: &str, common: &Common) -> Result<Side, Failure> {
     match runs.iter().filter(|run| run.id.starts_with(name)).collect::<Vec<_>>()[..] {
         [run] => Ok(Side::of_run(run, &store)?),
         [] => {
+            if let Some(key) = one(name, store.actions_beginning(name)?)? {
+                return by_key(name, key, &store);
+            }
             let message = format!("`{name}` is neither a workflow file nor a run or an action in {}", store.folder().display());
             Err(Failure::request("unknown_side", message, "`rlflow log` lists runs; `rlflow plan --json` prints action keys"))
         }

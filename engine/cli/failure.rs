@@ -60,8 +60,8 @@ impl Failure {
         if as_json {
             let value = match self {
                 Self::Engine(error) => error.to_json(),
-                Self::Request { code, message, hint } => json!({ "errors": [{ "code": code, "message": message, "hint": hint }] }),
-                Self::Other(error) => json!({ "errors": [{ "code": "error", "message": format!("{error:#}") }] }),
+                Self::Request { code, message, hint } => errors_json(code, message, hint.as_deref()),
+                Self::Other(error) => errors_json("error", &format!("{error:#}"), None),
             };
             print_line(&value.to_string());
         } else {
@@ -86,6 +86,11 @@ impl<E: Into<EngineError>> From<E> for Failure {
 /// For results that come from neither engine nor store.
 pub fn other(error: impl Into<anyhow::Error>) -> Failure {
     Failure::Other(error.into())
+}
+
+/// One error that stands in no file, with the keys that every error has.
+fn errors_json(code: &str, message: &str, hint: Option<&str>) -> serde_json::Value {
+    json!({ "errors": [{ "code": code, "message": message, "file": null, "line": null, "column": null, "hint": hint }] })
 }
 
 fn render(errors: &WorkflowErrors) -> String {
@@ -129,8 +134,16 @@ pub fn print_text(text: &str) {
 pub fn usage(error: &clap::Error, as_json: bool) -> ExitCode {
     if as_json && error.use_stderr() {
         let text = error.to_string();
-        let message = text.trim_start_matches("error: ").lines().next().unwrap_or_default();
-        print_line(&json!({ "errors": [{ "code": "usage", "message": message, "hint": "see `rlflow --help`" }] }).to_string());
+        let (mut message, mut tips) = (Vec::new(), Vec::new());
+        for line in text.trim_start_matches("error: ").lines().map(str::trim).take_while(|line| !line.starts_with("Usage:")) {
+            match line.strip_prefix("tip: ") {
+                Some(tip) => tips.push(tip),
+                None if !line.is_empty() && !line.starts_with("For more information") => message.push(line),
+                None => {}
+            }
+        }
+        tips.push("see `rlflow --help`");
+        print_line(&errors_json("usage", &message.join(" "), Some(&tips.join("; "))).to_string());
     } else {
         let _ = error.print();
     }

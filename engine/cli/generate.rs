@@ -1,4 +1,4 @@
-use std::io::{BufRead, Write};
+use std::io::BufRead;
 
 use clap::{ArgGroup, Args};
 use serde_json::json;
@@ -12,6 +12,7 @@ use crate::{
     artifact,
     common::{Common, WorkflowArgs},
     failure::{Failure, Outcome, print_line},
+    terminal::write_piece,
 };
 
 /// How answers are drawn.
@@ -116,21 +117,16 @@ impl Generate {
                 prompts.push(line);
             }
         }
-        let mut stdout = std::io::stdout().lock();
         for (turn, prompt) in prompts.iter().enumerate() {
             let mut messages = self.sampling.opening();
             messages.push(Message::user(prompt));
             let prompt_for = if self.raw { Prompt::Text(prompt) } else { Prompt::Messages(&messages) };
-            let reply = model.reply(&prompt_for, &sampling, self.sampling.seed, turn as u64, |piece| {
-                // A reader that has gone away ends the answer.
-                common.json || write!(stdout, "{piece}").and_then(|()| stdout.flush()).is_ok()
-            });
-            let reply = reply.map_err(stage_failure)?;
+            // A reader that has gone away ends the answer.
+            let show = |piece: &str| common.json || write_piece(piece);
+            let reply = model.reply(&prompt_for, &sampling, self.sampling.seed, turn as u64, show).map_err(stage_failure)?;
             if common.json {
-                drop(stdout);
                 print_line(&json!({ "prompt": prompt, "text": reply.text, "tokens": reply.tokens, "ended": reply.ended }).to_string());
-                stdout = std::io::stdout().lock();
-            } else if writeln!(stdout).is_err() {
+            } else if !write_piece("\n") {
                 break;
             }
         }

@@ -21,6 +21,7 @@ mod schema;
 mod show;
 mod status;
 mod store;
+mod terminal;
 mod watch;
 
 use std::process::ExitCode;

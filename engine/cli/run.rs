@@ -3,7 +3,7 @@ use clap::Args;
 use rlflow_api::CancelToken;
 use rlflow_engine::{
     Request, RunOptions,
-    event::{Events, JsonLines, Sink},
+    event::{Events, JsonLines, Sink, StageStatus},
     report::run_report,
 };
 
@@ -56,6 +56,11 @@ impl Run {
             command: command_line(),
         };
         let summary = rlflow_engine::run(&workflow, &store, &host(), &options, &events, &cancel)?;
+        if common.quiet {
+            // Progress is what nobody wants to read; why it failed is not.
+            let failed = summary.stages.iter().filter(|stage| stage.status == StageStatus::Failed && !stage.was_interrupted());
+            failed.for_each(|stage| eprintln!("error: {}: {}", stage.name, stage.error.as_deref().unwrap_or("no message")));
+        }
         if !common.json {
             print_text(&run_report(&workflow, &store, &summary, &self.resume_command(common))?);
         }

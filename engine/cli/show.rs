@@ -27,7 +27,7 @@ pub struct Show {
 impl Show {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
         let (workflow, store) = self.workflow.open(common)?;
-        if let Ok(digest) = self.stage.parse::<Digest>() {
+        if let Some(digest) = artifact::by_digest(&workflow, &store, &self.stage)? {
             let artifact = open(&store, digest)?;
             if common.json {
                 print_line(&json!({ "artifacts": { "artifact": describe(&artifact) } }).to_string());

@@ -48,6 +48,26 @@ impl ChatModel {
         Ok(Self { decoder: loaded.decoder, tokenizer: models::tokenizer(artifact)? })
     }
 
+    /// Length of the rendered prompt, in tokens.
+    ///
+    /// # Errors
+    /// If the chat template refuses it.
+    pub fn prompt_tokens(&self, prompt: &Prompt<'_>) -> StageResult<usize> {
+        Ok(self.encode(prompt)?.len())
+    }
+
+    /// Longest prompt and answer together, in tokens.
+    pub fn context(&self) -> usize {
+        self.decoder.config().context
+    }
+
+    fn encode(&self, prompt: &Prompt<'_>) -> StageResult<Vec<u32>> {
+        match prompt {
+            Prompt::Messages(messages) => self.tokenizer.encode_prompt(messages).map_err(|error| StageError::invalid(error.to_string())),
+            Prompt::Text(text) => Ok(self.tokenizer.encode(text)),
+        }
+    }
+
     /// Answers; `each` gets pieces of the text as they come and stops the answer by returning false. With temperature
     /// 0 the answer is the likeliest one; else draws depend on `seed` and `turn` alone.
     ///
@@ -61,11 +81,8 @@ impl ChatModel {
         turn: u64,
         mut each: impl FnMut(&str) -> bool,
     ) -> StageResult<Reply> {
-        let ids = match prompt {
-            Prompt::Messages(messages) => self.tokenizer.encode_prompt(messages).map_err(|error| StageError::invalid(error.to_string()))?,
-            Prompt::Text(text) => self.tokenizer.encode(text),
-        };
-        let context = self.decoder.config().context;
+        let ids = self.encode(prompt)?;
+        let context = self.context();
         if ids.is_empty() || ids.len() >= context {
             return Err(StageError::invalid_with_hint(
                 format!("a prompt of {} tokens leaves no room in the model's context of {context}", ids.len()),

@@ -9,6 +9,7 @@ use super::{
     Dag, WorkflowError,
     declare::{Declared, Input},
     error::Collector,
+    matrix::Expanded,
     reference::Reference,
     source::Span,
 };
@@ -59,7 +60,7 @@ impl Wiring<'_> {
             for (port, input) in &stage.inputs {
                 self.input(stage, port, input);
             }
-            if let Some(kind) = stage.kind {
+            if let Some(kind) = stage.kind.filter(|_| !stage.inputs_broken) {
                 for port in kind.inputs().iter().filter(|port| port.arity != Arity::Optional) {
                     let connected = stage.inputs.get(port.name).is_some_and(|input| input.broken || !input.references.is_empty());
                     if !connected {
@@ -199,6 +200,31 @@ fn wrong_artifact_type(stage: &str, name: &str, port: &InputPort, source: &str, 
     WorkflowError::new("wrong_artifact_type", message)
 }
 
+/// Reports outputs that are connected to one input twice, however they are written.
+pub(crate) fn duplicates(declared: &[Declared], stages: &[Expanded], errors: &mut Collector) {
+    for expanded in stages {
+        let stage = &declared[expanded.base];
+        if stage.inputs.values().all(|input| input.references.len() < 2) {
+            continue;
+        }
+        let mut seen: HashMap<(usize, usize, &str), usize> = HashMap::new();
+        for edge in &expanded.edges {
+            let Some((name, input)) = stage.inputs.get_index(edge.input) else { continue };
+            let takes_many = stage.kind.is_some_and(|kind| kind.inputs().iter().any(|port| port.name == name && port.arity == Arity::Many));
+            let (Some(reference), Some(source)) = (input.references.get(edge.reference), stages.get(edge.stage)) else { continue };
+            let Some(port) = declared[source.base].kind.and_then(|kind| output_port(kind, reference.port.as_deref())) else { continue };
+            let first = *seen.entry((edge.input, edge.stage, port.name)).or_insert(edge.reference);
+            // A port that takes one is said to have too many.
+            if first == edge.reference || !takes_many {
+                continue;
+            }
+            let output = if reference.port.is_some() { format!("{}.{}", source.name, port.name) } else { source.name.clone() };
+            let message = format!("input `{name}` of stage `{}` takes `{output}` twice", stage.name);
+            errors.add(reference.span, WorkflowError::new("duplicate_input", message).with_hint("remove one of the two"));
+        }
+    }
+}
+
 /// The output of `kind` that a reference means.
 pub(crate) fn output_port(kind: &dyn Kind, name: Option<&str>) -> Option<&'static OutputPort> {
     match name {
@@ -251,8 +277,24 @@ pub(crate) fn describe(
     Ok(description)
 }
 
+/// What is known of the outputs of a stage that is wrong: types that no setting decides, and that a tokenizer is its
+/// own origin. Enough to go on checking what follows it.
+pub(crate) fn vague(kind: &dyn Kind, stage: &str) -> Description {
+    let mut description = Description::default();
+    for output in kind.outputs() {
+        let [only] = output.types else { continue };
+        let mut meta = ArtifactMeta::new(*only);
+        if *only == ArtifactType::Tokenizer {
+            meta.tokenizer = Some(rlflow_api::Origin { stage: stage.to_owned(), port: output.name.to_owned() });
+        }
+        description.outputs.insert(output.name.to_owned(), meta);
+    }
+    description
+}
+
 /// Checks what is known of a stage's inputs once the stages before it are described: types that settings decide, and
-/// that one tokenizer is meant. `spans` says where each input is written.
+/// that one tokenizer is meant. `spans` says where each input is written. Whether the types are right; a stage where
+/// two tokenizers meet is reported, and may still be described.
 pub(crate) fn check_metas(
     stage: &str,
     kind: &dyn Kind,
@@ -260,32 +302,41 @@ pub(crate) fn check_metas(
     spans: &BTreeMap<&str, Vec<Span>>,
     errors: &mut Collector,
 ) -> bool {
-    let mut fine = true;
+    let mut right_types = true;
     let mut first: Option<(&str, &InputMeta, &rlflow_api::Origin)> = None;
+    // Per input and tokenizer that is not the first: the edges that bring it.
+    let mut others: Vec<(&str, &rlflow_api::Origin, Vec<&str>, Span)> = Vec::new();
     for (name, metas) in inputs {
         let port = kind.inputs().iter().find(|port| port.name == *name);
         for (index, meta) in metas.iter().enumerate() {
             let span = spans.get(name.as_str()).and_then(|spans| spans.get(index)).copied().unwrap_or(Span::NOWHERE);
             if let Some(port) = port.filter(|port| !port.types.contains(&meta.meta.artifact_type)) {
                 errors.add(span, wrong_artifact_type(stage, name, port, &meta.stage, &[meta.meta.artifact_type]));
-                fine = false;
+                right_types = false;
             }
             let Some(origin) = &meta.meta.tokenizer else { continue };
             match first {
                 None => first = Some((name, meta, origin)),
                 Some((_, _, known)) if known == origin => {}
-                Some((other_name, other, known)) if fine => {
-                    let message = format!(
-                        "two tokenizers meet in stage `{stage}`: `{}` (input `{other_name}`) uses `{known}`, `{}` (input `{name}`) uses `{origin}`",
-                        other.stage, meta.stage
-                    );
-                    let hint = "token ids of one mean nothing to the other: let both sides come from one tokenizer";
-                    errors.add(span, WorkflowError::new("tokenizer_mismatch", message).with_hint(hint));
-                    fine = false;
-                }
-                Some(_) => {}
+                Some(_) => match others.iter_mut().find(|(input, other, ..)| input == name && *other == origin) {
+                    Some((_, _, stages, _)) => stages.push(&meta.stage),
+                    None => others.push((name, origin, vec![&meta.stage], span)),
+                },
             }
         }
     }
-    fine
+    let Some((first_name, first, known)) = first else { return right_types };
+    for (name, origin, stages, span) in others {
+        let (listed, use_) = match stages[..] {
+            [one] => (format!("`{one}`"), "uses"),
+            _ => (stages.iter().map(|stage| format!("`{stage}`")).collect::<Vec<_>>().join(", "), "use"),
+        };
+        let message = format!(
+            "two tokenizers meet in stage `{stage}`: `{}` (input `{first_name}`) uses `{known}`, {listed} (input `{name}`) {use_} `{origin}`",
+            first.stage
+        );
+        let hint = "token ids of one mean nothing to the other: let both sides come from one tokenizer";
+        errors.add(span, WorkflowError::new("tokenizer_mismatch", message).with_hint(hint));
+    }
+    right_types
 }

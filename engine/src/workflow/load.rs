@@ -70,6 +70,7 @@ impl Loading<'_> {
         for (index, stage) in declared.iter_mut().enumerate() {
             stage.broken |= broken[index] || expansion.broken[index];
         }
+        edges::duplicates(&declared, &expansion.stages, &mut self.errors);
         let layers = settings::layers(&header, &declared, self.registry, &mut self.errors);
         let seeds: Vec<u64>;
         let found: Vec<Option<Found>>;
@@ -163,7 +164,8 @@ impl Loading<'_> {
         Found { checked, file_patterns, files, broken }
     }
 
-    /// Describes every stage whose inputs are described, so that one cause gives one error.
+    /// Describes every stage. Where a stage is wrong, what follows it is checked against the little that is known of
+    /// its outputs, so that all errors are found at once and one cause gives one error.
     fn describe(
         &mut self,
         declared: &[Declared],
@@ -174,19 +176,26 @@ impl Loading<'_> {
         let mut descriptions: Vec<Option<Description>> = (0..stages.len()).map(|_| None).collect();
         for &index in order {
             let (expanded, stage) = (&stages[index], &declared[stages[index].base]);
-            let (Some(kind), Some(found_here)) = (stage.kind, found[index].as_ref().filter(|found| !found.broken)) else { continue };
-            let Some(config) = &found_here.checked.config else { continue };
+            let Some(kind) = stage.kind else { continue };
+            let found_here = found[index].as_ref().filter(|found| !found.broken);
+            let Some((found_here, config)) = found_here.and_then(|found| Some((found, found.checked.config.as_ref()?))) else {
+                descriptions[index] = Some(edges::vague(kind, &expanded.name));
+                continue;
+            };
             let mut inputs: BTreeMap<String, Vec<InputMeta>> = BTreeMap::new();
             let known = expanded.edges.iter().all(|edge| {
                 let Some((port, source)) = port_of(stage, declared, stages, edge) else { return false };
-                let (Some(description), Some(found)) = (&descriptions[edge.stage], &found[edge.stage]) else { return false };
+                let Some(description) = &descriptions[edge.stage] else { return false };
                 let Some(meta) = description.outputs.get(port) else { return false };
-                let (Some((name, _)), Some(source_config)) = (stage.inputs.get_index(edge.input), &found.checked.config) else {
-                    return false;
-                };
+                let Some((name, _)) = stage.inputs.get_index(edge.input) else { return false };
                 // Only ports that name kinds read settings of what is connected; copying them for all would cost half of the loading.
                 let reads_settings = kind.inputs().iter().any(|known| known.name == name && !known.kinds.is_empty());
-                let settings = if reads_settings { source_config.settings().clone() } else { serde_json::Value::Null };
+                let settings = if reads_settings {
+                    let Some(config) = found[edge.stage].as_ref().and_then(|found| found.checked.config.as_ref()) else { return false };
+                    config.settings().clone()
+                } else {
+                    serde_json::Value::Null
+                };
                 let (stage, port, kind) = (stages[edge.stage].name.clone(), port.to_owned(), source.to_owned());
                 let meta = InputMeta { stage, port, kind, meta: meta.clone(), settings };
                 match inputs.get_mut(name) {
@@ -196,10 +205,12 @@ impl Loading<'_> {
                 true
             });
             if !known {
+                descriptions[index] = Some(edges::vague(kind, &expanded.name));
                 continue;
             }
             let spans = input_spans(stage, &expanded.edges);
             if !edges::check_metas(&expanded.name, kind, &inputs, &spans, &mut self.errors) {
+                descriptions[index] = Some(edges::vague(kind, &expanded.name));
                 continue;
             }
             let (ranks, zero) = edges::asked_placement(kind, config);
@@ -211,6 +222,7 @@ impl Loading<'_> {
                         let (span, error) = problem_error(&expanded.name, stage.span, &found_here.checked.written, &spans, problem);
                         self.errors.add(span, error);
                     }
+                    descriptions[index] = Some(edges::vague(kind, &expanded.name));
                 }
             }
         }

@@ -115,3 +115,8 @@ pub fn score(hidden: Tensor<2>, weight: Tensor<2>, rows: Arc<[u32]>) -> Tensor<2
     let rows = indices(&rows, &hidden.device());
     hidden.select(0, rows).matmul(weight.transpose()).transpose()
 }
+
+/// A scalar whose backward pass gives `output` the gradient `gradient`.
+pub fn root(output: Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
+    (output * gradient.autodiff()).sum().unsqueeze()
+}

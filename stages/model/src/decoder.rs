@@ -16,6 +16,7 @@ use rlflow_kernels::{
 use crate::{
     composed,
     fused::{AttentionContext, AttentionTensors, MlpTensors, TokenTargets, flex},
+    optimizer::accumulate,
     parameters::{BlockSlots, Head, Parameters, Slots, specs},
 };
 
@@ -285,21 +286,27 @@ impl Decoder {
 
         for (slots, (input, segment)) in self.slots.blocks.iter().zip(segments).rev() {
             let segment = segment.unwrap_or_else(|| self.record(input, slots, batch));
-            upstream = segment.backward(upstream, &mut take);
+            upstream = segment.backward(self, upstream, &mut take);
         }
 
         let weight = recorded(self.slots.embed);
         let embedded = self.embed(weight.clone(), batch);
-        let mut gradients = backward_from(embedded, upstream);
+        let mut gradients = self.backward_from(embedded, upstream);
         let gradient = weight.grad_remove(&mut gradients).unwrap_or_else(|| weight.inner().zeros_like());
         take(
             self.slots.embed,
             match head_gradient {
-                Some(head) => head + gradient,
+                Some(head) => accumulate(head, gradient),
                 None => gradient,
             },
         );
         result
+    }
+
+    /// Backward pass of `output` with the given gradient: that of `sum(output * gradient)`.
+    fn backward_from(&self, output: Tensor<2>, gradient: Tensor<2>) -> burn::tensor::Gradients {
+        let root = if self.fused { flex::root } else { composed::root };
+        root(output, gradient).backward()
     }
 
     fn record(&self, input: Tensor<2>, slots: &BlockSlots, batch: &PackedBatch) -> Segment {
@@ -323,8 +330,8 @@ struct Segment {
 
 impl Segment {
     /// Hands over the weights' gradients and returns the input's.
-    fn backward(self, upstream: Tensor<2>, take: &mut impl FnMut(usize, Tensor<2>)) -> Tensor<2> {
-        let mut gradients = backward_from(self.output, upstream);
+    fn backward(self, decoder: &Decoder, upstream: Tensor<2>, take: &mut impl FnMut(usize, Tensor<2>)) -> Tensor<2> {
+        let mut gradients = decoder.backward_from(self.output, upstream);
         for (slot, weight) in self.weights {
             if let Some(gradient) = weight.grad_remove(&mut gradients) {
                 take(slot, gradient);
@@ -333,9 +340,4 @@ impl Segment {
         let input = self.input;
         input.grad_remove(&mut gradients).unwrap_or_else(|| input.inner().zeros_like())
     }
-}
-
-/// Backward pass of `output` with the given gradient: that of `sum(output * gradient)`.
-fn backward_from(output: Tensor<2>, gradient: Tensor<2>) -> burn::tensor::Gradients {
-    (output * gradient.autodiff()).sum().backward()
 }

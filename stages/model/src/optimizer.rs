@@ -19,16 +19,11 @@ impl Gradients {
 
     /// Adds a micro-batch's gradient of the weight in `slot`.
     pub fn add(&mut self, slot: usize, gradient: Tensor<2>) {
-        let Some(mut sum) = self.sums[slot].take() else {
-            self.sums[slot] = Some(gradient);
-            return;
-        };
-        let view = flex_view(&gradient);
-        let done = view.as_ref().is_some_and(|view| {
-            let value: &[f32] = view.as_slice().expect("views are contiguous f32");
-            update_in_place([&mut sum], |[sum]| add_assign(sum, value))
+        let sum = &mut self.sums[slot];
+        *sum = Some(match sum.take() {
+            Some(sum) => accumulate(sum, gradient),
+            None => gradient,
         });
-        self.sums[slot] = Some(if done { sum } else { sum + gradient });
     }
 
     /// The sum for the weight in `slot`.
@@ -57,6 +52,16 @@ impl Gradients {
             Some((slot, value))
         })
     }
+}
+
+/// `sum + gradient`, in place where nobody else holds `sum`.
+pub(crate) fn accumulate(mut sum: Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
+    let view = flex_view(&gradient);
+    let done = view.as_ref().is_some_and(|view| {
+        let value: &[f32] = view.as_slice().expect("views are contiguous f32");
+        update_in_place([&mut sum], |[sum]| add_assign(sum, value))
+    });
+    if done { sum } else { sum + gradient }
 }
 
 fn sum_of_squares_of(tensor: &Tensor<2>) -> f64 {

@@ -6,6 +6,7 @@
 //! operations, which is also what the tests compare with.
 
 mod ops;
+mod root;
 pub mod slice_op;
 
 use std::sync::Arc;
@@ -77,6 +78,8 @@ pub trait FusedOps: Backend {
     fn fused_token_head(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, targets: TokenTargets) -> FloatTensor<Self>;
     /// `hidden[rows] . weight`: `[1, rows]`.
     fn fused_score(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, rows: Arc<[u32]>) -> FloatTensor<Self>;
+    /// A scalar `[1, 1]` whose backward pass gives `output` the gradient `gradient`.
+    fn fused_root(output: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 /// Width of a `[rows, columns]` tensor.
@@ -125,6 +128,10 @@ impl FusedOps for Flex {
     fn fused_score(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, rows: Arc<[u32]>) -> FloatTensor<Self> {
         run(&ScoreOp { rows }, [hidden, weight])
     }
+
+    fn fused_root(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        root::value()
+    }
 }
 
 impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
@@ -167,6 +174,10 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
 
     fn fused_score(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, rows: Arc<[u32]>) -> FloatTensor<Self> {
         run_recorded::<C, _, 2>(ScoreOp { rows }, [hidden, weight])
+    }
+
+    fn fused_root(output: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
+        root::recorded::<C>(output, gradient)
     }
 }
 
@@ -241,5 +252,10 @@ pub mod flex {
     /// Scalar head, `[1, rows]`.
     pub fn score(hidden: Tensor<2>, weight: Tensor<2>, rows: Arc<[u32]>) -> Tensor<2> {
         Tensor::from_dispatch(Dispatch::fused_score(hidden.into_dispatch(), weight.into_dispatch(), rows))
+    }
+
+    /// A scalar whose backward pass gives `output` the gradient `gradient`.
+    pub fn root(output: Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
+        Tensor::from_dispatch(Dispatch::fused_root(output.into_dispatch(), gradient.autodiff().into_dispatch()))
     }
 }

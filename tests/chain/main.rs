@@ -1,0 +1,104 @@
+//! The whole chain through the real binary: `workflows/quickstart.toml`, shrunk by `--set` to seconds. What reruns
+//! and what does not, results to the bit over threads, kills and stores, and failures that leave nothing behind.
+
+mod crash;
+mod fixture;
+
+use fixture::{ALL, Finished, Fixture, names};
+use serde_json::Value;
+
+#[test]
+fn only_what_changed_runs_again() {
+    let fixture = Fixture::new();
+    let first = fixture.run("store", &[]).succeeded();
+    assert_eq!(first.ran(), names(&ALL));
+
+    let second = fixture.run("store", &[]).succeeded();
+    assert_eq!(second.ran(), names(&[]));
+    assert_eq!(second.outputs(), first.outputs(), "cached stages give the same outputs");
+
+    // One number.
+    let beta = fixture.run("store", &["stage.dpo.beta=0.3"]).succeeded();
+    assert_eq!(beta.ran(), names(&["dpo", "eval"]));
+    let reason = beta.stages().find(|(name, _)| *name == "dpo").unwrap().1["reason"].clone();
+    assert_eq!((reason["from"].as_f64(), reason["to"].as_f64()), (Some(0.1), Some(0.3)), "{reason}");
+
+    // A default spelled out, execution settings, and stages renamed: nothing.
+    let spelled = [
+        "stage.dpo.train.eps=1e-8",
+        "stage.dpo.label_smoothing=0",
+        "stage.ppo.gamma=1",
+        "stage.sft.device=\"cpu\"",
+        "stage.sft.snapshot_every=2",
+    ];
+    assert_eq!(fixture.run("store", &spelled).succeeded().ran(), names(&[]));
+    fixture.edit("quickstart.toml", |text| text.replace("[stage.ref]", "[stage.anchor]").replace("ref = \"ref\"", "ref = \"anchor\""));
+    let renamed = fixture.run("store", &[]).succeeded();
+    assert_eq!(renamed.ran(), names(&[]), "a renamed stage keeps its result");
+
+    // One preference row.
+    fixture.edit("quickstart/preferences.jsonl", |text| {
+        let (first, rest) = text.split_once('\n').unwrap();
+        let mut row: Value = serde_json::from_str(first).unwrap();
+        row["rejected"] = "Nobody knows.".into();
+        format!("{row}\n{rest}")
+    });
+    let changed = fixture.run("store", &[]).succeeded();
+    assert_eq!(changed.ran(), names(&["preferences", "reward_model", "critic", "reward", "ppo", "dpo", "eval"]));
+}
+
+#[test]
+fn results_depend_on_the_seed_and_on_nothing_around_it() {
+    let fixture = Fixture::new();
+    let with_threads = |store: &str, threads: &str, sets: &[&str]| {
+        let output = fixture.command(store, sets).env("RAYON_NUM_THREADS", threads).output().unwrap();
+        Finished::of(output).succeeded().outputs()
+    };
+    let one = with_threads("one", "1", &[]);
+    assert_eq!(one, with_threads("two", "2", &[]), "one thread or two");
+    assert_eq!(one, with_threads("three", "3", &["stage.pretrain.gradient_checkpointing=true", "stage.dpo.gradient_checkpointing=true"]));
+    let other = with_threads("other", "2", &["seed=2"]);
+    for stage in ["pretrain", "sft", "reward_model", "ppo", "dpo"] {
+        assert_ne!(one[stage], other[stage], "{stage} does not depend on the seed");
+    }
+    assert_eq!(one["corpus"], other["corpus"], "every document once: nothing is drawn");
+}
+
+#[test]
+fn divergence_is_an_error_that_leaves_nothing_cached() {
+    let fixture = Fixture::new();
+    let diverging = ["stage.sft.train={ steps = 30, batch_size = 4, lr = 1e30, grad_clip = 0 }"];
+    let failed = fixture.run("store", &diverging);
+    assert_eq!(failed.code, Some(1));
+    assert_eq!(failed.with_status(&["failed"]), names(&["sft"]));
+    let stderr = String::from_utf8_lossy(&failed.output.stderr).into_owned();
+    assert!(stderr.contains("not finite") && stderr.contains("step "), "{stderr}");
+    let again = fixture.run("store", &diverging);
+    assert_eq!(again.with_status(&["failed"]), names(&["sft"]), "a failure is not cached");
+    fixture.run("store", &[]).succeeded();
+}
+
+/// The shared backbone trains one trunk for both, and top-k, top-p and the adaptive coefficient do something.
+#[test]
+fn settings_of_ppo_have_their_effect() {
+    let fixture = Fixture::new();
+    let base = fixture.run("store", &[]).succeeded().outputs()["ppo"].clone();
+    for set in [
+        "stage.ppo.share_backbone=true",
+        "stage.ppo.kl_controller={ type = \"adaptive\", target = 0.5, horizon = 100 }",
+        "stage.ppo.top_k=5",
+        "stage.ppo.top_p=0.5",
+        "stage.ppo.missing_eos_penalty=1",
+        "stage.ppo.kl_estimator=\"k3\"",
+        "stage.ppo.entropy_coef=0.1",
+        "stage.ppo.whiten_rewards=true",
+        "stage.ppo.whiten_advantages=false",
+        "stage.ppo.gae_lambda=0.5",
+        "stage.ppo.clip_range=0.0001",
+        "stage.actor.train.lr=1e-3",
+    ] {
+        let finished = fixture.run("store", &[set]).succeeded();
+        assert!(finished.ran().contains("ppo"), "{set}");
+        assert_ne!(finished.outputs()["ppo"], base, "{set} changes nothing");
+    }
+}
