@@ -1,7 +1,8 @@
-//! What the store costs: `cargo bench -p rlflow-store --bench store [-- cached|publish|file]`.
+//! What the store costs: `cargo bench -p rlflow-store --bench store [-- cached|care|publish|file]`.
 //!
-//! Lookups are measured as whole processes, as `rlflow plan` with everything cached is. Each number is the median and
-//! the best of several runs. `RLFLOW_BENCH_BYTES` sets the size of the large file (2 GB if unset).
+//! Lookups are measured as whole processes, as `rlflow plan` with everything cached is, and within the process. Each number
+//! is the median and the best of several runs. `RLFLOW_BENCH_BYTES` sets the size of the large file (2 GB if unset); it is
+//! hashed beside `b3sum` (`cargo install b3sum`) or, without that, beside what `b3sum` calls.
 
 use std::{
     collections::BTreeMap,
@@ -12,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rlflow_store::{ActionRecord, Digest, Dtype, Provenance, Store};
+use rlflow_store::{ActionRecord, Digest, Dtype, GcOptions, Provenance, Store};
 use serde_json::json;
 
 fn main() {
@@ -22,17 +23,15 @@ fn main() {
     {
         return lookups(Path::new(folder), stages.parse().unwrap(), mode);
     }
-    if let [_, child, folder, stages] = &arguments[..]
-        && child == "fill"
-    {
-        return fill(&Store::open(Path::new(folder)).unwrap(), stages.parse().unwrap());
-    }
     let wanted = |name: &str| arguments[1..].iter().all(|argument| argument.starts_with("--") || argument == name);
     let folder = tempfile::tempdir().unwrap();
     if wanted("cached") {
         for stages in [7, 1_000, 10_000] {
             bench_lookups(&folder.path().join(stages.to_string()), stages);
         }
+    }
+    if wanted("care") {
+        bench_care(&folder.path().join("care"), 10_000);
     }
     if wanted("publish") {
         bench_publish(&folder.path().join("publish"));
@@ -73,47 +72,110 @@ fn fill(store: &Store, stages: usize) {
     }
 }
 
-/// What planning asks of the store when everything is cached.
+/// A store with so many stages, and as many data files beside it. Made in memory and copied, as fsync is not what is measured.
+fn filled(folder: &Path, stages: usize) -> Store {
+    let memory = tempfile::Builder::new().tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+    fill(&Store::open(memory.path()).unwrap(), stages);
+    fs::create_dir(folder).unwrap();
+    assert!(Command::new("cp").arg("-r").arg(memory.path()).arg(folder.join("store")).status().unwrap().success());
+    let data = folder.join("data");
+    fs::create_dir(&data).unwrap();
+    (0..stages).for_each(|n| fs::write(data.join(format!("{n}.txt")), format!("data {n}")).unwrap());
+    // Until the times of files and folders are old enough to be believed.
+    std::thread::sleep(Duration::from_secs(3));
+    Store::open(&folder.join("store")).unwrap()
+}
+
+/// What planning asks of the store when everything is cached: what a stage's data file holds, and where its result is.
 fn lookups(folder: &Path, stages: usize, mode: &str) {
-    let store = Store::open(folder).unwrap();
-    if mode == "announced" {
+    let start = Instant::now();
+    let store = Store::open(&folder.join("store")).unwrap();
+    if mode != "plain" {
         store.expect_lookups(stages);
     }
+    let opened = start.elapsed();
+    if mode != "outputs" {
+        for n in 0..stages {
+            store.file_digest(&folder.join(format!("data/{n}.txt"))).unwrap();
+        }
+    }
+    let digested = start.elapsed();
     for n in 0..stages {
-        let outputs = store.outputs(stage_key(n)).unwrap().expect("everything is cached");
-        assert!(outputs.values().all(|output| store.contains_artifact(*output)));
+        store.outputs(stage_key(n)).unwrap().expect("everything is cached");
     }
-    if mode == "exit" {
-        std::process::exit(0);
+    let found = start.elapsed();
+    if mode == "artifacts" {
+        for n in 0..stages {
+            let outputs = store.outputs(stage_key(n)).unwrap().expect("everything is cached");
+            assert!(outputs.values().all(|output| store.contains_artifact(*output)));
+        }
     }
+    let present = start.elapsed();
+    drop(store);
+    let parts = [opened, digested - opened, found - digested, present - found, start.elapsed() - present];
+    println!("{}", parts.map(|part| part.as_secs_f64().to_string()).join(" "));
 }
 
 fn bench_lookups(folder: &Path, stages: usize) {
-    let store = Store::open(folder).unwrap();
-    fill(&store, stages);
-    // Until the folders' times are old enough to be believed.
-    std::thread::sleep(Duration::from_secs(3));
-    drop(store);
-    for (mode, name) in
-        [("announced", "index"), ("plain", "index opened when it pays"), ("exit", "same, without closing"), ("held", "files only")]
-    {
-        let held = (mode == "held").then(|| {
-            let holder = Store::open(folder).unwrap();
-            holder.expect_lookups(1 << 20);
-            holder
-        });
-        let run = || {
+    drop(filled(folder, stages));
+    for (mode, name) in [
+        ("outputs", "results"),
+        ("files", "data files, results"),
+        ("artifacts", "data files, results, twice, with their blobs"),
+        ("plain", "as \"data files, results\", not announced"),
+        ("held", "the same while another process holds the index"),
+    ] {
+        let holder = (mode == "held").then(|| Store::open(&folder.join("store")).unwrap());
+        holder.iter().for_each(|holder| holder.expect_lookups(1 << 20));
+        let mut parts: Vec<Vec<f64>> = Vec::new();
+        let mut run = || {
             let start = Instant::now();
-            let status =
-                Command::new(std::env::current_exe().unwrap()).args(["lookups"]).arg(folder).args([&stages.to_string(), mode]).status();
-            assert!(status.unwrap().success());
-            start.elapsed()
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            let output = command.arg("lookups").arg(folder).args([&stages.to_string(), mode]).output().unwrap();
+            let time = start.elapsed();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            parts.push(String::from_utf8(output.stdout).unwrap().split_whitespace().map(|part| part.parse().unwrap()).collect());
+            time
         };
         run();
         run();
-        report(&format!("{stages} cached stages, a process: {name}"), (0..11).map(|_| run()).collect());
-        drop(held);
+        report(&format!("{stages} stages, a process: {name}"), (0..11).map(|_| run()).collect());
+        let median = |at: usize| {
+            let mut times: Vec<f64> = parts[2..].iter().map(|parts| parts[at] * 1e3).collect();
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        };
+        let [open, files, outputs, blobs, close] = [0, 1, 2, 3, 4].map(median);
+        println!("    in ms: open {open:.2}, files {files:.2}, outputs {outputs:.2}, blobs {blobs:.2}, close {close:.2}");
     }
+}
+
+/// What is done now and then to a store with many actions.
+fn bench_care(folder: &Path, stages: usize) {
+    let store = filled(folder, stages);
+    let keys: Vec<Digest> = (0..stages).map(stage_key).collect();
+    let artifact = store.outputs(keys[0]).unwrap().unwrap()["model"];
+    let measure = |name: &str, work: &dyn Fn(&Store)| {
+        let time = |_| {
+            // A process of its own would know nothing.
+            let store = Store::open(store.folder()).unwrap();
+            let start = Instant::now();
+            work(&store);
+            start.elapsed()
+        };
+        report(&format!("{stages} actions: {name}"), (0..5).map(time).collect());
+    };
+    measure("last_action of every stage", &|store| {
+        (0..stages).for_each(|n| assert!(store.last_action("", &format!("s{n}"), "sft").unwrap().is_some()));
+    });
+    measure("record_use", &|store| store.record_use("/workflow.toml", &keys).unwrap());
+    measure("begin_run", &|store| drop(store.begin_run(&json!({})).unwrap()));
+    measure("all actions", &|store| assert_eq!(store.actions().unwrap().len(), stages));
+    measure("lineage", &|store| assert_eq!(store.lineage(artifact).unwrap().len(), 1));
+    measure("usage", &|store| assert_eq!(store.usage().unwrap().stages.len(), stages));
+    measure("fsck", &|store| assert!(store.fsck(false).unwrap().is_clean()));
+    let options = GcOptions { grace: Duration::ZERO, ..GcOptions::default() };
+    measure("gc that keeps all", &|store| assert_eq!(store.gc(&options).unwrap().kept_blobs, 2 * stages));
 }
 
 fn bench_publish(folder: &Path) {
@@ -157,37 +219,51 @@ fn bench_large_file(folder: &Path) {
     }
     file.sync_all().unwrap();
     let gigabytes = size as f64 / 1e9;
-    let rate = |name: &str, time: Duration| println!("{name:<58} {:>9.3?}  {:.2} GB/s", time, gigabytes / time.as_secs_f64());
-
-    for _ in 0..3 {
-        let start = Instant::now();
-        match Command::new("b3sum").arg(&path).output() {
-            Ok(output) if output.status.success() => rate("b3sum of a large file", start.elapsed()),
-            _ => println!("b3sum is not installed"),
-        }
-        // A store object of its own each time: digests are remembered.
-        let start = Instant::now();
+    let mut times: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let b3sum = |path: &Path| Command::new("b3sum").arg(path).output().is_ok_and(|output| output.status.success());
+    let copy = folder.with_extension("users-own-file");
+    fs::copy(&path, &copy).unwrap();
+    for round in 0..6 {
+        let mut measure = |name, work: &mut dyn FnMut()| {
+            let start = Instant::now();
+            work();
+            // The first round reads what may not be in memory yet.
+            if round > 0 {
+                times.entry(name).or_default().push(start.elapsed().as_secs_f64());
+            }
+        };
+        measure("a b3sum", &mut || {
+            if !b3sum(&path) {
+                std::hint::black_box(blake3::Hasher::new().update_mmap_rayon(&path).unwrap().finalize());
+            }
+        });
+        // A store of its own each time, as digests are remembered and blobs shared.
         let other = Store::open(&other_folder).unwrap();
-        other.file_digest(&path).unwrap();
-        rate("file_digest of the same file, first time", start.elapsed());
+        measure("b file_digest", &mut || drop(other.file_digest(&path).unwrap()));
         let mut builder = store.artifact("text");
-        let start = Instant::now();
-        builder.put_file("data", &path).unwrap();
-        rate("put_file of the same file, linked", start.elapsed());
-        let copy = folder.with_extension("users-own-file");
-        let _ = fs::remove_file(&copy);
-        fs::hard_link(&path, &copy).unwrap();
-        let mut builder = store.artifact("text");
-        let start = Instant::now();
-        builder.put_file("data", &copy).unwrap();
-        rate("put_file of a file that others may write to, copied", start.elapsed());
+        measure("c put_file, linked", &mut || builder.put_file("data", &path).unwrap());
+        measure("d publish after it: fsync", &mut || drop(std::mem::replace(&mut builder, other.artifact("text")).publish().unwrap()));
+        measure("e put_file of a file that others may write to, reflinked or copied", &mut || builder.put_file("data", &copy).unwrap());
+        drop(builder);
+        drop(other);
         fs::remove_dir_all(&other_folder).unwrap();
+        store.gc(&GcOptions { grace: Duration::ZERO, ..GcOptions::default() }).unwrap();
+    }
+    println!("hashing {gigabytes:.2} GB, beside {}", if b3sum(&path) { "b3sum" } else { "the blake3 crate (b3sum is not installed)" });
+    let median = |times: &mut Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    let reference = median(times.get_mut("a b3sum").unwrap());
+    for (name, times) in &mut times {
+        let time = median(times);
+        println!("{:<70} {:>7.1} ms  {:>5.2} GB/s  {:>4.0} % of b3sum", &name[2..], time * 1e3, gigabytes / time, reference / time * 100.0);
     }
     std::thread::sleep(Duration::from_secs(3));
     store.file_digest(&path).unwrap();
     drop(store);
     let start = Instant::now();
     Store::open(folder).unwrap().file_digest(&path).unwrap();
-    rate("file_digest, remembered from an earlier process", start.elapsed());
+    println!("{:<70} {:>7.1} ms", "file_digest, remembered from an earlier process", start.elapsed().as_secs_f64() * 1e3);
     fs::remove_file(&path).unwrap();
 }

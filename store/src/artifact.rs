@@ -15,7 +15,7 @@ use crate::{
     durable::{TempFile, WritePoints, sync_files, sync_folder, sync_folders, sync_parents, write_durably},
     entry_name::check_entry_name,
     fault::fault_point,
-    file_digest::import_file,
+    import::import_file,
     layout::Family,
 };
 
@@ -29,6 +29,7 @@ pub struct Artifact {
 
 impl Artifact {
     pub(crate) fn new(store: Store, digest: Digest, manifest: Arc<Manifest>) -> Self {
+        store.damage().watch(digest, &manifest);
         Self { store, digest, manifest }
     }
 
@@ -43,21 +44,28 @@ impl Artifact {
     }
 
     /// Verified content of the entry called `name`.
+    ///
+    /// Damage seldom comes alone: when the entry is damaged, every artifact that this process has open is verified too,
+    /// and all that is damaged is set aside, so that one run makes all of it again.
     pub fn read(&self, name: &str) -> Result<Blob> {
         let entry = self.manifest.entry(name).ok_or_else(|| StoreError::EntryName {
             name: name.chars().take(200).collect(),
             message: "the artifact has no entry of this name",
         })?;
-        self.store.load_verified(Family::Blob, entry.digest)?.ok_or(StoreError::Missing { what: "blob", digest: entry.digest })
+        match self.store.load_verified(Family::Blob, entry.digest) {
+            Ok(found) => found.ok_or(StoreError::Missing { what: "blob", digest: entry.digest }),
+            Err(error) => {
+                if matches!(error, StoreError::Damaged { .. }) {
+                    self.store.verify_open_artifacts();
+                }
+                Err(error)
+            }
+        }
     }
 
-    /// Verifies the content of every entry.
+    /// Verifies the content of every entry. All that is damaged is set aside; the error is about the first.
     pub fn verify(&self) -> Result<()> {
-        let digests: BTreeSet<Digest> = self.manifest.entries.iter().map(|entry| entry.digest).collect();
-        digests.into_iter().try_for_each(|digest| match self.store.load_verified(Family::Blob, digest)? {
-            Some(_) => Ok(()),
-            None => Err(StoreError::Missing { what: "blob", digest }),
-        })
+        self.store.verify_entries(self.digest, &self.manifest)
     }
 
     /// The store that holds it.
@@ -196,13 +204,13 @@ impl ArtifactBuilder {
         Ok(())
     }
 
-    /// Takes hold of a blob that is staged or stored already, so that no collection can take it before it is published.
+    /// Takes hold of a blob that is staged or stored intact, so that no collection can take it before it is published.
     /// False if there is none, or no link can be made.
     fn hold(&mut self, digest: Digest, size_bytes: u64) -> bool {
         if self.staged.contains_key(&digest) {
             return true;
         }
-        let held = self.store.has_blob(digest, size_bytes).then(|| self.store.hold_blob(digest).ok()).flatten();
+        let held = self.store.has_intact_blob(digest, size_bytes).then(|| self.store.hold_blob(digest).ok()).flatten();
         held.is_some_and(|temp| self.staged.insert(digest, Staged { size_bytes, temp, fresh: false }).is_none())
     }
 
@@ -221,13 +229,17 @@ impl ArtifactBuilder {
 
 impl Store {
     /// Gives a staged blob its place. Returns whether a folder was made.
+    ///
+    /// What was written because the store had no intact blob also replaces one that could not be set aside.
     fn place_blob(&self, digest: Digest, staged: Staged) -> Result<bool> {
         let target = self.layout().file(Family::Blob, digest);
-        if self.has_blob(digest, staged.size_bytes) {
+        if !staged.fresh && self.has_blob(digest, staged.size_bytes) {
             return Ok(false);
         }
         fault_point("blob.rename").map_err(StoreError::io("create", &target))?;
-        staged.temp.persist(&target)
+        let made_folder = staged.temp.persist(&target)?;
+        self.note_verified(digest, &target);
+        Ok(made_folder)
     }
 
     /// Stores one blob durably.
@@ -236,7 +248,7 @@ impl Store {
         let size_bytes = content.len() as u64;
         {
             let _guard = self.share_collect_lock()?;
-            if self.has_blob(digest, size_bytes) && self.refresh_blob(digest).is_ok() {
+            if self.has_intact_blob(digest, size_bytes) && self.refresh_blob(digest).is_ok() {
                 return Ok(digest);
             }
         }
@@ -256,6 +268,9 @@ impl Store {
 
     /// Gives a loose blob today's time, so that its grace period starts again.
     fn refresh_blob(&self, digest: Digest) -> std::io::Result<()> {
-        File::open(self.layout().file(Family::Blob, digest))?.set_modified(SystemTime::now())
+        let path = self.layout().file(Family::Blob, digest);
+        File::open(&path)?.set_modified(SystemTime::now())?;
+        self.note_verified(digest, &path);
+        Ok(())
     }
 }

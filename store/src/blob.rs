@@ -1,17 +1,14 @@
 use std::{
+    collections::HashMap,
     fs::{self, File},
     io::{self, Read},
     ops::Deref,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
-use crate::{
-    Digest, Result, Store, StoreError,
-    digest::hash_parallel,
-    durable::{TempFile, create_folder},
-    layout::Family,
-    sealed::is_absent,
-};
+use crate::{Digest, Result, Store, StoreError, digest::hash_parallel, durable::TempFile, layout::Family, sealed::is_absent};
 
 /// Verified content of one blob, read-only: memory-mapped when large.
 pub struct Blob(Content);
@@ -65,11 +62,42 @@ pub(crate) fn load(path: &Path) -> Result<Option<Blob>> {
     Ok(Some(bytes.into()))
 }
 
+/// Blobs whose content this process has seen to be right, each with what its file was then.
+#[derive(Default)]
+pub(crate) struct VerifiedBlobs(Mutex<HashMap<Digest, BlobStamp>>);
+
+/// Size, modification time and inode. Not the change time: every further name for a file, such as a builder's, changes that.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct BlobStamp(u64, i64, i64, u64);
+
+impl BlobStamp {
+    fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        Ok(Self(metadata.len(), metadata.mtime(), metadata.mtime_nsec(), metadata.ino()))
+    }
+}
+
+impl VerifiedBlobs {
+    /// Forgets what was known of a blob.
+    pub fn forget(&self, digest: Digest) {
+        self.known().remove(&digest);
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, BlobStamp>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Store {
     /// Reads content named by its digest and verifies it; what does not fit its name is set aside.
     pub(crate) fn load_verified(&self, family: Family, digest: Digest) -> Result<Option<Blob>> {
         match self.examine(family, digest) {
-            Ok(found) => Ok(found.map(|(_, content)| content)),
+            Ok(found) => Ok(found.map(|(path, content)| {
+                if family == Family::Blob {
+                    self.note_verified(digest, &path);
+                }
+                content
+            })),
             Err(error) => {
                 if matches!(error, StoreError::Damaged { .. }) {
                     self.set_aside(family, digest);
@@ -87,33 +115,37 @@ impl Store {
         if actual == digest { Ok(Some((path, content))) } else { Err(StoreError::Damaged { what: family.name(), digest, actual }) }
     }
 
-    /// Moves a damaged file to `damaged/`, so that it counts as absent. Best effort: a read-only store keeps it.
-    pub(crate) fn set_aside(&self, family: Family, digest: Digest) {
-        let path = self.layout().file(family, digest);
-        let name = format!("{}-{digest}", family.name());
-        self.presence().forget(digest);
-        if let Err(error) = self.move_to_damaged(&path, &name) {
-            tracing::warn!(%error, "damaged {} {} could not be set aside", family.name(), digest.short());
-        }
-    }
-
-    pub(crate) fn move_to_damaged(&self, path: &Path, name: &str) -> Result<()> {
-        let folder = self.layout().damaged();
-        create_folder(&folder)?;
-        // An earlier piece of evidence is kept: take the first free number.
-        let target = (0..u32::MAX).map(|n| folder.join(format!("{name}.{n}"))).find(|target| !target.exists());
-        let target = target.unwrap_or_else(|| folder.join(name));
-        match fs::rename(path, &target) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::io("set aside", path)(error)),
-            // Another process was faster.
-            _ => Ok(()),
-        }
-    }
-
     /// Whether a blob of this length is there. A shorter one is what a power cut may leave.
     pub(crate) fn has_blob(&self, digest: Digest, size_bytes: u64) -> bool {
         let path = self.layout().file(Family::Blob, digest);
         fs::metadata(path).is_ok_and(|metadata| metadata.len() == size_bytes)
+    }
+
+    /// Whether a blob is there and its content is right: hashed now, unless this process did so before. What is published
+    /// anew may share such a blob; sharing one that is only said to be there would keep damage alive for ever.
+    pub(crate) fn has_intact_blob(&self, digest: Digest, size_bytes: u64) -> bool {
+        if !self.has_blob(digest, size_bytes) {
+            return false;
+        }
+        let path = self.layout().file(Family::Blob, digest);
+        let known = self.verified_blobs().known().get(&digest).copied();
+        if known.is_some() && known == BlobStamp::of(&path).ok() {
+            return true;
+        }
+        match self.load_verified(Family::Blob, digest) {
+            Ok(found) => found.is_some(),
+            Err(error) => {
+                tracing::warn!(%error, "a stored blob is not shared");
+                false
+            }
+        }
+    }
+
+    /// Remembers that the file at `path` holds the content of `digest`.
+    pub(crate) fn note_verified(&self, digest: Digest, path: &Path) {
+        if let Ok(stamp) = BlobStamp::of(path) {
+            self.verified_blobs().known().insert(digest, stamp);
+        }
     }
 
     /// A second name for a blob that is there, if the file system can make one.

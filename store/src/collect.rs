@@ -2,20 +2,19 @@
 //! shares, and nothing younger than the grace period is touched.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet, hash_map::Entry},
-    fs::{self, TryLockError},
+    collections::{HashMap, HashSet},
+    fs,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use serde::Serialize;
 
 use crate::{
-    ActionRecord, Digest, Manifest, Result, Retain, Snapshot, Store, StoreError,
+    ActionRecord, Digest, Manifest, Result, Snapshot, Store, StoreError,
     fault::fault_point,
     layout::{Family, digest_of_name},
-    lease::{is_alive, is_unsupported},
+    lease::is_unsupported,
     root::list,
     snapshot::read_snapshots,
     store::CollectLock,
@@ -43,7 +42,7 @@ impl Default for GcOptions {
 /// One thing that was, or would be, removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Removed {
-    /// `blob`, `manifest`, `action`, `snapshot`, `temporary file`, `damaged file`, `index`, `lease`, `use`.
+    /// `blob`, `manifest`, `action`, `snapshot`, `run`, `temporary file`, `damaged file`, `index`, `lease`, `use`.
     pub what: &'static str,
     /// Its digest or file name.
     pub name: String,
@@ -67,30 +66,30 @@ pub struct GcReport {
 }
 
 /// What a snapshot's folder holds.
-struct PartialFolder {
-    path: PathBuf,
-    snapshots: Vec<Snapshot>,
-    reached: bool,
+pub(crate) struct PartialFolder {
+    pub path: PathBuf,
+    pub snapshots: Vec<Snapshot>,
+    pub reached: bool,
 }
 
 /// State of one collection.
-struct Collection<'a> {
-    store: &'a Store,
-    options: &'a GcOptions,
-    now: SystemTime,
-    actions: HashMap<Digest, ActionRecord>,
-    manifests: HashMap<Digest, Manifest>,
-    kept_actions: HashSet<Digest>,
-    kept_manifests: HashSet<Digest>,
+pub(crate) struct Collection<'a> {
+    pub store: &'a Store,
+    pub options: &'a GcOptions,
+    pub now: SystemTime,
+    pub actions: HashMap<Digest, ActionRecord>,
+    pub manifests: HashMap<Digest, Manifest>,
+    pub kept_actions: HashSet<Digest>,
+    pub kept_manifests: HashSet<Digest>,
     /// Manifests that a pin or the grace period protects even from `max_size_bytes`.
-    firm_manifests: HashSet<Digest>,
-    kept_blobs: HashSet<Digest>,
-    partials: Vec<PartialFolder>,
-    report: GcReport,
+    pub firm_manifests: HashSet<Digest>,
+    pub kept_blobs: HashSet<Digest>,
+    pub partials: Vec<PartialFolder>,
+    pub report: GcReport,
 }
 
 impl Store {
-    /// Removes what no pin, no kept workflow and nothing recent reaches.
+    /// Removes what no pin, no kept workflow and nothing recent reaches, and the records of old runs.
     pub fn gc(&self, options: &GcOptions) -> Result<GcReport> {
         // Writers wait: a manifest must not appear between marking and removing.
         let guard = if options.dry_run { None } else { Some(self.exclude_writers()?) };
@@ -109,68 +108,6 @@ impl Store {
             Err(error) if !is_unsupported(&error) => Err(StoreError::io("lock", self.layout().collect_lock())(error)),
             _ => Ok(CollectLock { _file: file }),
         }
-    }
-
-    /// Removes artifacts that were just superseded, at once: snapshots come every few seconds and are large. Blobs that
-    /// another manifest names stay. Gives up, leaving it to [`Store::gc`], while another process publishes.
-    pub(crate) fn discard_snapshots(&self, digests: &[Digest]) -> Result<()> {
-        let mut superseded = self.manifest_blobs().superseded.lock().unwrap_or_else(PoisonError::into_inner);
-        superseded.extend(digests);
-        let file = self.open_collect_lock()?;
-        match file.try_lock() {
-            Ok(()) => {}
-            // The next call takes these too.
-            Err(TryLockError::WouldBlock) => return Ok(()),
-            Err(TryLockError::Error(error)) => return Err(StoreError::io("lock", self.layout().collect_lock())(error)),
-        }
-        let mut gone = std::mem::take(&mut *superseded);
-        for folder in list(&self.layout().partials())? {
-            for snapshot in read_snapshots(&folder)? {
-                gone.remove(&snapshot.digest);
-            }
-        }
-        // Only tensors: small files may also be records of an action that is about to be written.
-        let mut blobs = HashSet::new();
-        for digest in &gone {
-            if let Ok(Some(manifest)) = self.manifest(*digest) {
-                blobs.extend(manifest.entries.iter().filter(|entry| entry.dtype.is_some()).map(|entry| entry.digest));
-            }
-        }
-        for digest in self.list_family(Family::Manifest)? {
-            if !blobs.is_empty() && !gone.contains(&digest) {
-                self.manifest_blobs().with(self, digest, |named| blobs.retain(|blob| !named.contains(blob)))?;
-            }
-        }
-        for digest in gone {
-            remove(&self.layout().file(Family::Manifest, digest))?;
-        }
-        for digest in blobs {
-            remove(&self.layout().file(Family::Blob, digest))?;
-        }
-        Ok(())
-    }
-}
-
-/// Blobs of manifests that were looked at before. Manifests never change.
-#[derive(Default)]
-pub(crate) struct ManifestBlobs {
-    known: Mutex<HashMap<Digest, Box<[Digest]>>>,
-    /// Snapshots that are forgotten but could not be removed yet.
-    superseded: Mutex<BTreeSet<Digest>>,
-}
-
-impl ManifestBlobs {
-    fn with(&self, store: &Store, digest: Digest, use_blobs: impl FnOnce(&[Digest])) -> Result<()> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let blobs = match known.entry(digest) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(unknown) => {
-                let Some(manifest) = store.manifest(digest)? else { return Ok(()) };
-                unknown.insert(manifest.entries.iter().map(|entry| entry.digest).collect())
-            }
-        };
-        use_blobs(blobs);
-        Ok(())
     }
 }
 
@@ -213,7 +150,7 @@ impl<'a> Collection<'a> {
     }
 
     /// Whether a file is in its grace period. Times from the future (the clock was set back) count as young.
-    fn is_young(&self, path: &Path) -> bool {
+    pub(crate) fn is_young(&self, path: &Path) -> bool {
         let modified = fs::metadata(path).and_then(|metadata| metadata.modified());
         modified.is_ok_and(|modified| self.now.duration_since(modified).map_or(true, |age| age < self.options.grace))
     }
@@ -344,130 +281,10 @@ impl<'a> Collection<'a> {
         order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         order.into_iter().map(|(_, digest)| digest).collect()
     }
-
-    fn sweep(&mut self) -> Result<()> {
-        // Those that name others go first, so that a crash half-way leaves garbage rather than dangling names.
-        for key in sorted(self.actions.keys().filter(|key| !self.kept_actions.contains(key))) {
-            self.remove_file(Family::Action, key)?;
-        }
-        let partials = std::mem::take(&mut self.partials);
-        for partial in &partials {
-            for snapshot in &partial.snapshots {
-                if partial.reached && self.kept_manifests.contains(&snapshot.digest) {
-                    continue;
-                }
-                let kept = if snapshot.retain == Retain::Keep { " (kept)" } else { "" };
-                let path = partial.path.join(format!("{}.json", snapshot.step));
-                self.remove_path("snapshot", format!("step {}{kept} of {}", snapshot.step, name_of(&partial.path)), &path)?;
-            }
-            if !self.options.dry_run {
-                // Only succeeds when nothing is left in it.
-                let _ = fs::remove_dir(&partial.path);
-            }
-        }
-        for digest in sorted(self.manifests.keys().filter(|digest| !self.kept_manifests.contains(digest))) {
-            self.remove_file(Family::Manifest, digest)?;
-        }
-        fault_point("gc.removed").map_err(StoreError::io("remove", self.store.folder()))?;
-        for digest in self.store.list_family(Family::Blob)? {
-            let path = self.store.layout().file(Family::Blob, digest);
-            if self.kept_blobs.contains(&digest) || self.is_young(&path) {
-                self.report.kept_blobs += 1;
-                self.report.kept_bytes += fs::metadata(&path).map_or(0, |metadata| metadata.len());
-            } else {
-                self.remove_file(Family::Blob, digest)?;
-            }
-        }
-        self.sweep_scratch()
-    }
-
-    /// Removes what crashes, repairs and dead processes left.
-    fn sweep_scratch(&mut self) -> Result<()> {
-        let layout = self.store.layout().clone();
-        for path in list(&layout.temp())? {
-            if !self.is_young(&path) && !is_in_use(&path, self.now, self.store.is_on_network()) {
-                self.remove_path("temporary file", name_of(&path), &path)?;
-            }
-        }
-        for path in list(&layout.damaged())? {
-            if !self.is_young(&path) {
-                self.remove_path("damaged file", name_of(&path), &path)?;
-            }
-        }
-        for path in list(&layout.root)? {
-            if name_of(&path).starts_with("index.bad-") && !self.is_young(&path) {
-                self.remove_path("index", name_of(&path), &path)?;
-            }
-        }
-        for path in list(&layout.leases())? {
-            let is_lock = path.extension().is_some_and(|extension| extension == "lock");
-            if is_lock && !self.options.dry_run && !self.is_young(&path) && self.store.remove_dead_lease(&path)? {
-                self.report.removed.push(Removed { what: "lease", name: name_of(&path), size_bytes: 0 });
-            }
-        }
-        for path in list(&layout.uses())? {
-            let gone = self.store.uses_in(&path)?.first().is_none_or(|used| !is_kept_workflow(&used.workflow));
-            if gone && !self.is_young(&path) {
-                self.remove_path("use", name_of(&path), &path)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn remove_file(&mut self, family: Family, digest: Digest) -> Result<()> {
-        let path = self.store.layout().file(family, digest);
-        self.store.presence().forget(digest);
-        self.remove_path(family.name(), digest.to_string(), &path)
-    }
-
-    fn remove_path(&mut self, what: &'static str, name: String, path: &Path) -> Result<()> {
-        let metadata = fs::symlink_metadata(path);
-        let size_bytes = metadata.as_ref().map_or(0, fs::Metadata::len);
-        if !self.options.dry_run {
-            if metadata.is_ok_and(|metadata| metadata.is_dir()) {
-                fs::remove_dir_all(path).map_err(StoreError::io("remove", path))?;
-            } else {
-                remove(path)?;
-            }
-        }
-        self.report.freed_bytes += size_bytes;
-        self.report.removed.push(Removed { what, name, size_bytes });
-        Ok(())
-    }
 }
 
 /// Whether a workflow is still there. One named by a relative path cannot be looked for, and counts as kept.
-fn is_kept_workflow(workflow: &str) -> bool {
+pub(crate) fn is_kept_workflow(workflow: &str) -> bool {
     let path = Path::new(workflow);
     !path.is_absolute() || path.exists()
-}
-
-/// Whether the process that a temporary file is named after may still need it.
-fn is_in_use(path: &Path, now: SystemTime, on_network: bool) -> bool {
-    /// No process holds a temporary file for longer.
-    const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
-    let modified = fs::metadata(path).and_then(|metadata| metadata.modified());
-    if modified.is_ok_and(|modified| now.duration_since(modified).unwrap_or_default() >= LONGEST) {
-        return false;
-    }
-    let name = name_of(path);
-    let pid = name.strip_prefix("scratch-").unwrap_or(&name).split('-').next().and_then(|pid| pid.parse().ok());
-    pid.is_some_and(is_alive) || on_network
-}
-
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if !crate::sealed::is_absent(&error) => Err(StoreError::io("remove", path)(error)),
-        _ => Ok(()),
-    }
-}
-
-fn name_of(path: &Path) -> String {
-    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
-fn sorted<'d>(digests: impl Iterator<Item = &'d Digest>) -> Vec<Digest> {
-    let mut digests: Vec<Digest> = digests.copied().collect();
-    digests.sort_unstable();
-    digests
 }

@@ -1,14 +1,17 @@
 use std::{
     collections::HashMap,
-    fs::{self, File, Metadata, OpenOptions},
-    io::{self, Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    fs::{self, File, Metadata},
+    io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use crate::{Digest, Hasher, Result, Store, StoreError, blob, digest::hash_parallel, durable::TempFile};
+use crate::{Digest, Result, Store, StoreError, store::is_on_network, tree_hash::hash_file};
 
 /// A data file's content digest and size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,28 +45,42 @@ impl FileStamp {
         }
     }
 
-    /// Whether the file was left alone long enough before `now` that a later write must show in its times.
-    /// Times from the future (the clock was set back) are not trusted.
-    pub fn is_settled(&self, now: SystemTime) -> bool {
-        /// Coarsest time stamps in use (FAT), with room for clock ticks.
-        const SETTLED: Duration = Duration::from_secs(2);
+    /// How long to wait from `now` until a later write must show in the file's times; zero if it must already. `None` for
+    /// times from the future (the clock was set back): these are not trusted.
+    ///
+    /// Where times have more digits than milliseconds they come from the kernel's clock, which ticks every 10 ms at the
+    /// slowest. Else, and where another machine's clock sets them, allow for the coarsest in use (two seconds on FAT).
+    pub fn settles_in(&self, now: SystemTime, on_network: bool) -> Option<Duration> {
+        let coarse = on_network || self.changed_ns % 1_000_000 == 0;
+        let resolution = if coarse { COARSE } else { Duration::from_millis(50) }.as_nanos() as i128;
         let now = now.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as i128);
-        now - self.modified_ns.max(self.changed_ns) >= SETTLED.as_nanos() as i128
+        let left = self.modified_ns.max(self.changed_ns) + resolution - now;
+        (left <= resolution).then(|| Duration::from_nanos(left.max(0) as u64))
     }
 }
 
+/// See [`FileStamp::settles_in`].
+const COARSE: Duration = Duration::from_secs(2);
+/// A file larger than this is worth waiting for: hashed before its times have settled, it would be hashed again next time.
+const WORTH_WAITING_BYTES: u64 = 32 << 20;
+/// Longest wait for that.
+const LONGEST_WAIT: Duration = Duration::from_millis(50);
+
 /// Digests of data files hashed by this process, shared by all clones of a store.
 #[derive(Default)]
-pub(crate) struct FileMemory(Mutex<HashMap<PathBuf, (FileStamp, FileDigest)>>);
+pub(crate) struct FileMemory {
+    known: Mutex<HashMap<PathBuf, (FileStamp, FileDigest)>>,
+    hashed_bytes: AtomicU64,
+}
 
 impl FileMemory {
     fn get(&self, path: &Path, stamp: &FileStamp) -> Option<FileDigest> {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.get(path).filter(|(known, _)| known == stamp).map(|(_, digest)| *digest)
     }
 
     fn put(&self, path: PathBuf, stamp: FileStamp, digest: FileDigest) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(path, (stamp, digest));
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(path, (stamp, digest));
     }
 }
 
@@ -82,128 +99,47 @@ impl Store {
             self.file_memory().put(path, stamp, digest);
             return Ok(digest);
         }
+        // Times that settled by the coarsest measure need no look at the file system.
+        let settles_in = |stamp: &FileStamp, at: SystemTime| match stamp.settles_in(at, true) {
+            Some(Duration::ZERO) => Some(Duration::ZERO),
+            _ => stamp.settles_in(at, is_on_network(&path)),
+        };
+        let wait = settles_in(&stamp, SystemTime::now()).filter(|wait| *wait <= LONGEST_WAIT && stamp.size_bytes >= WORTH_WAITING_BYTES);
+        wait.into_iter().for_each(std::thread::sleep);
+        let file = File::open(&path).map_err(StoreError::io("open", &path))?;
         let hashed_at = SystemTime::now();
-        let mut hasher = Hasher::new();
-        let read = read_steadily(&path, |bytes| {
-            hasher.update_parallel(bytes);
-            Ok(())
-        })?;
-        let digest = FileDigest { digest: hasher.finish(), size_bytes: read.size_bytes };
-        if read.is_settled(hashed_at) {
+        let (digest, read) = read_steadily(&path, &file, |_, _| Ok(()))?;
+        self.file_memory().hashed_bytes.fetch_add(read.size_bytes, Ordering::Relaxed);
+        let digest = FileDigest { digest, size_bytes: read.size_bytes };
+        if settles_in(&read, hashed_at) == Some(Duration::ZERO) {
             self.index_file(&path, &read, &digest);
             self.file_memory().put(path, read, digest);
         }
         Ok(digest)
     }
+
+    pub(crate) fn count_hashed_bytes(&self) -> u64 {
+        self.file_memory().hashed_bytes.load(Ordering::Relaxed)
+    }
 }
 
-/// Passes a file's content to `take`, piece by piece, and fails if it changed meanwhile. Returns what it is recognised by.
-fn read_steadily(path: &Path, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<FileStamp> {
-    const PIECE_BYTES: usize = 4 << 20;
-    let mut file = File::open(path).map_err(StoreError::io("open", path))?;
-    let before = file.metadata().map_err(StoreError::io("examine", path))?;
+/// Digest of an open file's content, read once and passed to `take` piece by piece; fails if it changed meanwhile.
+pub(crate) fn read_steadily(path: &Path, file: &File, take: impl Fn(&[u8], u64) -> Result<()> + Sync) -> Result<(Digest, FileStamp)> {
+    let examine = || file.metadata().map_err(StoreError::io("examine", path));
+    let before = examine()?;
     check_is_file(path, &before)?;
     let stamp = FileStamp::of(&before);
-    let mut piece = vec![0; PIECE_BYTES.min(before.len() as usize + 1)];
-    let mut total = 0_u64;
-    loop {
-        let length = fill(&mut file, &mut piece).map_err(StoreError::io("read", path))?;
-        if length == 0 {
-            break;
-        }
-        take(&piece[..length])?;
-        total += length as u64;
-    }
-    let after = file.metadata().map_err(StoreError::io("examine", path))?;
-    if FileStamp::of(&after) != stamp || total != stamp.size_bytes {
+    let digest = hash_file(path, file, stamp.size_bytes, take)?;
+    if FileStamp::of(&examine()?) != stamp {
         return Err(StoreError::ChangedWhileRead { path: path.to_owned() });
     }
-    Ok(stamp)
+    Ok((digest, stamp))
 }
 
-/// Reads until the buffer is full or the file ends.
-fn fill(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match file.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(length) => filled += length,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
-}
-
-fn check_is_file(path: &Path, metadata: &Metadata) -> Result<()> {
+pub(crate) fn check_is_file(path: &Path, metadata: &Metadata) -> Result<()> {
     if metadata.is_file() {
         return Ok(());
     }
     let kind = if metadata.is_dir() { io::ErrorKind::IsADirectory } else { io::ErrorKind::InvalidInput };
     Err(StoreError::Io { operation: "read", path: path.to_owned(), source: io::Error::from(kind) })
-}
-
-/// Brings a file's content under `tmp/`, hashing it once on the way: by reflink, by hard link where nobody may write to
-/// it, else by copying.
-pub(crate) fn import_file(store: &Store, path: &Path) -> Result<(Digest, u64, TempFile)> {
-    let metadata = fs::metadata(path).map_err(StoreError::io("examine", path))?;
-    check_is_file(path, &metadata)?;
-    let temp = match clone_file(store, path)? {
-        Some(temp) => Some(temp),
-        None if is_immutable(store, path, &metadata) => TempFile::link(store.layout(), path).ok(),
-        None => None,
-    };
-    if let Some(temp) = temp {
-        let content = blob::load(temp.path())?.ok_or_else(|| StoreError::ChangedWhileRead { path: path.to_owned() })?;
-        return Ok((hash_parallel(&content), content.len() as u64, temp));
-    }
-    let (temp, mut target) = TempFile::create(store.layout())?;
-    let mut hasher = Hasher::new();
-    let stamp = read_steadily(path, |bytes| {
-        // Writing and hashing overlap: neither needs the other's result.
-        std::thread::scope(|scope| {
-            let written = scope.spawn(|| target.write_all(bytes));
-            hasher.update_parallel(bytes);
-            written.join().unwrap_or_else(|_| Err(io::Error::other("the writing thread panicked")))
-        })
-        .map_err(StoreError::io("write", temp.path()))
-    })?;
-    Ok((hasher.finish(), stamp.size_bytes, temp))
-}
-
-/// Whether nobody is expected to write to the file: it is ours, under `tmp/`, or read-only for everyone.
-fn is_immutable(store: &Store, path: &Path, metadata: &Metadata) -> bool {
-    let ours = || Some(fs::canonicalize(path).ok()?.starts_with(fs::canonicalize(store.layout().temp()).ok()?));
-    metadata.mode() & 0o222 == 0 || ours() == Some(true)
-}
-
-/// A copy that shares the source's extents, if the file system can make one.
-#[cfg(target_os = "linux")]
-fn clone_file(store: &Store, path: &Path) -> Result<Option<TempFile>> {
-    let source = File::open(path).map_err(StoreError::io("open", path))?;
-    let (temp, target) = TempFile::create(store.layout())?;
-    Ok(rustix::fs::ioctl_ficlone(&target, &source).is_ok().then_some(temp))
-}
-
-#[cfg(not(target_os = "linux"))]
-fn clone_file(_: &Store, _: &Path) -> Result<Option<TempFile>> {
-    Ok(None)
-}
-
-impl Store {
-    /// A new empty file in the store's scratch folder, to write something large and then [`crate::ArtifactBuilder::put_file`] it
-    /// without a copy. Remove it afterwards; `gc` takes what a crash leaves.
-    pub fn scratch(&self) -> Result<(PathBuf, File)> {
-        crate::durable::create_folder(&self.layout().temp())?;
-        let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
-        for count in 0_u32.. {
-            let path = self.layout().temp().join(format!("scratch-{}-{nanos:x}-{count}", std::process::id()));
-            match OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(&path) {
-                Ok(file) => return Ok((path, file)),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(StoreError::io("create", path)(error)),
-            }
-        }
-        unreachable!("some number is free")
-    }
 }

@@ -9,7 +9,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{
-        Mutex, MutexGuard, Once, PoisonError, RwLock,
+        Mutex, MutexGuard, Once, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{SystemTime, UNIX_EPOCH},
@@ -40,8 +40,8 @@ pub(crate) enum Tree {
 pub(crate) struct Index {
     state: RwLock<State>,
     lookups: AtomicU64,
-    /// Said once per store object.
-    announced: Once,
+    /// What was wrong with an index that was set aside. Said once per store object.
+    damage: OnceLock<String>,
     opening: Mutex<()>,
 }
 
@@ -71,7 +71,7 @@ struct OpenIndex {
 
 impl Default for Index {
     fn default() -> Self {
-        Self { state: RwLock::new(State::Waiting), lookups: AtomicU64::new(0), announced: Once::new(), opening: Mutex::new(()) }
+        Self { state: RwLock::new(State::Waiting), lookups: AtomicU64::new(0), damage: OnceLock::new(), opening: Mutex::new(()) }
     }
 }
 
@@ -94,7 +94,7 @@ impl Index {
             return;
         }
         let opened = match place(store) {
-            Some(place) => OpenIndex::open(&place, |reason| self.announce(&place.folder, reason)),
+            Some(place) => OpenIndex::open(&place, |trouble| self.dismiss(&place.folder, trouble)),
             None => None,
         };
         *self.state.write().unwrap_or_else(PoisonError::into_inner) = opened.map_or(State::Off, |open| State::Open(Box::new(open)));
@@ -104,7 +104,7 @@ impl Index {
     pub fn get(&self, tree: Tree, key: Digest) -> Option<Vec<u8>> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
         let State::Open(open) = &*state else { return None };
-        let found = guard(|| open.trees[tree as usize].get(key.as_bytes()).map_err(|error| error.to_string()));
+        let found = guard(|| Ok(open.trees[tree as usize].get(key.as_bytes())?));
         match found {
             Ok(None) => None,
             // Another version's value is as good as none.
@@ -113,13 +113,13 @@ impl Index {
                 let payload = unwrap_envelope(key, &bytes);
                 if payload.is_none() {
                     drop(state);
-                    self.give_up("a value is damaged");
+                    self.give_up(&Trouble::Damaged("a value is damaged".into()));
                 }
                 payload
             }
-            Err(reason) => {
+            Err(trouble) => {
                 drop(state);
-                self.give_up(&reason);
+                self.give_up(&trouble);
                 None
             }
         }
@@ -132,12 +132,13 @@ impl Index {
         let bytes = wrap_envelope(key, payload);
         open.written.store(true, Ordering::Relaxed);
         let written = guard(|| {
-            fault_point("index.write").map_err(|error| error.to_string())?;
-            open.trees[tree as usize].insert(key.as_bytes(), bytes).map_err(|error| error.to_string())
+            fault_point("index.write").map_err(sled::Error::from)?;
+            open.trees[tree as usize].insert(key.as_bytes(), bytes)?;
+            Ok(())
         });
-        if let Err(reason) = written {
+        if let Err(trouble) = written {
             drop(state);
-            self.give_up(&reason);
+            self.give_up(&trouble);
         }
     }
 
@@ -146,8 +147,13 @@ impl Index {
         matches!(&*self.state.read().unwrap_or_else(PoisonError::into_inner), State::Open(_))
     }
 
-    /// Sets a damaged index aside and works from files until the store is opened again.
-    fn give_up(&self, reason: &str) {
+    /// What was wrong with the index, if it was set aside since the store was opened.
+    pub fn damage(&self) -> Option<&str> {
+        self.damage.get().map(String::as_str)
+    }
+
+    /// Closes an index that cannot be used and works from files until the store is opened again.
+    fn give_up(&self, trouble: &Trouble) {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         if let State::Open(open) = std::mem::replace(&mut *state, State::Off) {
             let OpenIndex { db, trees, folder, lock, .. } = *open;
@@ -156,17 +162,50 @@ impl Index {
                 drop(db);
                 Ok(())
             });
-            set_aside(&folder);
-            self.announce(&folder, reason);
+            self.dismiss(&folder, trouble);
             drop(lock);
         }
     }
 
-    fn announce(&self, folder: &Path, reason: &str) {
-        self.announced.call_once(|| {
-            tracing::warn!("index was rebuilt: {} was damaged ({reason}); nothing is lost, files hold all that it held", folder.display());
-        });
+    /// Gets an index out of the way. On a full disk it is removed, which makes room; damage is set aside and reported once.
+    fn dismiss(&self, folder: &Path, trouble: &Trouble) {
+        match trouble {
+            Trouble::Full => {
+                tracing::debug!("the disk is full: {} is removed, and files answer everything", folder.display());
+                let _ = fs::remove_dir_all(folder);
+            }
+            Trouble::Damaged(reason) => {
+                set_aside(folder);
+                if self.damage.set(reason.clone()).is_ok() {
+                    tracing::warn!(
+                        "index was rebuilt: {} was damaged ({reason}); nothing is lost, files hold all that it held",
+                        folder.display()
+                    );
+                }
+            }
+        }
     }
+}
+
+/// Why an index cannot be used.
+enum Trouble {
+    /// There is no room to write it. No damage.
+    Full,
+    Damaged(String),
+}
+
+impl From<sled::Error> for Trouble {
+    fn from(error: sled::Error) -> Self {
+        match error {
+            sled::Error::Io(error) if is_full(&error) => Self::Full,
+            error => Self::Damaged(error.to_string()),
+        }
+    }
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem)
 }
 
 impl Drop for Index {
@@ -201,25 +240,27 @@ fn place(store: &Store) -> Option<Place> {
 }
 
 impl OpenIndex {
-    fn open(place: &Place, announce: impl Fn(&str)) -> Option<Self> {
+    fn open(place: &Place, dismiss: impl Fn(&Trouble)) -> Option<Self> {
         let mut lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&place.lock).ok()?;
         // Another process has it: files answer everything.
         lock.try_lock().ok()?;
         let sealed = check(&mut lock, &place.folder).unwrap_or_else(|reason| {
-            announce(reason);
-            set_aside(&place.folder);
+            dismiss(&Trouble::Damaged(reason.into()));
             None
         });
         mark(&mut lock, OPENING).ok()?;
-        let opened = guard(|| open_sled(&place.folder)).or_else(|reason| {
-            announce(&reason);
-            set_aside(&place.folder);
-            guard(|| open_sled(&place.folder))
+        let opened = guard(|| open_sled(&place.folder)).or_else(|trouble| {
+            dismiss(&trouble);
+            match trouble {
+                Trouble::Full => Err(trouble),
+                Trouble::Damaged(_) => guard(|| open_sled(&place.folder)),
+            }
         });
         mark(&mut lock, b' ').ok()?;
         match opened {
             Ok((db, trees)) => Some(Self { sealed, written: AtomicBool::new(false), db, trees, folder: place.folder.clone(), lock }),
-            Err(reason) => {
+            Err(Trouble::Full) => None,
+            Err(Trouble::Damaged(reason)) => {
                 tracing::debug!(reason, "the index cannot be opened; files answer everything");
                 None
             }
@@ -231,10 +272,10 @@ impl OpenIndex {
         let Self { sealed, written, db, trees, folder, lock } = self;
         let written = written.into_inner();
         let closed = guard(move || {
-            let flushed = if written { db.flush().map(drop).map_err(|error| error.to_string()) } else { Ok(()) };
+            let flushed = if written { db.flush().map(drop) } else { Ok(()) };
             drop(trees);
             drop(db);
-            flushed
+            Ok(flushed?)
         });
         if closed.is_ok() && is_closed(&folder) {
             // Reading leaves the files as they were, and then the old seal is still good.
@@ -323,14 +364,11 @@ fn is_closed(folder: &Path) -> bool {
     })
 }
 
-fn open_sled(folder: &Path) -> Result<(sled::Db, [sled::Tree; 3]), String> {
-    let open = || -> sled::Result<_> {
-        // No flushing thread: what is lost with a killed process is filled in again.
-        let db = sled::Config::new().path(folder).flush_every_ms(None).cache_capacity(64 << 20).open()?;
-        let trees = [db.open_tree("actions")?, db.open_tree("manifests")?, db.open_tree("files")?];
-        Ok((db, trees))
-    };
-    open().map_err(|error| error.to_string())
+fn open_sled(folder: &Path) -> Result<(sled::Db, [sled::Tree; 3]), Trouble> {
+    // No flushing thread: what is lost with a killed process is filled in again.
+    let db = sled::Config::new().path(folder).flush_every_ms(None).cache_capacity(64 << 20).open()?;
+    let trees = [db.open_tree("actions")?, db.open_tree("manifests")?, db.open_tree("files")?];
+    Ok((db, trees))
 }
 
 /// Moves the index out of the way. If even that fails it is removed: it holds nothing that files do not.
@@ -347,14 +385,17 @@ fn set_aside(folder: &Path) {
 }
 
 /// Runs `work` on sled, turning panics into errors: sled panics on some kinds of damage.
-fn guard<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+fn guard<T>(work: impl FnOnce() -> Result<T, Trouble>) -> Result<T, Trouble> {
     silence_sled_panics();
     IN_SLED.with(|flag| flag.set(true));
     let result = catch_unwind(AssertUnwindSafe(work));
     IN_SLED.with(|flag| flag.set(false));
     result.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-        Err(format!("sled panicked: {}", text.unwrap_or("no message").lines().next().unwrap_or_default()))
+        let text = text.unwrap_or("no message");
+        // sled unwraps some results of writing.
+        let full = text.contains("StorageFull") || text.contains("QuotaExceeded");
+        Err(if full { Trouble::Full } else { Trouble::Damaged(format!("sled panicked: {}", text.lines().next().unwrap_or_default())) })
     })
 }
 

@@ -75,7 +75,7 @@ impl Shard {
                 Some(listing) if listing.stamp == stamp => self.listing = Some(Listing { checked, ..listing }),
                 _ => {
                     // A change within one tick of the clock would not show in the folder's times.
-                    if !stamp.is_settled(now) {
+                    if stamp.settles_in(now, store.is_on_network()) != Some(Duration::ZERO) {
                         return None;
                     }
                     let entries = fs::read_dir(&folder).ok()?;

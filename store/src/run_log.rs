@@ -1,5 +1,6 @@
 use std::{
-    fs::{self, File, OpenOptions},
+    collections::HashSet,
+    fs::{self, File, OpenOptions, TryLockError},
     io::{self, Write},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -19,12 +20,12 @@ use crate::{
 pub struct RunLog {
     id: String,
     folder: PathBuf,
-    /// Absent when the store is read-only: then nothing is kept.
+    /// Absent when the store is read-only: then nothing is kept. Locked, so that `gc` sees that the run is not over.
     file: Option<Mutex<File>>,
 }
 
 /// Name of the file of events.
-pub(crate) const EVENTS: &str = "events.jsonl";
+const EVENTS: &str = "events.jsonl";
 
 impl RunLog {
     /// The run's name: sortable by time, unique.
@@ -68,11 +69,10 @@ impl Store {
         }
         create_folder(&runs)?;
         // Run names must sort by time even when the clock was set back.
-        if let Some(newest) = self.list_runs()?.first().and_then(|newest| Some(newest.file_name()?.to_str()?.to_owned())) {
-            let newest_time = newest.get(..ID_LENGTH).and_then(time_of_run);
-            if let Some(newest_time) = newest_time.filter(|&newest_time| newest_time >= time) {
-                time = newest_time + Duration::from_micros(1);
-            }
+        let names = run_names(&runs)?;
+        let newest_time = names.iter().max().and_then(|newest| time_of_run(newest));
+        if let Some(newest_time) = newest_time.filter(|&newest_time| newest_time >= time) {
+            time = newest_time + Duration::from_micros(1);
         }
         loop {
             let id = run_id(time);
@@ -82,6 +82,8 @@ impl Store {
                     fault_point("run.begun").map_err(StoreError::io("create", &folder))?;
                     let path = folder.join(EVENTS);
                     let file = OpenOptions::new().append(true).create(true).open(&path).map_err(StoreError::io("create", &path))?;
+                    // Without locks on this file system the grace period alone protects the run.
+                    let _ = file.try_lock_shared();
                     let log = RunLog { id, folder, file: Some(Mutex::new(file)) };
                     log.append(header)?;
                     return Ok(log);
@@ -94,21 +96,53 @@ impl Store {
 
     pub(crate) fn list_runs(&self) -> Result<Vec<PathBuf>> {
         let runs = self.layout().runs();
-        let entries = match fs::read_dir(&runs) {
-            Ok(entries) => entries,
-            Err(error) if is_absent(&error) => return Ok(Vec::new()),
-            Err(error) => return Err(StoreError::io("list", runs)(error)),
-        };
-        let mut folders = Vec::new();
-        for entry in entries {
-            let entry = entry.map_err(StoreError::io("list", &runs))?;
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                folders.push(entry.path());
-            }
-        }
-        folders.sort_unstable_by(|a, b| b.cmp(a));
-        Ok(folders)
+        let mut names = run_names(&runs)?;
+        names.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(names.into_iter().map(|name| runs.join(name)).collect())
     }
+
+    /// Folders of runs that nobody needs any more, newest first: beyond the newest [`RUNS_KEPT`] or older than [`RUN_AGE`],
+    /// unless they made a result in `needed` or are not over.
+    pub(crate) fn spent_runs(&self, needed: &HashSet<&str>, now: SystemTime) -> Result<Vec<PathBuf>> {
+        let is_old = |name: &str| {
+            let begun = time_of_run(name);
+            begun.and_then(|begun| now.duration_since(begun).ok()).is_some_and(|age| age >= RUN_AGE)
+        };
+        let mut runs = self.list_runs()?.into_iter().enumerate().collect::<Vec<_>>();
+        runs.retain(|(at, folder)| {
+            let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            (*at >= RUNS_KEPT || is_old(name)) && !needed.contains(name) && !is_live(folder)
+        });
+        Ok(runs.into_iter().map(|(_, folder)| folder).collect())
+    }
+}
+
+/// Most runs whose records are kept though no kept result came from them.
+pub(crate) const RUNS_KEPT: usize = 1000;
+/// For how long they are kept.
+pub(crate) const RUN_AGE: Duration = Duration::from_secs(90 * 24 * 3600);
+
+/// Whether the process that began a run still has its log open.
+fn is_live(folder: &Path) -> bool {
+    let Ok(file) = File::open(folder.join(EVENTS)) else { return false };
+    matches!(file.try_lock(), Err(TryLockError::WouldBlock))
+}
+
+/// Names of the folders under `runs/`, in no order.
+fn run_names(runs: &Path) -> Result<Vec<String>> {
+    let entries = match fs::read_dir(runs) {
+        Ok(entries) => entries,
+        Err(error) if is_absent(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(StoreError::io("list", runs)(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(StoreError::io("list", runs))?;
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            names.extend(entry.file_name().into_string());
+        }
+    }
+    Ok(names)
 }
 
 /// Length of a run's name: `20260131T235959.123456Z`.
@@ -121,6 +155,7 @@ fn run_id(time: SystemTime) -> String {
 }
 
 fn time_of_run(id: &str) -> Option<SystemTime> {
+    let id = id.get(..ID_LENGTH)?;
     let time = jiff::civil::DateTime::strptime("%Y%m%dT%H%M%S.%fZ", id).ok()?;
     let micros = time.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp().as_microsecond();
     Some(UNIX_EPOCH + Duration::from_micros(u64::try_from(micros).ok()?))

@@ -10,7 +10,8 @@ use serde_json::Value;
 use crate::{
     ActionRecord, Artifact, ArtifactBuilder, Blob, Digest, FileDigest, LeaseHolder, LeaseOutcome, Manifest, Result, RunLog, SnapshotSet,
     StoreError,
-    collect::ManifestBlobs,
+    blob::VerifiedBlobs,
+    damage::Damage,
     durable::{WritePoints, create_folder, sync_folder, write_durably},
     file_digest::FileMemory,
     index::Index,
@@ -19,6 +20,7 @@ use crate::{
     lookup::Latest,
     presence::Presence,
     sealed::is_absent,
+    superseded::ManifestBlobs,
 };
 
 /// An open store. Cheap to clone; safe to share between threads and with other processes.
@@ -31,6 +33,8 @@ struct Inner {
     on_network: bool,
     file_memory: FileMemory,
     presence: Presence,
+    verified_blobs: VerifiedBlobs,
+    damage: Damage,
     latest: Latest,
     manifest_blobs: ManifestBlobs,
     index: Index,
@@ -59,6 +63,8 @@ impl Store {
             on_network,
             file_memory: FileMemory::default(),
             presence: Presence::default(),
+            verified_blobs: VerifiedBlobs::default(),
+            damage: Damage::default(),
             latest: Latest::default(),
             manifest_blobs: ManifestBlobs::default(),
             index: Index::default(),
@@ -75,6 +81,11 @@ impl Store {
         self.0.read_only
     }
 
+    /// What was wrong with the index, if it had to be set aside since this store object was made. Nothing is lost by that.
+    pub fn index_damage(&self) -> Option<&str> {
+        self.index().damage()
+    }
+
     pub(crate) fn layout(&self) -> &Layout {
         &self.0.layout
     }
@@ -85,6 +96,14 @@ impl Store {
 
     pub(crate) fn presence(&self) -> &Presence {
         &self.0.presence
+    }
+
+    pub(crate) fn verified_blobs(&self) -> &VerifiedBlobs {
+        &self.0.verified_blobs
+    }
+
+    pub(crate) fn damage(&self) -> &Damage {
+        &self.0.damage
     }
 
     pub(crate) fn latest(&self) -> &Latest {
@@ -115,8 +134,8 @@ impl Store {
         for entry in &manifest.entries {
             match fs::metadata(self.layout().file(Family::Blob, entry.digest)) {
                 Ok(metadata) if metadata.len() == entry.size_bytes => {}
-                // A power cut may leave less than was written: reading says which digest is there, and sets it aside.
-                Ok(_) => drop(self.load_verified(Family::Blob, entry.digest)?),
+                // A power cut may leave less than was written, and seldom of one file only.
+                Ok(_) => self.verify_entries(digest, &manifest)?,
                 Err(error) if is_absent(&error) => return Ok(None),
                 Err(error) => return Err(StoreError::io("examine", self.layout().file(Family::Blob, entry.digest))(error)),
             }
@@ -169,6 +188,11 @@ impl Store {
     /// and old enough to be trusted.
     pub fn file_digest(&self, path: &Path) -> Result<FileDigest> {
         self.digest_of_file(path)
+    }
+
+    /// Bytes of data files that this store object and its clones had to hash.
+    pub fn hashed_bytes(&self) -> u64 {
+        self.count_hashed_bytes()
     }
 
     /// Asks for the right to work on `key`.
@@ -271,7 +295,7 @@ fn create(layout: &Layout) -> Result<()> {
 }
 
 #[cfg(target_os = "linux")]
-fn is_on_network(path: &Path) -> bool {
+pub(crate) fn is_on_network(path: &Path) -> bool {
     /// `f_type` of NFS, SMB, CIFS, SMB2, Lustre, GPFS, BeeGFS, Ceph, AFS, OCFS2, 9p, FUSE.
     const NETWORK: [u32; 12] = [
         0x6969,
@@ -291,6 +315,6 @@ fn is_on_network(path: &Path) -> bool {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn is_on_network(_: &Path) -> bool {
+pub(crate) fn is_on_network(_: &Path) -> bool {
     false
 }

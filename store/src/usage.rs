@@ -133,7 +133,8 @@ fn sum(root: &Path, folders: &[&str]) -> Result<u64> {
     folders.iter().map(|folder| folder_bytes(&root.join(folder))).sum()
 }
 
-fn folder_bytes(folder: &Path) -> Result<u64> {
+/// Bytes of all files in a folder and its subfolders. Links count as themselves.
+pub(crate) fn folder_bytes(folder: &Path) -> Result<u64> {
     let mut total = 0;
     for path in list(folder)? {
         total += match fs::symlink_metadata(&path) {

@@ -1,6 +1,10 @@
 //! Collection, checking and accounting.
 
-use std::{fs, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    time::{Duration, SystemTime},
+};
 
 use rlflow_store::{Artifact, Digest, Dtype, GcOptions, Retain, Store};
 use serde_json::json;
@@ -43,7 +47,11 @@ fn what_no_root_reaches_goes_and_the_rest_stays() {
     let graced = store.gc(&GcOptions { grace: Duration::from_secs(3600), ..NOW }).unwrap();
     assert_eq!(graced.removed, []);
 
+    let planned = store.gc(&GcOptions { dry_run: true, ..NOW }).unwrap();
+    assert!(store.contains_artifact(base.digest()), "a dry run removed something");
     let report = store.gc(&NOW).unwrap();
+    assert_eq!(report.removed, planned.removed);
+    assert_eq!((report.freed_bytes, report.kept_bytes), (planned.freed_bytes, planned.kept_bytes));
     assert!(store.contains_artifact(sft.digest()) && store.contains_artifact(pinned.digest()));
     assert!(!store.contains_artifact(old.digest()) && !store.contains_artifact(base.digest()));
     assert_eq!(store.action(key("old")).unwrap(), None);
@@ -118,6 +126,62 @@ fn an_unpublished_artifact_survives_a_collection_beside_it() {
     let artifact = builder.publish().unwrap();
     artifact.verify().unwrap();
     assert!(store.contains_artifact(artifact.digest()));
+}
+
+#[test]
+fn runs_go_when_they_are_old_or_many_but_not_those_behind_kept_results() {
+    let (_folder, store) = new_store();
+    let begin = |name: &str| {
+        let folder = store.folder().join("runs").join(name);
+        fs::create_dir_all(folder.join("tensorboard")).unwrap();
+        fs::write(folder.join("events.jsonl"), "{}\n").unwrap();
+    };
+    // Of years ago: of a kept result, of a pinned one, of a collected one, and of none.
+    for (name, stage) in [("a", "kept"), ("b", "pinned"), ("c", "collected"), ("d", "")] {
+        let name = format!("20200101T00000{}.000000Z", name.as_bytes()[0] - b'a');
+        begin(&name);
+        if !stage.is_empty() {
+            let mut record = action(stage, &[("model", run(&store, stage, 1.0, &[]).digest())]);
+            record.provenance.run_id = name;
+            store.put_action(&record).unwrap();
+        }
+    }
+    let live = store.begin_run(&json!({"event": "run"})).unwrap();
+    // More than are kept, all of today.
+    let today = &live.id()[..9];
+    (0..1100).for_each(|n| begin(&format!("{today}{:02}{:02}{:02}.000001Z", n / 3600, n / 60 % 60, n % 60)));
+    store.record_use("a.toml", &[key("kept")]).unwrap();
+    store.pin(key("pinned"), "").unwrap();
+    let names = || -> BTreeSet<String> {
+        store.runs().unwrap().iter().map(|run| run.file_name().unwrap().to_string_lossy().into_owned()).collect()
+    };
+    let before = names();
+    store.gc(&GcOptions { grace: Duration::from_secs(3600), ..NOW }).unwrap();
+    assert_eq!(names(), before, "a run went in its grace period");
+    let report = store.gc(&NOW).unwrap();
+    let left = names();
+    assert_eq!(report.removed.iter().filter(|removed| removed.what == "run").count(), before.len() - left.len());
+    let old = |second: u8| left.contains(&format!("20200101T00000{second}.000000Z"));
+    assert_eq!([0, 1, 2, 3].map(old), [true, true, false, false]);
+    assert!(left.contains(live.id()), "the record of a run that is not over went");
+    assert!((1002..=1003).contains(&left.len()), "{} runs are left", left.len());
+    let newest = |names: &BTreeSet<String>| names.iter().rev().take(1000).cloned().collect::<Vec<_>>();
+    assert_eq!(newest(&left), newest(&before));
+    live.append(&json!({"event": "finished"})).unwrap();
+}
+
+#[test]
+fn times_that_are_yet_to_come_count_as_young() {
+    let (_folder, store) = new_store();
+    let artifact = run(&store, "sft", 1.0, &[]);
+    let hex = key("sft").to_string();
+    let action = store.folder().join("actions").join(&hex[..2]).join(&hex);
+    File::open(&action).unwrap().set_modified(SystemTime::now() + Duration::from_secs(100_000)).unwrap();
+    store.gc(&NOW).unwrap();
+    artifact.verify().unwrap();
+    File::open(&action).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    store.gc(&NOW).unwrap();
+    assert!(!store.contains_artifact(artifact.digest()));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::support::{action, fast_folder, holder, key};
 
-const STAGES: [&str; 3] = ["tokenizer", "base", "sft"];
+pub const STAGES: [&str; 3] = ["tokenizer", "base", "sft"];
 
 /// Weights of a stage: the first tensor is shared by all stages.
 fn tensors(stage: &str) -> Vec<(String, Vec<u8>)> {
@@ -106,7 +106,8 @@ fn child() {
     }
 }
 
-fn run_child(folder: &Path, fault: Option<&str>) -> Output {
+/// Runs [`work`] in a process of its own.
+pub fn run_child(folder: &Path, fault: Option<&str>) -> Output {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["crash::child", "--exact", "--nocapture"]).env("RLFLOW_TEST_CHILD", folder).env_remove("RLFLOW_FAULT");
     if let Some(fault) = fault {

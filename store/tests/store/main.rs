@@ -2,7 +2,10 @@
 
 mod collection;
 mod crash;
+mod damage;
 mod environment;
+mod files;
+mod full_disk;
 mod index;
 mod life;
 mod property;

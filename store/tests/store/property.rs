@@ -2,11 +2,11 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use rlflow_store::{Digest, Dtype, Store, canonical_json};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::new_store;
+use crate::support::{fast_store, new_store};
 
-fn json() -> impl Strategy<Value = Value> {
+fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
         any::<bool>().prop_map(Value::from),
@@ -35,6 +35,20 @@ fn reversed(value: &Value) -> Value {
     }
 }
 
+/// Names that might lead elsewhere, and some that do not.
+fn entry_name() -> impl Strategy<Value = String> {
+    let part = prop_oneof![
+        3 => "[a-zé]{1,5}",
+        1 => Just("..".to_owned()),
+        1 => Just(".".to_owned()),
+        1 => Just(String::new()),
+        1 => "[A-Za-z]:",
+        1 => prop_oneof![Just("~"), Just("\\"), Just("..\\"), Just("a\0"), Just("\n"), Just("...")].prop_map(str::to_owned),
+        1 => (250..260_usize).prop_map(|length| "n".repeat(length)),
+    ];
+    prop_oneof![4 => prop::collection::vec(part, 1..5).prop_map(|parts| parts.join("/")), 1 => ".*"]
+}
+
 fn contents() -> impl Strategy<Value = BTreeMap<String, Vec<u8>>> {
     prop::collection::btree_map("[a-z]{1,8}(/[a-z.]{1,4}x){0,2}", prop::collection::vec(any::<u8>(), 0..300), 0..12)
 }
@@ -43,7 +57,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn canonical_json_keeps_the_value_and_forgets_the_order(value in json()) {
+    fn canonical_json_keeps_the_value_and_forgets_the_order(value in any_json()) {
         let bytes = canonical_json(&value);
         prop_assert_eq!(&bytes, &canonical_json(&reversed(&value)));
         let again: Value = serde_json::from_slice(&bytes).unwrap();
@@ -52,7 +66,7 @@ proptest! {
     }
 
     #[test]
-    fn whatever_is_published_is_read_back(contents in contents(), metadata in json(), seed in any::<u64>()) {
+    fn whatever_is_published_is_read_back(contents in contents(), metadata in any_json(), seed in any::<u64>()) {
         let (_folder, store) = new_store();
         let publish = |reverse: bool| {
             let mut builder = store.artifact("text");
@@ -86,20 +100,27 @@ proptest! {
     }
 
     #[test]
-    fn no_flipped_bit_is_ever_served(content in prop::collection::vec(any::<u8>(), 1..2000), at in any::<prop::sample::Index>(), bit in 0..8_u8) {
-        let (_folder, store) = new_store();
-        let digest = store.put_blob(&content).unwrap();
-        let name = digest.to_string();
-        let path = store.folder().join("blobs").join(&name[..2]).join(&name);
-        let mut damaged = content.clone();
-        damaged[at.index(content.len())] ^= 1 << bit;
-        std::fs::remove_file(&path).unwrap();
-        std::fs::write(&path, damaged).unwrap();
-        prop_assert!(store.blob(digest).is_err());
-        prop_assert!(store.blob(digest).unwrap().is_none());
-        prop_assert_eq!(store.put_blob(&content).unwrap(), digest);
-        let found = store.blob(digest).unwrap().unwrap();
-        prop_assert_eq!(&*found, &*content);
+    fn no_entry_leads_out_of_its_artifact(name in entry_name()) {
+        let (_folder, store) = fast_store();
+        let accepted = store.artifact("text").put(&name, b"x").is_ok();
+        // Somebody else's manifest, whose digest is right.
+        let entry = json!({"name": name, "digest": Digest::of(b"x"), "size_bytes": 1});
+        let bytes = canonical_json(&json!({"format": 1, "artifact_type": "text", "entries": [entry], "metadata": {}}));
+        let hex = Digest::of(&bytes).to_string();
+        store.put_blob(b"x").unwrap();
+        let folder = store.folder().join("manifests").join(&hex[..2]);
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join(&hex), &bytes).unwrap();
+        prop_assert_eq!(store.open_artifact(Digest::of(&bytes)).is_ok(), accepted, "reading and writing disagree about {:?}", name);
+        prop_assert_eq!(store.contains_artifact(Digest::of(&bytes)), accepted);
+        prop_assert_eq!(store.fsck(false).unwrap().is_clean(), accepted);
+        if accepted {
+            let base = std::path::Path::new("/base");
+            let inside: Vec<_> = base.join(&name).strip_prefix(base).unwrap().components().map(|part| part.as_os_str().to_owned()).collect();
+            let parts: Vec<_> = name.split('/').map(std::ffi::OsString::from).collect();
+            prop_assert_eq!(inside, parts, "{:?} is not a plain path inside", name);
+            prop_assert!(!name.contains(['\\', '\0']) && !name.split('/').any(|part| part == ".."));
+        }
     }
 
     #[test]
