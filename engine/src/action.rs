@@ -2,25 +2,27 @@
 //! `plan`, `status` and `run` all decide here, so they cannot disagree.
 
 use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::{Arc, OnceLock},
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
-use rlflow_api::{DataFile, DescribeContext, InputMeta, Placement, data_format};
-use rlflow_store::{ActionRecord, Digest, Snapshot, Store, StoreError};
+use rlflow_api::{DataFile, DescribeContext, InputMeta, Placement, Problem, data_format};
+use rlflow_store::{ActionRecord, Digest, FileDigest, Snapshot, Store, StoreError};
 
 use crate::{
     Host, Rerun, RerunReason, Result,
     action_key::{FullKey, KeyFile},
-    reason::Current,
+    reach::Reach,
+    reason::{Current, REQUEST},
     workflow::{Edge, Stage, Workflow, WorkflowError, WorkflowErrors},
 };
 
 /// What is asked of a workflow.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Request {
-    /// Only these stages and what they need; all if empty.
+    /// Only these stages and what they need; all if empty. Their results must be readable afterwards, not only known.
     pub stages: Vec<String>,
     /// Run these whether cached or not.
     pub force: Vec<String>,
@@ -95,11 +97,6 @@ impl Unreadable {
     }
 }
 
-struct StageFiles {
-    data: Vec<Vec<DataFile>>,
-    key: Vec<Vec<KeyFile>>,
-}
-
 /// Decides about the stages of one workflow in one store.
 pub struct Actions<'a> {
     /// The workflow.
@@ -110,11 +107,17 @@ pub struct Actions<'a> {
     pub host: &'a Host,
     /// How records name the workflow: its path from the folder of the store, so that moving both changes nothing.
     pub workflow_name: String,
+    /// What its runs reached.
+    pub(crate) reach: Reach<'a>,
+    /// Asked for by name.
+    named: Vec<bool>,
     selected: Vec<bool>,
     forced: Vec<bool>,
     no_cache: bool,
     placements: Vec<Placement>,
-    files: Vec<OnceLock<Arc<StageFiles>>>,
+    files: Vec<OnceLock<Vec<Vec<KeyFile>>>>,
+    /// Every data file is looked at once, so that all stages see one state of it.
+    digests: Mutex<HashMap<PathBuf, FileDigest>>,
 }
 
 impl<'a> Actions<'a> {
@@ -130,7 +133,8 @@ impl<'a> Actions<'a> {
         // What is forced is asked for too, even if nothing else needs it.
         let asked: Vec<usize> = wanted.iter().chain(&force).copied().collect();
         let selected = if request.stages.is_empty() { vec![true; count] } else { workflow.dag.ancestors(&asked) };
-        let mut forced = vec![false; count];
+        let (mut named, mut forced) = (vec![false; count], vec![false; count]);
+        wanted.into_iter().for_each(|stage| named[stage] = true);
         force.into_iter().for_each(|stage| forced[stage] = true);
 
         let mut placements = Vec::with_capacity(count);
@@ -139,8 +143,13 @@ impl<'a> Actions<'a> {
             let placement = host.place(stage.kind.execution(&stage.config).as_ref(), peak);
             placements.push(placement.unwrap_or_else(|error| {
                 if selected[index] {
-                    let message = format!("stage `{}`: {}", stage.name, error.message);
-                    errors.push(WorkflowError::new("device_unavailable", message).with_hint(error.hint));
+                    let problem = Problem::new("device_unavailable", error.setting, error.message).hint(error.hint);
+                    let error = workflow.error(index, &problem);
+                    // One wrong default is one error, however many stages it is laid under.
+                    let place = |error: &WorkflowError| (error.code, error.file.clone(), error.line, error.column);
+                    if !errors.iter().any(|known| place(known) == place(&error)) {
+                        errors.push(error);
+                    }
                 }
                 Placement::default()
             }));
@@ -151,7 +160,9 @@ impl<'a> Actions<'a> {
         let files = (0..count).map(|_| OnceLock::new()).collect();
         store.expect_lookups(selected.iter().filter(|selected| **selected).count());
         let workflow_name = workflow_name(workflow, store);
-        Ok(Self { workflow, store, host, workflow_name, selected, forced, no_cache: request.no_cache, placements, files })
+        let reach = Reach::new(workflow, store);
+        let no_cache = request.no_cache;
+        Ok(Self { workflow, store, host, workflow_name, reach, named, selected, forced, no_cache, placements, files, digests: Mutex::default() })
     }
 
     /// Whether the stage was asked for, or is needed by one that was.
@@ -182,36 +193,61 @@ impl<'a> Actions<'a> {
 
     /// The stage's data files with their digests.
     pub fn data_files(&self, stage: usize) -> Result<Vec<Vec<DataFile>>> {
-        Ok(self.files(stage)?.data.clone())
+        let file = |path: &PathBuf| {
+            let FileDigest { digest, size_bytes } = self.file_digest(path)?;
+            Ok(DataFile { name: self.file_name(path).into_owned(), path: path.clone(), digest, size_bytes })
+        };
+        self.workflow.stages[stage].files.iter().map(|paths| paths.iter().map(file).collect()).collect()
+    }
+
+    /// How the workflow names a data file.
+    fn file_name<'p>(&self, path: &'p Path) -> Cow<'p, str> {
+        path.strip_prefix(&self.workflow.folder).unwrap_or(path).to_string_lossy()
+    }
+
+    fn file_digest(&self, path: &Path) -> Result<FileDigest> {
+        let known = || self.digests.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(digest) = known().get(path) {
+            return Ok(*digest);
+        }
+        // Hashed without the lock: other stages' files need not wait for a large one.
+        let digest = self.store.file_digest(path)?;
+        Ok(*known().entry(path.to_owned()).or_insert(digest))
     }
 
     /// Decides about a stage whose inputs are all known. `must_run` is a reason to run it even if it is cached.
     pub fn decide(&self, index: usize, outputs: &[Option<Outputs>], must_run: Option<&RerunReason>) -> Result<Decision> {
         let stage = &self.workflow.stages[index];
         let files = self.files(index)?;
-        let inputs = self.inputs(stage, outputs);
-        let full_key = full_key(stage, &inputs, &files.key);
+        let full_key = full_key(stage, self.digests_of(stage, outputs), files);
         let key = full_key.digest();
-        let must_run = must_run.cloned().or_else(|| self.forced(index));
+        let mut must_run = must_run.cloned().or_else(|| self.forced(index));
         if must_run.is_none()
             && let Some(outputs) = self.store.outputs(key)?
             && stage.described.outputs.keys().all(|port| outputs.contains_key(port))
         {
-            return Ok(Decision::Cached { key, outputs: outputs.into() });
+            must_run = if self.named[index] { self.lost(index, &outputs)? } else { None };
+            if must_run.is_none() {
+                return Ok(Decision::Cached { key, outputs: outputs.into() });
+            }
         }
         // A result under this very key is the one to compare with, whatever its stage was called.
         let under_key = if must_run.is_some() { self.store.action(key)? } else { None };
         let last = match under_key {
             Some(record) => Some(record),
-            None => self.store.last_action(&self.workflow_name, &stage.name, stage.kind.name())?,
+            None => self.reach.last_result(&self.workflow_name, &stage.name, stage.kind.name())?,
         };
         let fresh = matches!(must_run, Some(RerunReason::Forced { .. }));
+        let inputs = self.inputs(stage, outputs);
         let prefix_key = full_key.prefix(&stage.kind.horizon(&stage.config));
         let snapshots = if fresh { Vec::new() } else { self.usable_snapshots(stage, prefix_key)? };
         let rerun = match must_run {
             Some(reason) => reason.into(),
             None => {
-                let current = Current { key: &full_key, inputs: self.named(&inputs), files: files.named() };
+                let has_stage = |name: &str| self.workflow.find(name).is_some();
+                let data = self.data_files(index)?;
+                let data = data.iter().flatten().map(|file| (file.name.as_str(), file.digest)).collect();
+                let current = Current { key: &full_key, inputs: self.by_name(&inputs), files: data, has_stage: &has_stage };
                 match (Rerun::find(last.as_ref(), &current), snapshots.first()) {
                     (Rerun { reason: RerunReason::NeverRan, .. }, Some(snapshot)) => RerunReason::Unfinished { step: snapshot.step }.into(),
                     (rerun, _) => rerun,
@@ -223,25 +259,41 @@ impl<'a> Actions<'a> {
 
     /// The full key of a stage whose inputs are known, as it is stored.
     pub fn full_key(&self, index: usize, inputs: &ActionInputs) -> Result<serde_json::Value> {
-        Ok(full_key(&self.workflow.stages[index], inputs, &self.files(index)?.key).to_value())
+        let digests = inputs.iter().map(|(port, inputs)| (port.as_str(), inputs.iter().map(|input| input.digest).collect())).collect();
+        Ok(full_key(&self.workflow.stages[index], digests, self.files(index)?).to_value())
     }
 
     /// Input artifacts of an action that cannot be opened.
     pub fn unreadable_inputs(&self, action: &Action) -> Result<Vec<Unreadable>> {
         let mut unreadable = Vec::new();
         for input in action.inputs.values().flatten() {
-            if self.store.contains_artifact(input.digest) {
-                continue;
+            if let Some(damaged) = self.unreadable(input.digest)? {
+                unreadable.push(Unreadable { stage: input.stage, port: input.port.clone(), damaged });
             }
-            // Opened once more to learn whether it is gone or damaged.
-            let damaged = match self.store.open_artifact(input.digest) {
-                Ok(_) | Err(StoreError::Missing { .. }) => false,
-                Err(StoreError::Damaged { .. } | StoreError::Format { .. }) => true,
-                Err(error) => return Err(error.into()),
-            };
-            unreadable.push(Unreadable { stage: input.stage, port: input.port.clone(), damaged });
         }
         Ok(unreadable)
+    }
+
+    /// Why a stage that was asked for by name must run although its result is known: that cannot be read.
+    fn lost(&self, stage: usize, outputs: &BTreeMap<String, Digest>) -> Result<Option<RerunReason>> {
+        for (port, digest) in outputs {
+            if let Some(damaged) = self.unreadable(*digest)? {
+                return Ok(Some(Unreadable { stage, port: port.clone(), damaged }.reason(REQUEST)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether an artifact that cannot be opened is damaged, rather than gone. `None` if it can.
+    fn unreadable(&self, digest: Digest) -> Result<Option<bool>> {
+        if self.store.contains_artifact(digest) {
+            return Ok(None);
+        }
+        match self.store.open_artifact(digest) {
+            Ok(_) | Err(StoreError::Missing { .. }) => Ok(Some(false)),
+            Err(StoreError::Damaged { .. } | StoreError::Format { .. }) => Ok(Some(true)),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// The key of the stage's snapshots, for kinds whose snapshots outlive the run: longer runs continue from them.
@@ -251,8 +303,7 @@ impl<'a> Actions<'a> {
         if horizon.is_empty() {
             return Ok(None);
         }
-        let inputs = self.inputs(stage, outputs);
-        Ok(Some(full_key(stage, &inputs, &self.files(index)?.key).prefix(&horizon)))
+        Ok(Some(full_key(stage, self.digests_of(stage, outputs), self.files(index)?).prefix(&horizon)))
     }
 
     /// Stage names and digests of an action's inputs, as they go into provenance.
@@ -261,18 +312,19 @@ impl<'a> Actions<'a> {
         inputs.iter().map(|(port, inputs)| (port.clone(), inputs.iter().map(name).collect())).collect()
     }
 
-    fn named<'i>(&'i self, inputs: &'i ActionInputs) -> BTreeMap<&'i str, Vec<(&'i str, Digest)>> {
+    fn by_name<'i>(&'i self, inputs: &'i ActionInputs) -> BTreeMap<&'i str, Vec<(&'i str, Digest)>> {
         let name = |input: &ActionInput| (self.workflow.stages[input.stage].name.as_str(), input.digest);
         inputs.iter().map(|(port, inputs)| (port.as_str(), inputs.iter().map(name).collect())).collect()
     }
 
     fn inputs(&self, stage: &Stage, outputs: &[Option<Outputs>]) -> ActionInputs {
-        let input = |edge: &Edge| {
-            let digest = outputs[edge.stage].as_ref().and_then(|outputs| outputs.get(&edge.port)).copied();
-            // A settled stage has all of its ports; a digest of nothing would only miss the cache.
-            ActionInput { stage: edge.stage, port: edge.port.clone(), digest: digest.unwrap_or_else(|| Digest::of(b"")) }
-        };
+        let input = |edge: &Edge| ActionInput { stage: edge.stage, port: edge.port.clone(), digest: digest_of(edge, outputs) };
         stage.inputs.iter().map(|(port, edges)| (port.clone(), edges.iter().map(input).collect())).collect()
+    }
+
+    fn digests_of<'s>(&self, stage: &'s Stage, outputs: &[Option<Outputs>]) -> BTreeMap<&'s str, Vec<Digest>> {
+        let digests = |edges: &[Edge]| edges.iter().map(|edge| digest_of(edge, outputs)).collect();
+        stage.inputs.iter().map(|(port, edges)| (port.as_str(), digests(edges))).collect()
     }
 
     /// Snapshots that an action can continue from, as they are now.
@@ -287,21 +339,17 @@ impl<'a> Actions<'a> {
         Ok(snapshots)
     }
 
-    /// Hashes the stage's data files, once.
-    fn files(&self, index: usize) -> Result<Arc<StageFiles>> {
+    /// The stage's data files as they enter its key.
+    fn files(&self, index: usize) -> Result<&[Vec<KeyFile>]> {
         if let Some(files) = self.files[index].get() {
-            return Ok(files.clone());
+            return Ok(files);
         }
         let stage = &self.workflow.stages[index];
-        let mut data = Vec::with_capacity(stage.files.len());
-        let mut key = Vec::with_capacity(stage.files.len());
+        let mut files = Vec::with_capacity(stage.files.len());
         for (at, paths) in stage.files.iter().enumerate() {
             let directory = stage.file_patterns.get(at).filter(|source| source.directory);
             let mut source = Vec::with_capacity(paths.len());
-            let mut labels = Vec::with_capacity(paths.len());
             for path in paths {
-                let digest = self.store.file_digest(path)?;
-                let name = path.strip_prefix(&self.workflow.folder).unwrap_or(path).to_string_lossy().into_owned();
                 let label = match directory {
                     Some(source) => {
                         let inside = path.strip_prefix(self.workflow.folder.join(&source.pattern)).unwrap_or(path);
@@ -309,31 +357,29 @@ impl<'a> Actions<'a> {
                     }
                     None => ("format", data_format(path)),
                 };
-                labels.push(KeyFile { label, digest: digest.digest });
-                source.push(DataFile { name, path: path.clone(), digest: digest.digest, size_bytes: digest.size_bytes });
+                source.push(KeyFile { label, digest: self.file_digest(path)?.digest });
             }
-            data.push(source);
-            key.push(labels);
+            files.push(source);
         }
-        Ok(self.files[index].get_or_init(|| Arc::new(StageFiles { data, key })).clone())
+        Ok(self.files[index].get_or_init(|| files))
     }
 }
 
-impl StageFiles {
-    fn named(&self) -> Vec<(&str, Digest)> {
-        self.data.iter().flatten().map(|file| (file.name.as_str(), file.digest)).collect()
-    }
-}
-
-fn full_key<'a>(stage: &'a Stage, inputs: &'a ActionInputs, files: &'a [Vec<KeyFile>]) -> FullKey<'a> {
+fn full_key<'a>(stage: &'a Stage, inputs: BTreeMap<&'a str, Vec<Digest>>, files: &'a [Vec<KeyFile>]) -> FullKey<'a> {
     FullKey {
         kind: stage.kind.name(),
         version: stage.kind.version(),
         settings: &stage.identity_settings,
         seed: stage.kind.draws().then_some(stage.seed),
-        inputs: inputs.iter().map(|(port, inputs)| (port.as_str(), inputs.iter().map(|input| input.digest).collect())).collect(),
+        inputs,
         files,
     }
+}
+
+/// What an edge carries. A settled stage has all of its ports; a digest of nothing would only miss the cache.
+fn digest_of(edge: &Edge, outputs: &[Option<Outputs>]) -> Digest {
+    let digest = outputs[edge.stage].as_ref().and_then(|outputs| outputs.get(&edge.port)).copied();
+    digest.unwrap_or_else(|| Digest::of(b""))
 }
 
 /// Stages called `name`: one stage, or every point of a matrix. `what` is the option that named it.

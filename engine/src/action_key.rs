@@ -13,6 +13,9 @@
 //! | `inputs` | port -> digests of the artifacts, in order | content, not who made it: this is what gives early cutoff |
 //! | `files` | per source, in order: format and content digest; the name inside the directory for directories | the format decides how bytes are read (`.csv`, `.jsonl`), the rest of the path does not |
 //!
+//! Which settings of which kind are identity settings and which are not is said by the kinds' schemas; the table of all
+//! of them is [`crate::docs::key_table`], written out in the kinds' documentation.
+//!
 //! What must never be in it, and is therefore kept out by type (the builder has no field for it):
 //!
 //! | value | where it goes instead |

@@ -8,9 +8,12 @@ use crate::{
     Host, Result,
     history::PastRun,
     metrics::results,
-    settings::{Change, changes},
-    workflow::Workflow,
+    settings::{Change, changes, flatten},
+    workflow::{Edge, Workflow},
 };
+
+/// How a kind's implementation version is called here.
+const VERSION: &str = "implementation version";
 
 /// One side of a comparison: stages by name.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -26,8 +29,12 @@ pub struct Side {
 pub struct Part {
     /// Action key, where known.
     pub key: Option<Digest>,
-    /// Everything that may differ: kind, seed, settings, inputs, files.
+    /// What may differ beside inputs: kind, implementation version, seed, settings, files.
     pub facts: Value,
+    /// Port to stages, with the digests of what they gave where that is known.
+    pub inputs: BTreeMap<String, Vec<(String, Option<Digest>)>>,
+    /// Settings in the key, by path.
+    pub identity: BTreeSet<String>,
     /// Final metrics and measured values; empty if it never ran.
     pub metrics: BTreeMap<String, f64>,
 }
@@ -36,12 +43,17 @@ impl Part {
     /// Of a stored result.
     pub fn of_record(record: &ActionRecord) -> Self {
         let made = &record.provenance;
-        let inputs: BTreeMap<&str, Vec<String>> =
-            made.inputs.iter().map(|(port, inputs)| (port.as_str(), inputs.iter().map(|(stage, _)| stage.clone()).collect())).collect();
         let files: BTreeMap<&str, String> = made.files.iter().map(|(name, digest)| (name.as_str(), digest.short())).collect();
-        let facts =
-            facts(&record.full_key["kind"], &record.full_key["version"], &record.full_key["seed"], &made.settings, json!(inputs), files);
-        Self { key: Some(record.key), facts, metrics: metrics(record) }
+        let key = &record.full_key;
+        Self {
+            key: Some(record.key),
+            facts: facts(&key["kind"], &key["version"], &key["seed"], &made.settings, files),
+            inputs: (made.inputs.iter())
+                .map(|(port, made)| (port.clone(), made.iter().map(|(stage, digest)| (stage.clone(), Some(*digest))).collect()))
+                .collect(),
+            identity: flatten(&key["settings"]).into_keys().collect(),
+            metrics: metrics(record),
+        }
     }
 }
 
@@ -52,13 +64,13 @@ fn metrics(record: &ActionRecord) -> BTreeMap<String, f64> {
 }
 
 /// Names with dots (of files) are not opened into paths, so files are a list of `name digest`.
-fn facts(kind: &Value, version: &Value, seed: &Value, settings: &Value, inputs: Value, files: BTreeMap<&str, String>) -> Value {
+fn facts(kind: &Value, version: &Value, seed: &Value, settings: &Value, files: BTreeMap<&str, String>) -> Value {
     let files: Vec<String> = files.into_iter().map(|(name, digest)| format!("{name} {digest}")).collect();
     let mut facts = settings.clone();
     if !facts.is_object() {
         facts = json!({});
     }
-    for (name, value) in [("kind", kind), ("implementation version", version), ("seed", seed), ("inputs", &inputs)] {
+    for (name, value) in [("kind", kind), (VERSION, version), ("seed", seed)] {
         facts[name] = value.clone();
     }
     if !files.is_empty() {
@@ -78,11 +90,13 @@ impl Side {
         for index in wanted {
             let stage = &workflow.stages[*index];
             let current = found.remove(index).filter(|(stale, _)| !stale).map(|(_, record)| record);
-            let inputs: BTreeMap<&str, Vec<String>> = stage
-                .inputs
-                .iter()
-                .map(|(port, edges)| (port.as_str(), edges.iter().map(|edge| workflow.stages[edge.stage].name.clone()).collect()))
-                .collect();
+            let input = |(port, edges): (&String, &Vec<Edge>)| {
+                let made = current.as_ref().and_then(|record| record.provenance.inputs.get(port));
+                let digest = |at: usize| made.and_then(|made| made.get(at)).map(|(_, digest)| *digest);
+                let edges = edges.iter().enumerate();
+                (port.clone(), edges.map(|(at, edge)| (workflow.stages[edge.stage].name.clone(), digest(at))).collect())
+            };
+            let inputs = stage.inputs.iter().map(input).collect();
             let mut files = BTreeMap::new();
             let names: Vec<(String, String)> = stage
                 .files
@@ -98,7 +112,9 @@ impl Side {
             let (kind, version) = (json!(stage.kind.name()), json!(stage.kind.version()));
             let part = Part {
                 key: current.as_ref().map(|record| record.key),
-                facts: facts(&kind, &version, &seed, stage.config.settings(), json!(inputs), files),
+                facts: facts(&kind, &version, &seed, stage.config.settings(), files),
+                inputs,
+                identity: flatten(&stage.identity_settings).into_keys().collect(),
                 metrics: current.as_ref().map(metrics).unwrap_or_default(),
             };
             stages.insert(stage.name.clone(), part);
@@ -132,6 +148,8 @@ pub struct StageDiff {
     pub only_in: Option<&'static str>,
     /// Settings, inputs and files that differ.
     pub changes: Vec<Change>,
+    /// Those of them that are in neither key: where and how fast a stage ran.
+    pub outside_key: BTreeSet<String>,
     /// Metrics that differ: name, value in a, value in b.
     pub metrics: Vec<(String, Option<f64>, Option<f64>)>,
     /// Action keys, where known.
@@ -161,14 +179,47 @@ pub fn diff(a: &Side, b: &Side) -> Vec<StageDiff> {
 }
 
 fn empty(name: &str) -> StageDiff {
-    StageDiff { name: name.to_owned(), only_in: None, changes: Vec::new(), metrics: Vec::new(), keys: [None, None] }
+    StageDiff { name: name.to_owned(), only_in: None, changes: Vec::new(), outside_key: BTreeSet::new(), metrics: Vec::new(), keys: [None, None] }
 }
 
 fn compare(name: String, a: &Part, b: &Part) -> StageDiff {
     let names: BTreeSet<&String> = a.metrics.keys().chain(b.metrics.keys()).collect();
     let metric = |name: &&String| ((*name).clone(), a.metrics.get(*name).copied(), b.metrics.get(*name).copied());
     let metrics = names.iter().map(metric).filter(|(_, a, b)| a != b).collect();
-    StageDiff { name, only_in: None, changes: changes(&a.facts, &b.facts), metrics, keys: [a.key, b.key] }
+    let mut differ = changes(&a.facts, &b.facts);
+    let in_key = |setting: &str| {
+        let named = |path: &String| path == setting || setting.starts_with(path.as_str()) && setting[path.len()..].starts_with(['.', '[']);
+        ["kind", VERSION, "seed", "files"].contains(&setting) || [a, b].iter().any(|part| part.identity.iter().any(named))
+    };
+    let outside_key = differ.iter().map(|change| change.setting.clone()).filter(|setting| !in_key(setting)).collect();
+    differ.extend(compare_inputs(a, b));
+    StageDiff { name, only_in: None, changes: differ, outside_key, metrics, keys: [a.key, b.key] }
+}
+
+/// Ports whose stages differ, or what these gave: where both sides know that.
+fn compare_inputs(a: &Part, b: &Part) -> Vec<Change> {
+    let ports: BTreeSet<&String> = a.inputs.keys().chain(b.inputs.keys()).collect();
+    let mut differ = Vec::new();
+    for port in ports {
+        let side = |part: &'_ Part| part.inputs.get(port).cloned().unwrap_or_default();
+        let (a, b) = (side(a), side(b));
+        let names = |side: &[(String, Option<Digest>)]| side.iter().map(|(stage, _)| stage.clone()).collect::<Vec<_>>();
+        let other = |((_, a), (_, b)): (&(String, Option<Digest>), &(String, Option<Digest>))| a.is_some() && b.is_some() && a != b;
+        let digests_differ = a.iter().zip(&b).any(other);
+        if names(&a) == names(&b) && !digests_differ {
+            continue;
+        }
+        let told = |(stage, digest): &(String, Option<Digest>)| match digest {
+            Some(digest) if digests_differ => format!("{stage} {}", digest.short()),
+            _ => stage.clone(),
+        };
+        let value = |side: &[(String, Option<Digest>)]| match side {
+            [] => Value::Null,
+            side => json!(side.iter().map(told).collect::<Vec<_>>()),
+        };
+        differ.push(Change { setting: format!("inputs.{port}"), from: value(&a), to: value(&b) });
+    }
+    differ
 }
 
 /// A comparison as scripts see it.
@@ -180,7 +231,9 @@ pub fn to_json(a: &Side, b: &Side, stages: &[StageDiff]) -> Value {
                 "name": stage.name,
                 "only_in": stage.only_in,
                 "keys": stage.keys,
-                "settings": stage.changes.iter().map(|change| json!({ "setting": change.setting, "from": change.from, "to": change.to })).collect::<Vec<_>>(),
+                "settings": stage.changes.iter().map(|change| json!({
+                    "setting": change.setting, "from": change.from, "to": change.to, "in_key": !stage.outside_key.contains(&change.setting),
+                })).collect::<Vec<_>>(),
                 "metrics": stage.metrics.iter().map(|(name, from, to)| json!({ "name": name, "from": from, "to": to })).collect::<Vec<_>>(),
             })
         })

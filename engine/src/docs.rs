@@ -16,13 +16,67 @@ use crate::{
 /// Deepest table of settings that is written out.
 const MAX_DEPTH: usize = 6;
 
+/// Where a setting belongs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In the action key: it can change the result.
+    Key,
+    /// Never in a key: where a stage runs, how fast, what it logs and keeps.
+    Execution,
+    /// Never in a key: it names data files, whose contents are in the key instead.
+    Path,
+}
+
+impl Place {
+    /// As the documentation calls it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Key => "key",
+            Self::Execution => "execution",
+            Self::Path => "path",
+        }
+    }
+}
+
+/// One setting of a kind in the table of what enters a key and what does not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyEntry {
+    /// Kind.
+    pub kind: &'static str,
+    /// Dotted path; `[]` stands for every item of a list.
+    pub setting: String,
+    /// Where it belongs.
+    pub place: Place,
+}
+
+/// The table of every setting of every kind with its place, from the kinds' schemas: the part of the table in
+/// [`crate::action_key`] that differs from kind to kind. [`kinds_markdown`] writes it out.
+pub fn key_table(registry: &Registry) -> Vec<KeyEntry> {
+    let mut table = Vec::new();
+    for kind in registry.iter() {
+        let Some(shape) = registry.shape(kind.name()) else { continue };
+        let mut rows = Vec::new();
+        settings_rows(&shape, shape.root, "", None, None, 0, &mut rows);
+        table.extend(rows.into_iter().map(|row| KeyEntry { kind: kind.name(), setting: row.setting, place: row.place }));
+    }
+    table
+}
+
+/// A row of a kind's table of settings.
+struct Row {
+    setting: String,
+    place: Place,
+    text: String,
+}
+
 /// Every kind of `registry` as Markdown: ports, settings, metrics.
 pub fn kinds_markdown(registry: &Registry) -> String {
     let mut text = String::from(
         "# Stage kinds\n\n\
          Settings marked *key* are part of a result's identity: changing one reruns the stage. *execution* settings only say where or\n\
          how fast, and *path* settings name data files, whose contents are in the key instead. Beside its settings every stage has\n\
-         `kind`, `inputs`, `seed` (the workflow's unless it says otherwise) and `matrix`.\n",
+         `kind`, `inputs`, `seed` (the workflow's unless it says otherwise) and `matrix`. A key holds the kind with its version, the\n\
+         settings marked *key*, the seed where results depend on it, and the digests of inputs and data files; nothing else.\n",
     );
     for kind in registry.iter() {
         let Some(shape) = registry.shape(kind.name()) else { continue };
@@ -33,7 +87,7 @@ pub fn kinds_markdown(registry: &Registry) -> String {
 
 fn write_kind(text: &mut String, kind: &dyn Kind, shape: &SettingsShape) {
     let seed = if kind.draws() { "Its results depend on the seed." } else { "Its results do not depend on the seed." };
-    let _ = writeln!(text, "\n## `{}`\n\n{} {seed}", kind.name(), kind.summary());
+    let _ = writeln!(text, "\n## `{}`\n\n{} {seed} Version {}.", kind.name(), kind.summary(), kind.version());
     if !kind.inputs().is_empty() {
         let _ = writeln!(text, "\n| input | takes | how many | |\n|---|---|---|---|");
         for port in kind.inputs() {
@@ -60,7 +114,7 @@ fn write_kind(text: &mut String, kind: &dyn Kind, shape: &SettingsShape) {
     if !rows.is_empty() {
         let _ = writeln!(text, "\n| setting | takes | default | unit | in | |\n|---|---|---|---|---|---|");
         rows.iter().for_each(|row| {
-            let _ = writeln!(text, "{row}");
+            let _ = writeln!(text, "{}", row.text);
         });
     }
     if !kind.metrics().is_empty() {
@@ -79,7 +133,7 @@ fn settings_rows(
     defaults: Option<&Value>,
     mark: Option<Mark>,
     depth: usize,
-    rows: &mut Vec<String>,
+    rows: &mut Vec<Row>,
 ) {
     for (name, &field) in &shape[id].fields {
         let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
@@ -96,17 +150,18 @@ fn settings_rows(
             Some(value) => format!("`{}`", toml_text(value)),
         };
         let place = match mark {
-            None => "key",
-            Some(Mark::Execution) => "execution",
-            Some(Mark::Path) => "path",
+            None => Place::Key,
+            Some(Mark::Execution) => Place::Execution,
+            Some(Mark::Path) => Place::Path,
         };
-        let doc = setting.doc.as_deref().unwrap_or("");
-        rows.push(format!(
-            "| `{path}` | {} | {shown} | {} | {place} | {} |",
+        let text = format!(
+            "| `{path}` | {} | {shown} | {} | {} | {} |",
             cell(&type_text(shape, field)),
             setting.unit.as_deref().unwrap_or(""),
-            cell(doc)
-        ));
+            place.name(),
+            cell(setting.doc.as_deref().unwrap_or(""))
+        );
+        rows.push(Row { setting: path.clone(), place, text });
         if has_rows {
             settings_rows(shape, field, &path, default, mark, depth + 1, rows);
         }

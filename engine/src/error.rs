@@ -1,5 +1,5 @@
 use rlflow_store::StoreError;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::workflow::{WorkflowError, WorkflowErrors};
 
@@ -49,8 +49,9 @@ impl EngineError {
     pub fn to_json(&self) -> Value {
         match self {
             Self::Workflow(errors) => errors.to_json(),
-            Self::Store(_) => json!({ "errors": [{ "code": "store", "message": self.to_string() }] }),
-            Self::Io { .. } => json!({ "errors": [{ "code": "io", "message": self.to_string() }] }),
+            // With the same keys as every other error, null where these have nothing to say.
+            Self::Store(_) => WorkflowErrors::from(WorkflowError::new("store", self.to_string())).to_json(),
+            Self::Io { .. } => WorkflowErrors::from(WorkflowError::new("io", self.to_string())).to_json(),
         }
     }
 }

@@ -27,7 +27,7 @@ pub enum StageStatus {
     Resumed,
     /// It continued from a snapshot of a finished, shorter run.
     Extended,
-    /// It failed, or was interrupted.
+    /// It failed, or was interrupted ([`StageOutcome::interrupted`]).
     Failed,
     /// It was not started because a stage above it failed, or the run was stopped.
     Skipped,
@@ -68,6 +68,8 @@ pub struct StageOutcome {
     pub metrics: BTreeMap<String, f64>,
     /// Whether it ran and gave what it had given before.
     pub same_output: bool,
+    /// Whether it was stopped, rather than failing by itself: then its status is [`StageStatus::Failed`].
+    pub interrupted: bool,
     /// Why it failed or was skipped.
     pub error: Option<String>,
     /// What to do about it.
@@ -77,7 +79,12 @@ pub struct StageOutcome {
 impl StageOutcome {
     /// Whether it was stopped, rather than failing by itself.
     pub fn was_interrupted(&self) -> bool {
-        self.status == StageStatus::Failed && self.error.as_deref() == Some("interrupted")
+        self.interrupted
+    }
+
+    /// One word for people, who tell an interrupted stage from one that failed.
+    pub fn word(&self) -> &'static str {
+        if self.interrupted { "interrupted" } else { self.status.name() }
     }
 
     /// As scripts see it.
@@ -92,6 +99,7 @@ impl StageOutcome {
             "outputs": *self.outputs,
             "metrics": self.metrics,
             "same_output": self.same_output,
+            "interrupted": self.interrupted,
             "error": self.error,
             "hint": self.hint,
         })

@@ -1,6 +1,11 @@
 //! What past runs left behind, read from their logs.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom},
+    path::Path,
+};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -9,8 +14,10 @@ use rlflow_store::{Digest, Store};
 
 use crate::{Result, Status, plan::Plan};
 
-/// Runs that are looked through for a stage's last failure.
-const RECENT_RUNS: usize = 50;
+/// Runs that are looked through for what became of a stage.
+pub(crate) const RECENT_RUNS: usize = 50;
+/// How much of a log's end is read at first to find its last line.
+const TAIL_BYTES: u64 = 64 << 10;
 
 /// A past run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -33,7 +40,8 @@ pub struct PastRun {
     pub seconds: Option<f64>,
     /// Stages whose results were there.
     pub cached: u64,
-    /// Stages that were not cached, as `run --json` shows them when they end.
+    /// Stages that were not cached, as `run --json` shows them when they end, with the devices that they ran on. Their
+    /// status is `started` if the log does not tell their end: they run, or were killed.
     pub stages: Vec<Value>,
     /// Every stage with its key, cached ones too (unless there were very many): known once a run has ended.
     pub keys: BTreeMap<String, Digest>,
@@ -46,16 +54,8 @@ pub fn past_runs(store: &Store, limit: usize) -> Result<Vec<PastRun>> {
 }
 
 fn read_run(folder: &Path) -> Option<PastRun> {
-    let id = folder.file_name()?.to_string_lossy().into_owned();
-    let content = match fs::read_to_string(folder.join("events.jsonl")) {
-        Ok(content) => content,
-        Err(error) => {
-            tracing::debug!(run = id, %error, "the run's log cannot be read");
-            return None;
-        }
-    };
     let mut run = PastRun {
-        id,
+        id: run_id(folder)?,
         time: 0.0,
         workflow: String::new(),
         command: Vec::new(),
@@ -67,8 +67,9 @@ fn read_run(folder: &Path) -> Option<PastRun> {
         stages: Vec::new(),
         keys: BTreeMap::new(),
     };
-    // The last line of a killed run may be half written: what does not parse is not an event.
-    for event in content.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
+    let told = |line: &str| ["run", "stage_started", "stage_finished", "finished"].iter().any(|event| is_event(line, event));
+    let mut started: BTreeMap<String, Value> = BTreeMap::new();
+    for mut event in events(folder, told)? {
         let text = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
         match event["event"].as_str() {
             Some("run") => {
@@ -77,7 +78,17 @@ fn read_run(folder: &Path) -> Option<PastRun> {
                 run.host = text("host");
                 run.command = serde_json::from_value(event["command"].clone()).unwrap_or_default();
             }
-            Some("stage_finished") => run.stages.push(event),
+            Some("stage_started") => {
+                let stage = text("stage");
+                event["status"] = "started".into();
+                started.insert(stage, event);
+            }
+            Some("stage_finished") => {
+                if let Some(started) = started.remove(&text("stage")) {
+                    event["devices"] = started["devices"].clone();
+                }
+                run.stages.push(event);
+            }
             Some("finished") => {
                 run.ok = event["ok"].as_bool();
                 run.interrupted = event["interrupted"].as_bool().unwrap_or(false);
@@ -89,27 +100,103 @@ fn read_run(folder: &Path) -> Option<PastRun> {
             _ => {}
         }
     }
+    run.stages.extend(started.into_values());
     Some(run)
 }
 
-/// Marks the stages of `plan` whose last attempt under today's key failed.
-pub fn mark_failures(plan: &mut Plan, store: &Store, workflow_name: &str) -> Result<()> {
-    let open: Vec<usize> = (0..plan.stages.len()).filter(|at| plan.stages[*at].status != Status::Cached).collect();
-    if open.is_empty() {
-        return Ok(());
+pub(crate) fn run_id(folder: &Path) -> Option<String> {
+    Some(folder.file_name()?.to_string_lossy().into_owned())
+}
+
+/// Whether a line of a log may be such an event: a log is mostly metrics, and parsing them all would take a while.
+pub(crate) fn is_event(line: &str, event: &str) -> bool {
+    line.contains(&format!("\"event\":\"{event}\""))
+}
+
+/// The events of a run's log whose lines `wanted` takes, in order. `None` if there is no log.
+pub(crate) fn events(folder: &Path, wanted: impl Fn(&str) -> bool) -> Option<Vec<Value>> {
+    let content = match fs::read(folder.join("events.jsonl")) {
+        Ok(content) => content,
+        Err(error) => {
+            tracing::debug!(run = %folder.display(), %error, "the run's log cannot be read");
+            return None;
+        }
+    };
+    let content = String::from_utf8(content).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
+    // The last line of a killed run may be half written: what does not parse is not an event.
+    Some(content.lines().filter(|line| wanted(line)).filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
+
+/// Whether a run was of the workflow that records call `workflow`.
+pub(crate) fn is_of_workflow(folder: &Path, workflow: &str) -> bool {
+    let read = || {
+        let mut line = Vec::new();
+        BufReader::new(File::open(folder.join("events.jsonl")).ok()?).read_until(b'\n', &mut line).ok()?;
+        serde_json::from_slice::<Value>(&line).ok()
+    };
+    read().is_some_and(|header| header["event"] == "run" && header["workflow"] == workflow)
+}
+
+/// What the last line of a run's log says of its end: only that line is read. `None` if the run did not end.
+fn end_of(folder: &Path) -> Option<Value> {
+    let mut file = File::open(folder.join("events.jsonl")).ok()?;
+    let length = file.metadata().ok()?.len();
+    let mut tail = TAIL_BYTES.min(length);
+    loop {
+        file.seek(SeekFrom::Start(length - tail)).ok()?;
+        let mut bytes = Vec::with_capacity(tail as usize);
+        (&mut file).take(tail).read_to_end(&mut bytes).ok()?;
+        let line = bytes.strip_suffix(b"\n")?;
+        match line.iter().rposition(|byte| *byte == b'\n') {
+            Some(at) => return ended(&line[at + 1..]),
+            None if tail == length => return ended(line),
+            None => tail = (tail * 8).min(length),
+        }
     }
-    let runs = past_runs(store, RECENT_RUNS)?;
-    let attempts = runs.iter().filter(|run| run.workflow == workflow_name).flat_map(|run| run.stages.iter().rev());
-    let attempts: Vec<&Value> = attempts.filter(|stage| stage["status"] != "skipped").collect();
-    for at in open {
-        let planned = &mut plan.stages[at];
-        let Some(key) = planned.key.filter(|_| planned.status != Status::Running) else { continue };
-        let is_same = |stage: &&&Value| stage["key"].as_str().and_then(|text| text.parse::<Digest>().ok()) == Some(key);
-        let Some(last) = attempts.iter().find(is_same) else { continue };
-        let error = last["error"].as_str().unwrap_or_default();
-        if last["status"] == "failed" && error != "interrupted" {
+}
+
+fn ended(line: &[u8]) -> Option<Value> {
+    serde_json::from_slice::<Value>(line).ok().filter(|event| event["event"] == "finished")
+}
+
+/// What a run says of stages that it tried, latest first.
+fn attempts(folder: &Path) -> Vec<Value> {
+    let mut tried = match end_of(folder) {
+        Some(mut end) => match end["stages"].take() {
+            Value::Array(stages) => stages,
+            _ => Vec::new(),
+        },
+        // A stage that was started and never ended was killed with its run, which is no failure of its own.
+        None => events(folder, |line| is_event(line, "stage_started") || is_event(line, "stage_finished")).unwrap_or_default(),
+    };
+    tried.retain(|stage| !matches!(stage["status"].as_str(), Some("skipped" | "cached")));
+    tried.reverse();
+    tried
+}
+
+/// Marks the stages of `plan` whose last attempt under today's key failed, with what it died of.
+pub fn mark_failures(plan: &mut Plan, store: &Store, workflow_name: &str) -> Result<()> {
+    let is_open = |status| !matches!(status, Status::Cached | Status::Running | Status::Pending);
+    let mut open: BTreeSet<Digest> = plan.stages.iter().filter(|stage| is_open(stage.status)).filter_map(|stage| stage.key).collect();
+    let mut errors: BTreeMap<Digest, String> = BTreeMap::new();
+    let runs = if open.is_empty() { Vec::new() } else { store.runs()? };
+    for folder in runs.iter().take(RECENT_RUNS).filter(|folder| is_of_workflow(folder, workflow_name)) {
+        for stage in attempts(folder) {
+            let Some(key) = stage["key"].as_str().and_then(|key| key.parse::<Digest>().ok()).filter(|key| open.remove(key)) else {
+                continue;
+            };
+            if stage["status"] == "failed" && stage["interrupted"] != true {
+                errors.insert(key, stage["error"].as_str().unwrap_or_default().to_owned());
+            }
+        }
+        if open.is_empty() {
+            break;
+        }
+    }
+    for planned in plan.stages.iter_mut().filter(|planned| is_open(planned.status)) {
+        if let Some(error) = planned.key.and_then(|key| errors.get(&key)) {
             planned.status = Status::Failed;
-            planned.error = Some(error.to_owned());
+            planned.error = Some(error.clone());
         }
     }
     Ok(())

@@ -24,6 +24,8 @@ pub struct DeviceInfo {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct PlacementError {
+    /// Dotted path of the setting that says so.
+    pub setting: String,
     /// What is wrong.
     pub message: String,
     /// What to do.
@@ -61,24 +63,25 @@ impl Host {
                 let cuda = self.devices.iter().map(|device| device.spec).find(|spec| *spec != DeviceSpec::Cpu);
                 Ok(vec![cuda.unwrap_or(DeviceSpec::Cpu)])
             }
-            DeviceChoice::One(name) => Ok(vec![self.named(name)?]),
+            DeviceChoice::One(name) => Ok(vec![self.named(name, || "device".into())?]),
             DeviceChoice::List(names) if names.is_empty() => {
                 let hint = "name at least one device, or use \"auto\"".into();
-                Err(PlacementError { message: "`device` is an empty list".into(), hint })
+                Err(PlacementError { setting: "device".into(), message: "`device` is an empty list".into(), hint })
             }
-            DeviceChoice::List(names) => names.iter().map(|name| self.named(name)).collect(),
+            DeviceChoice::List(names) => names.iter().enumerate().map(|(at, name)| self.named(name, || format!("device[{at}]"))).collect(),
             DeviceChoice::CpuRanks { cpu } => Ok(vec![DeviceSpec::Cpu; (*cpu).max(1)]),
         }
     }
 
-    fn named(&self, name: &str) -> Result<DeviceSpec, PlacementError> {
-        let known = || self.devices.iter().map(|device| device.spec.to_string()).collect::<Vec<_>>().join(", ");
-        let hint = || format!("this machine has: {} (see `rlflow devices`); `--set defaults.device=auto` picks one", known());
-        let spec: DeviceSpec = name.parse().map_err(|message| PlacementError { message, hint: hint() })?;
-        match self.device(spec) {
-            Some(_) => Ok(spec),
-            None => Err(PlacementError { message: format!("device `{name}` is not available here"), hint: hint() }),
-        }
+    fn named(&self, name: &str, setting: impl FnOnce() -> String) -> Result<DeviceSpec, PlacementError> {
+        let message = match name.parse::<DeviceSpec>() {
+            Ok(spec) if self.device(spec).is_some() => return Ok(spec),
+            Ok(_) => format!("device `{name}` is not available here"),
+            Err(message) => message,
+        };
+        let known = self.devices.iter().map(|device| device.spec.to_string()).collect::<Vec<_>>().join(", ");
+        let hint = format!("this machine has: {known} (see `rlflow devices`); \"auto\" picks one");
+        Err(PlacementError { setting: setting(), message, hint })
     }
 }
 

@@ -4,6 +4,8 @@ pub mod workflow;
 
 pub mod action;
 pub mod action_key;
+/// What stages without a result have measured so far.
+pub mod attempt;
 /// Canonical JSON: equal values, equal bytes.
 pub mod canonical;
 /// Differences between two workflows, runs or results.
@@ -28,8 +30,10 @@ mod adopt;
 mod error;
 mod execute;
 mod host;
+mod interest;
 mod memo;
 mod plan;
+mod reach;
 mod reason;
 mod run;
 mod schedule;
@@ -49,6 +53,6 @@ pub use adopt::adopt;
 pub use error::{EngineError, Result};
 pub use host::{DeviceInfo, Host, PlacementError};
 pub use plan::{Plan, PlannedStage, Status};
-pub use reason::{Rerun, RerunReason, thousands};
+pub use reason::{REQUEST, Rerun, RerunReason, thousands};
 pub use registry::{NEWEST_EDITION, Registry};
 pub use run::{RunOptions, Summary, run};

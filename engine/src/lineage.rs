@@ -1,66 +1,75 @@
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt::Write as _,
+};
 
-use rlflow_store::{Digest, LineageNode};
+use rlflow_store::{Digest, LineageNode, Maker};
 
 use crate::{settings, text};
 
+/// Widest line of settings.
+const SETTINGS_COLUMNS: usize = 110;
+
 /// Where an artifact comes from, as a tree: every artifact once, what it was made of below it.
 pub fn tree(nodes: &[LineageNode]) -> String {
-    let by_digest: BTreeMap<Digest, &LineageNode> = nodes.iter().map(|node| (node.artifact, node)).collect();
+    let by_digest: HashMap<Digest, &LineageNode> = nodes.iter().map(|node| (node.artifact, node)).collect();
     let mut out = String::new();
-    let mut seen = Vec::new();
-    if let Some(root) = nodes.first() {
-        branch(root, "", &by_digest, 0, &mut seen, &mut out);
+    let mut seen = HashSet::new();
+    // What is still to be told, next last: chains may be longer than a stack is deep.
+    let mut open: Vec<(usize, &str, &str, Digest)> = nodes.first().map(|root| (0, "", "", root.artifact)).into_iter().collect();
+    while let Some((depth, port, stage, artifact)) = open.pop() {
+        let indent = "  ".repeat(depth);
+        let port = if port.is_empty() { String::new() } else { format!("{port}: ") };
+        let Some(node) = by_digest.get(&artifact) else {
+            let _ = writeln!(out, "{indent}{port}{stage} {}", artifact.short());
+            continue;
+        };
+        let kind = node.artifact_type.as_deref().unwrap_or("artifact (no longer stored)");
+        let Some(maker) = &node.maker else {
+            let _ = writeln!(out, "{indent}{port}{kind} {}, made by an action that is no longer recorded", artifact.short());
+            continue;
+        };
+        let is_new = seen.insert(artifact);
+        let adopted = if maker.adopted { ", adopted" } else { "" };
+        let again = if is_new { "" } else { ", as above" };
+        let by = format!("{} ({}, rlflow {}{adopted})", maker.stage, maker.kind, maker.rlflow_version);
+        let _ = writeln!(out, "{indent}{port}{kind} {} by {by}{again}", artifact.short());
+        if is_new {
+            details(maker, &indent, &mut out);
+            let edges = maker.inputs.iter().rev();
+            open.extend(edges.map(|edge| (depth + 1, edge.port.as_str(), edge.stage.as_str(), edge.artifact)));
+        }
     }
     out
 }
 
-fn branch(node: &LineageNode, port: &str, nodes: &BTreeMap<Digest, &LineageNode>, depth: usize, seen: &mut Vec<Digest>, out: &mut String) {
-    let indent = "  ".repeat(depth);
-    let port = if port.is_empty() { String::new() } else { format!("{port}: ") };
-    let kind = node.artifact_type.as_deref().unwrap_or("artifact (no longer stored)");
-    let Some(maker) = &node.maker else {
-        let _ = writeln!(out, "{indent}{port}{kind} {}, made by an action that is no longer recorded", node.artifact.short());
-        return;
-    };
-    let adopted = if maker.adopted { ", adopted" } else { "" };
-    let again = seen.contains(&node.artifact);
-    let _ = writeln!(
-        out,
-        "{indent}{port}{kind} {} by {} ({}, rlflow {}{adopted}){}",
-        node.artifact.short(),
-        maker.stage,
-        maker.kind,
-        maker.rlflow_version,
-        if again { ", as above" } else { "" }
-    );
-    if again {
-        return;
+/// Settings, numerics and files behind an artifact.
+fn details(maker: &Maker, indent: &str, out: &mut String) {
+    let settings = settings::flatten(&maker.settings);
+    let written = settings.into_iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| format!("{name}={}", settings::display(value)));
+    let mut line = String::new();
+    for setting in written {
+        if !line.is_empty() && text::width(&line) + text::width(&setting) >= SETTINGS_COLUMNS {
+            let _ = writeln!(out, "{indent}   {line}");
+            line.clear();
+        }
+        line = line + " " + &setting;
     }
-    seen.push(node.artifact);
-    let set: Vec<String> = settings::flatten(&maker.settings)
-        .into_iter()
-        .filter(|(_, value)| !value.is_null())
-        .map(|(name, value)| format!("{name}={}", settings::display(value)))
-        .collect();
-    if !set.is_empty() {
-        let _ = writeln!(out, "{indent}    {}", text::clip(&set.join(" "), 150));
+    if !line.is_empty() {
+        let _ = writeln!(out, "{indent}   {line}");
+    }
+    if !maker.numerics.is_empty() {
+        let _ = writeln!(out, "{indent}    numerics {}", maker.numerics);
     }
     for (file, digest) in &maker.files {
         let _ = writeln!(out, "{indent}    file {file} {digest}");
-    }
-    for edge in &maker.inputs {
-        match nodes.get(&edge.artifact) {
-            Some(node) => branch(node, &edge.port, nodes, depth + 1, seen, out),
-            None => _ = writeln!(out, "{indent}  {}: {} {}", edge.port, edge.stage, edge.artifact.short()),
-        }
     }
 }
 
 /// Where an artifact comes from, as a Mermaid flowchart.
 pub fn mermaid(nodes: &[LineageNode]) -> String {
     let mut out = String::from("flowchart TD\n");
-    let label = |text: &str| text.replace('"', "#quot;");
+    let label = |text: &str| text.replace('#', "#35;").replace('"', "#quot;");
     let mut files: BTreeMap<(&str, Digest), usize> = BTreeMap::new();
     for node in nodes {
         let id = node.artifact.short();

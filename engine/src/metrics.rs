@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,8 @@ use rlflow_store::{ActionRecord, Digest, Store};
 
 use crate::{
     Host, Plan, Request, Result, Status,
-    action::workflow_name,
+    action::Actions,
+    attempt::{Unfinished, unfinished},
     record::{Series, StageRecord},
     workflow::Workflow,
 };
@@ -16,10 +17,12 @@ use crate::{
 pub struct StageMetrics {
     /// Index in the workflow.
     pub stage: usize,
-    /// Whether the result is of other settings or inputs than today's.
+    /// Whether they are of other settings or inputs than today's.
     pub stale: bool,
-    /// The action that they come from.
-    pub record: ActionRecord,
+    /// The result that they come from; none while the stage runs, or if it was interrupted or failed.
+    pub record: Option<ActionRecord>,
+    /// The attempt that they come from where there is no result of it.
+    pub unfinished: Option<Unfinished>,
     /// Metrics by step.
     pub series: Series,
 }
@@ -27,13 +30,25 @@ pub struct StageMetrics {
 impl StageMetrics {
     /// The last value of every metric, and measured values such as `tokens_per_s`.
     pub fn finals(&self) -> BTreeMap<String, f64> {
-        let mut finals = self.record.metrics.clone();
-        finals.extend(self.record.provenance.measurements.clone());
+        if let Some(record) = &self.record {
+            let mut finals = record.metrics.clone();
+            finals.extend(record.provenance.measurements.clone());
+            return finals;
+        }
+        let mut finals: BTreeMap<String, f64> =
+            self.series.iter().filter_map(|(name, points)| Some((name.clone(), points.last()?.1))).collect();
+        finals.extend(self.unfinished.iter().flat_map(|unfinished| unfinished.measurements.clone()));
         finals
+    }
+
+    /// Action key of the result or the attempt.
+    pub fn key(&self) -> Option<Digest> {
+        self.record.as_ref().map(|record| record.key).or(self.unfinished.as_ref().map(|unfinished| unfinished.key))
     }
 }
 
-/// The metrics of the stages called `stages`, or of all: of today's result where there is one, else of the last.
+/// The metrics of the stages called `stages`, or of all: of today's result where there is one, else of what came last,
+/// a result or an attempt that has not ended or gave none.
 pub fn metrics(workflow: &Workflow, store: &Store, host: &Host, stages: &[String]) -> Result<Vec<StageMetrics>> {
     let wanted: Vec<usize> = match stages {
         [] => (0..workflow.stages.len()).collect(),
@@ -42,27 +57,44 @@ pub fn metrics(workflow: &Workflow, store: &Store, host: &Host, stages: &[String
             found.collect::<Result<Vec<_>, _>>()?.concat()
         }
     };
-    let records = results(workflow, store, host, &wanted)?;
+    let actions = Actions::new(workflow, store, host, &Request::default())?;
+    let plan = Plan::of(&actions)?;
+    let keys: BTreeMap<usize, Digest> = plan.stages.iter().filter_map(|planned| Some((planned.stage, planned.key?))).collect();
+    let mut records: BTreeMap<usize, (bool, ActionRecord)> =
+        results_of(&actions, &plan, &wanted)?.into_iter().map(|(stage, stale, record)| (stage, (stale, record))).collect();
+    let is_open = |stage: &usize| records.get(stage).is_none_or(|(stale, _)| *stale);
+    let open: BTreeSet<&str> = wanted.iter().filter(|stage| is_open(stage)).map(|stage| workflow.stages[*stage].name.as_str()).collect();
+    let mut attempts = unfinished(store, &actions.workflow_name, &open)?;
     let mut all = Vec::new();
-    for (stage, stale, record) in records {
-        let series = StageRecord::load(store, &record.records)?.series;
-        all.push(StageMetrics { stage, stale, record, series });
+    for stage in wanted {
+        let (record, attempt) = (records.remove(&stage), attempts.remove(&workflow.stages[stage].name));
+        let attempt = attempt.filter(|(attempt, _)| record.as_ref().is_none_or(|(_, record)| record.provenance.started_at < attempt.began));
+        if let Some((attempt, series)) = attempt {
+            let stale = keys.get(&stage).is_some_and(|key| *key != attempt.key);
+            all.push(StageMetrics { stage, stale, record: None, unfinished: Some(attempt), series });
+        } else if let Some((stale, record)) = record {
+            let series = StageRecord::load(store, &record.records)?.series;
+            all.push(StageMetrics { stage, stale, record: Some(record), unfinished: None, series });
+        }
     }
     Ok(all)
 }
 
 /// The results of `wanted` stages: (stage, whether stale, action). Stages that never ran are left out.
 pub fn results(workflow: &Workflow, store: &Store, host: &Host, wanted: &[usize]) -> Result<Vec<(usize, bool, ActionRecord)>> {
-    let plan = Plan::new(workflow, store, host, &Request::default())?;
+    let actions = Actions::new(workflow, store, host, &Request::default())?;
+    results_of(&actions, &Plan::of(&actions)?, wanted)
+}
+
+fn results_of(actions: &Actions<'_>, plan: &Plan, wanted: &[usize]) -> Result<Vec<(usize, bool, ActionRecord)>> {
     let cached = plan.stages.iter().filter(|planned| planned.status == Status::Cached);
     let current: BTreeMap<usize, Digest> = cached.filter_map(|planned| Some((planned.stage, planned.key?))).collect();
-    let name = workflow_name(workflow, store);
     let mut found = Vec::new();
     for index in wanted {
-        let stage = &workflow.stages[*index];
+        let stage = &actions.workflow.stages[*index];
         let record = match current.get(index) {
-            Some(key) => store.action(*key)?,
-            None => store.last_action(&name, &stage.name, stage.kind.name())?,
+            Some(key) => actions.store.action(*key)?,
+            None => actions.reach.last_result(&actions.workflow_name, &stage.name, stage.kind.name())?,
         };
         found.extend(record.map(|record| (*index, !current.contains_key(index), record)));
     }
@@ -74,7 +106,9 @@ pub fn to_json(workflow: &Workflow, metrics: &[StageMetrics]) -> Value {
     let stages: serde_json::Map<String, Value> = metrics
         .iter()
         .map(|stage| {
-            let value = json!({ "final": stage.finals(), "series": stage.series, "stale": stage.stale, "key": stage.record.key });
+            let value = json!({
+                "final": stage.finals(), "series": stage.series, "stale": stage.stale, "key": stage.key(), "unfinished": stage.unfinished,
+            });
             (workflow.stages[stage.stage].name.clone(), value)
         })
         .collect();

@@ -6,6 +6,7 @@ use rlflow_store::{Digest, LeaseHolder, Retain, Store};
 use crate::{
     Host, Rerun, Result,
     action::{Action, Actions, Decision, Outputs, Request},
+    history,
     workflow::Workflow,
 };
 
@@ -24,7 +25,7 @@ pub enum Status {
     Pending,
     /// Another process is running it.
     Running,
-    /// Its last run failed.
+    /// Its last run, of today's settings and inputs, failed; it runs again.
     Failed,
 }
 
@@ -135,7 +136,9 @@ impl Plan {
                 }
             }
         }
-        Ok(Self { stages: workflow.order.iter().filter_map(|index| decided[*index].take()).collect() })
+        let mut plan = Self { stages: workflow.order.iter().filter_map(|index| decided[*index].take()).collect() };
+        history::mark_failures(&mut plan, actions.store, &actions.workflow_name)?;
+        Ok(plan)
     }
 
     /// Whether nothing would run.

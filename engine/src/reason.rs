@@ -10,6 +10,9 @@ use crate::{
     settings::{changes, display},
 };
 
+/// Who needs a result that was asked for by its stage's name. No stage can be called this.
+pub const REQUEST: &str = "the request";
+
 /// Why a stage runs although it might have been cached. [`RerunReason::text`] is what people read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -34,8 +37,12 @@ pub enum RerunReason {
     InputChanged {
         /// Port.
         port: String,
+        /// Place in the list, for ports that take many.
+        index: Option<usize>,
         /// Stage that makes it now, if the port is connected.
         stage: Option<String>,
+        /// Stage that made it for the last result, where that is another one which is still in the workflow.
+        from_stage: Option<String>,
         /// Digest that the last result was made of.
         from: Option<Digest>,
         /// Digest now.
@@ -51,7 +58,12 @@ pub enum RerunReason {
         to: Option<Digest>,
     },
     /// The same files are read in another order, or as another format.
-    FilesRearranged,
+    FilesRearranged {
+        /// The files of the last result, in their order.
+        from: Vec<String>,
+        /// The files now.
+        to: Vec<String>,
+    },
     /// The kind's implementation version was raised, or the key's schema.
     ImplementationChanged {
         /// Version of the last result.
@@ -70,14 +82,14 @@ pub enum RerunReason {
     ArtifactMissing {
         /// Output port.
         port: String,
-        /// Stage that must read it.
+        /// Stage that must read it, or [`REQUEST`].
         needed_by: String,
     },
     /// Its result is damaged, and `needed_by` must read it.
     ArtifactDamaged {
         /// Output port.
         port: String,
-        /// Stage that must read it.
+        /// Stage that must read it, or [`REQUEST`].
         needed_by: String,
     },
     /// The user asked for it.
@@ -105,30 +117,37 @@ impl RerunReason {
             Self::NeverRan => "never ran".into(),
             Self::Unfinished { step } => format!("was interrupted after step {}", thousands(*step)),
             Self::SettingChanged { setting, from, to } => format!("{setting} changed: {} -> {}", display(from), display(to)),
-            Self::InputChanged { port, stage: Some(stage), from: Some(_), to: Some(_) } => {
-                format!("input {port} changed (because {stage} changed)")
+            Self::InputChanged { port, index, stage, from_stage, from, .. } => {
+                let port = index.map_or_else(|| port.clone(), |index| format!("{port}[{index}]"));
+                match (stage, from_stage, from) {
+                    (Some(stage), Some(before), _) => format!("input {port} now comes from {stage} instead of {before}"),
+                    (Some(stage), None, Some(_)) => format!("input {port} changed (because {stage} changed)"),
+                    (Some(stage), None, None) => format!("input {port} is new (from {stage})"),
+                    (None, Some(before), _) => format!("input {port} no longer comes from {before}"),
+                    (None, None, _) => format!("input {port} is no longer connected"),
+                }
             }
-            Self::InputChanged { port, stage: Some(stage), from: None, .. } => format!("input {port} is new (from {stage})"),
-            Self::InputChanged { port, .. } => format!("input {port} is no longer connected"),
             Self::FileChanged { file, from: Some(_), to: Some(_) } => format!("data file {file} changed"),
             Self::FileChanged { file, from: None, .. } => format!("data file {file} was added"),
             Self::FileChanged { file, .. } => format!("data file {file} was removed"),
-            Self::FilesRearranged => "its data files are read in another order or as another format".into(),
+            Self::FilesRearranged { .. } => "its data files are read in another order or as another format".into(),
             Self::ImplementationChanged { from, to } => format!("implementation changed: version {from} -> {to}"),
             Self::SeedChanged { from, to } => {
                 let seed = |seed: &Option<u64>| seed.map_or("(none)".to_owned(), |seed| seed.to_string());
                 format!("seed changed: {} -> {}", seed(from), seed(to))
             }
-            Self::ArtifactMissing { port, needed_by } => {
-                format!("its result {port} is missing from the store and {needed_by} must read it")
-            }
-            Self::ArtifactDamaged { port, needed_by } => format!("its result {port} is damaged and {needed_by} must read it"),
+            Self::ArtifactMissing { port, needed_by } => format!("its result {port} is missing from the store and {}", need(needed_by)),
+            Self::ArtifactDamaged { port, needed_by } => format!("its result {port} is damaged and {}", need(needed_by)),
             Self::Forced { option } => format!("forced by {option}"),
             Self::DependsOnResultOf { stage, root, because } if stage == root => format!("depends on the result of {stage} ({because})"),
             Self::DependsOnResultOf { stage, root, because } => format!("depends on the result of {stage} ({root}: {because})"),
             Self::RecordMissing => "the record of its result is missing from the store".into(),
         }
     }
+}
+
+fn need(needed_by: &str) -> String {
+    if needed_by == REQUEST { "it was asked for by name".into() } else { format!("{needed_by} must read it") }
 }
 
 /// A rerun's reason with everything else that changed too.
@@ -201,6 +220,8 @@ pub struct Current<'a> {
     pub inputs: BTreeMap<&'a str, Vec<(&'a str, Digest)>>,
     /// Data files: name and digest.
     pub files: Vec<(&'a str, Digest)>,
+    /// Whether the workflow has a stage of a name.
+    pub has_stage: &'a dyn Fn(&str) -> bool,
 }
 
 /// Everything that differs, causes before consequences: implementation, settings, seed, files, inputs.
@@ -221,7 +242,7 @@ fn compare(last: &ActionRecord, new: &Current<'_>) -> Vec<RerunReason> {
         reasons.push(RerunReason::SeedChanged { from: seed, to: key.seed });
     }
     reasons.extend(compare_files(last, new));
-    reasons.extend(compare_inputs(old, new));
+    reasons.extend(compare_inputs(last, new));
     reasons
 }
 
@@ -240,7 +261,9 @@ fn compare_files(last: &ActionRecord, new: &Current<'_>) -> Vec<RerunReason> {
         let as_json = |value: &Value| if value.as_array().is_none_or(Vec::is_empty) { json!([]) } else { value.clone() };
         // The same contents under other names are the same files; only their order or format can differ.
         let same = as_json(&last.full_key["files"]) == as_json(&new.key.to_value()["files"]);
-        return if same { Vec::new() } else { vec![RerunReason::FilesRearranged] };
+        let from = last.provenance.files.iter().map(|(name, _)| name.clone()).collect();
+        let to = new.files.iter().map(|(name, _)| (*name).to_owned()).collect();
+        return if same { Vec::new() } else { vec![RerunReason::FilesRearranged { from, to }] };
     }
     names
         .into_iter()
@@ -251,21 +274,33 @@ fn compare_files(last: &ActionRecord, new: &Current<'_>) -> Vec<RerunReason> {
         .collect()
 }
 
-fn compare_inputs(old: &Value, new: &Current<'_>) -> Vec<RerunReason> {
-    let old: BTreeMap<String, Vec<Digest>> = serde_json::from_value(old["inputs"].clone()).unwrap_or_default();
+fn compare_inputs(last: &ActionRecord, new: &Current<'_>) -> Vec<RerunReason> {
+    let old: BTreeMap<String, Vec<Digest>> = serde_json::from_value(last.full_key["inputs"].clone()).unwrap_or_default();
     let mut ports: Vec<&str> = old.keys().map(String::as_str).chain(new.inputs.keys().copied()).collect();
     ports.sort_unstable();
     ports.dedup();
     let mut reasons = Vec::new();
     for port in ports {
         let from = old.get(port).map_or(&[][..], Vec::as_slice);
+        let made = last.provenance.inputs.get(port).map_or(&[][..], Vec::as_slice);
         let to = new.inputs.get(port).map_or(&[][..], Vec::as_slice);
+        let is_list = from.len().max(to.len()) > 1;
         for at in 0..from.len().max(to.len()) {
             let (from, now) = (from.get(at).copied(), to.get(at));
-            if from != now.map(|(_, digest)| *digest) {
-                let stage = now.map(|(stage, _)| (*stage).to_owned());
-                reasons.push(RerunReason::InputChanged { port: port.to_owned(), stage, from, to: now.map(|(_, digest)| *digest) });
+            if from == now.map(|(_, digest)| *digest) {
+                continue;
             }
+            let stage = now.map(|(stage, _)| (*stage).to_owned());
+            // A stage that is gone was probably renamed: then what it gives now is what changed.
+            let before = made.get(at).map(|(before, _)| before).filter(|before| stage.as_ref() != Some(before) && (new.has_stage)(before));
+            reasons.push(RerunReason::InputChanged {
+                port: port.to_owned(),
+                index: is_list.then_some(at),
+                stage,
+                from_stage: before.cloned(),
+                from,
+                to: now.map(|(_, digest)| *digest),
+            });
         }
     }
     reasons
@@ -308,24 +343,32 @@ mod tests {
         version: u32,
         settings: Value,
         seed: Option<u64>,
-        model: Option<&'static str>,
+        /// The stage at the input `model`, and what it gives.
+        model: Option<(&'static str, &'static str)>,
         files: Vec<(&'static str, Digest)>,
     }
 
     impl Made {
         fn new() -> Self {
             let settings = json!({ "beta": 0.1, "train": { "lr": 0.001 } });
-            Self { version: 1, settings, seed: Some(1), model: Some("sft"), files: vec![file("a.jsonl", "a"), file("b.jsonl", "b")] }
+            Self {
+                version: 1,
+                settings,
+                seed: Some(1),
+                model: Some(("sft", "sft")),
+                files: vec![file("a.jsonl", "a"), file("b.jsonl", "b")],
+            }
         }
 
         fn with<R>(&self, then: impl FnOnce(&Current<'_>) -> R) -> R {
             let files = key_files(&self.files);
             let inputs: BTreeMap<&str, Vec<(&str, Digest)>> =
-                self.model.iter().map(|model| ("model", vec![("sft", Digest::of(model.as_bytes()))])).collect();
+                self.model.iter().map(|(stage, content)| ("model", vec![(*stage, Digest::of(content.as_bytes()))])).collect();
             let digests = inputs.iter().map(|(port, made)| (*port, made.iter().map(|(_, digest)| *digest).collect())).collect();
             let key =
                 FullKey { kind: "dpo", version: self.version, settings: &self.settings, seed: self.seed, inputs: digests, files: &files };
-            then(&Current { key: &key, inputs, files: self.files.clone() })
+            let has_stage = |name: &str| name != "renamed_since";
+            then(&Current { key: &key, inputs, files: self.files.clone(), has_stage: &has_stage })
         }
 
         fn record(&self) -> ActionRecord {
@@ -337,6 +380,11 @@ mod tests {
                 metrics: BTreeMap::new(),
                 records: BTreeMap::new(),
                 provenance: Provenance {
+                    inputs: (current.inputs.iter())
+                        .map(|(port, made)| {
+                            ((*port).to_owned(), made.iter().map(|(stage, digest)| ((*stage).to_owned(), *digest)).collect())
+                        })
+                        .collect(),
                     files: current.files.iter().map(|(name, digest)| ((*name).to_owned(), *digest)).collect(),
                     ..Provenance::default()
                 },
@@ -358,13 +406,31 @@ mod tests {
         assert_eq!(text_after(|now| now.settings["loss"] = json!("ipo")), "loss changed: (unset) -> ipo");
         assert_eq!(text_after(|now| now.seed = Some(2)), "seed changed: 1 -> 2");
         assert_eq!(text_after(|now| now.version = 2), "implementation changed: version 1 -> 2");
-        assert_eq!(text_after(|now| now.model = Some("other")), "input model changed (because sft changed)");
-        assert_eq!(text_after(|now| now.model = None), "input model is no longer connected");
+        assert_eq!(text_after(|now| now.model = Some(("sft", "other"))), "input model changed (because sft changed)");
+        assert_eq!(text_after(|now| now.model = Some(("sft2", "other"))), "input model now comes from sft2 instead of sft");
+        assert_eq!(text_after(|now| now.model = None), "input model no longer comes from sft");
+        // Another name with the same content is the same input.
+        assert_eq!(text_after(|now| now.model = Some(("sft2", "sft"))), "the record of its result is missing from the store");
         assert_eq!(text_after(|now| now.files[1] = file("b.jsonl", "B")), "data file b.jsonl changed");
         assert_eq!(text_after(|now| now.files.push(file("c.jsonl", "c"))), "data file c.jsonl was added");
         assert_eq!(text_after(|now| now.files.truncate(1)), "data file b.jsonl was removed");
         assert_eq!(text_after(|now| now.files.reverse()), "its data files are read in another order or as another format");
         assert_eq!(text_after(|_| ()), "the record of its result is missing from the store");
+    }
+
+    #[test]
+    fn a_stage_that_is_gone_was_renamed() {
+        let last = Made { model: Some(("renamed_since", "sft")), ..Made::new() }.record();
+        let text = |now: &Made| now.with(|current| Rerun::find(Some(&last), current).text());
+        assert_eq!(text(&Made { model: Some(("sft", "other")), ..Made::new() }), "input model changed (because sft changed)");
+        assert_eq!(text(&Made { model: None, ..Made::new() }), "input model is no longer connected");
+        let rewired = Made { model: Some(("sft2", "other")), ..Made::new() };
+        let json = rewired.with(|current| Rerun::find(Some(&Made::new().record()), current).to_json());
+        let digest = |text: &str| json!(Digest::of(text.as_bytes()));
+        assert_eq!(
+            [&json["stage"], &json["from_stage"], &json["from"], &json["to"]],
+            [&json!("sft2"), &json!("sft"), &digest("sft"), &digest("other")]
+        );
     }
 
     #[test]
@@ -393,6 +459,8 @@ mod tests {
         let (port, needed_by) = ("model".to_owned(), "dpo".to_owned());
         let missing = RerunReason::ArtifactMissing { port: port.clone(), needed_by: needed_by.clone() };
         assert_eq!(missing.text(), "its result model is missing from the store and dpo must read it");
+        let asked = RerunReason::ArtifactMissing { port: port.clone(), needed_by: REQUEST.into() };
+        assert_eq!(asked.text(), "its result model is missing from the store and it was asked for by name");
         assert_eq!(RerunReason::ArtifactDamaged { port, needed_by }.text(), "its result model is damaged and dpo must read it");
         assert_eq!(Rerun::from(RerunReason::NeverRan).to_json(), json!({ "kind": "never_ran", "text": "never ran" }));
     }

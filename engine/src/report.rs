@@ -61,9 +61,9 @@ pub fn run_report(workflow: &Workflow, store: &Store, summary: &Summary, command
 fn outcome_line(summary: &Summary) -> String {
     let mut counts: Vec<(&str, usize)> = Vec::new();
     for stage in &summary.stages {
-        match counts.iter_mut().find(|(name, _)| *name == stage.status.name()) {
+        match counts.iter_mut().find(|(name, _)| *name == stage.word()) {
             Some((_, count)) => *count += 1,
-            None => counts.push((stage.status.name(), 1)),
+            None => counts.push((stage.word(), 1)),
         }
     }
     let counts: Vec<String> = counts.into_iter().map(|(name, count)| format!("{count} {name}")).collect();
@@ -93,11 +93,7 @@ fn last_policy<'a>(workflow: &'a Workflow, summary: &'a Summary) -> Option<&'a S
 fn rows(workflow: &Workflow, summary: &Summary) -> Vec<Vec<String>> {
     stages(workflow, summary)
         .map(|(stage, outcome)| {
-            let result = match outcome.status.name() {
-                _ if outcome.was_interrupted() => "interrupted".to_owned(),
-                status if outcome.same_output => format!("{status}, same output"),
-                status => status.to_owned(),
-            };
+            let result = if outcome.same_output { format!("{}, same output", outcome.word()) } else { outcome.word().to_owned() };
             let did_nothing = matches!(outcome.status, StageStatus::Cached | StageStatus::Skipped);
             let why = match (&outcome.rerun, &outcome.error) {
                 (Some(rerun), _) => rerun.text(),
@@ -135,7 +131,8 @@ pub fn plan_report(workflow: &Workflow, plan: &Plan, estimates: bool) -> String 
         .iter()
         .map(|planned| {
             let why = match (&planned.error, &planned.rerun) {
-                (Some(error), _) => error.clone(),
+                (Some(error), Some(rerun)) => format!("{error} ({})", rerun.text()),
+                (Some(error), None) => error.clone(),
                 (None, Some(rerun)) => rerun.text(),
                 (None, None) => String::new(),
             };

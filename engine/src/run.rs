@@ -1,5 +1,5 @@
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     sync::{Arc, Mutex, mpsc},
     thread,
     time::Instant,
@@ -8,13 +8,14 @@ use std::{
 use serde_json::json;
 
 use rlflow_api::{CancelToken, StageError, StageEvent};
-use rlflow_store::{ActionRecord, Store, StoreError};
+use rlflow_store::{ActionRecord, Digest, Store, StoreError};
 
 use crate::{
     Host, RerunReason, Result,
     action::{Action, Actions, Decision, Outputs, Request},
     event::{Event, Events, RunLogSink, StageOutcome, StageStatus, now},
     execute::{Attempt, Session},
+    reach::Beside,
     schedule::Schedule,
     tensorboard::TensorBoard,
     workflow::Workflow,
@@ -60,7 +61,7 @@ pub struct Summary {
 impl Summary {
     /// Whether every stage has its result.
     pub fn ok(&self) -> bool {
-        !self.stages.iter().any(|stage| matches!(stage.status, StageStatus::Failed | StageStatus::Skipped))
+        self.stages.iter().all(has_result)
     }
 
     /// Whether there was nothing to do.
@@ -107,19 +108,28 @@ pub fn run(
     if did_work {
         runner.add_cached_metrics();
     }
-    runner.record_use();
+    runner.record_use(true);
     let stages: Vec<StageOutcome> = runner.outcomes.into_iter().flatten().collect();
-    let summary = Summary { run_id, stages, seconds: started.elapsed().as_secs_f64(), interrupted: cancel.is_cancelled() };
-    events.emit(&Event::Finished {
-        ok: summary.ok(),
-        interrupted: summary.interrupted,
-        seconds: summary.seconds,
-        stages: summary.stages.clone(),
-    });
+    let (ok, interrupted, seconds) = (stages.iter().all(has_result), cancel.is_cancelled(), started.elapsed().as_secs_f64());
+    let finished = Event::Finished { ok, interrupted, seconds, stages };
+    events.emit(&finished);
+    let stages = match finished {
+        Event::Finished { stages, .. } => stages,
+        _ => Vec::new(),
+    };
+    let summary = Summary { run_id, stages, seconds, interrupted };
     if let Some(Err(error)) = log.filter(|_| did_work).map(|log| log.sync()) {
         tracing::warn!(%error, "the run's log may be lost in a power cut");
     }
     Ok(summary)
+}
+
+fn has_result(outcome: &StageOutcome) -> bool {
+    outcome.status == StageStatus::Cached || did_run(outcome.status)
+}
+
+fn did_run(status: StageStatus) -> bool {
+    matches!(status, StageStatus::Ran | StageStatus::Resumed | StageStatus::Extended)
 }
 
 /// Final metrics, and measured values.
@@ -140,6 +150,8 @@ struct Runner<'a> {
     /// Reasons to run a stage whatever its key.
     must_run: BTreeMap<usize, RerunReason>,
     retries: BTreeMap<usize, u32>,
+    /// Keys of what was started and has no result, and of its snapshots.
+    unfinished: BTreeMap<usize, [Digest; 2]>,
     attempts: usize,
     stop: bool,
     /// Why nothing can be written, if so: said when something must be.
@@ -160,6 +172,7 @@ impl<'a> Runner<'a> {
             ready: BTreeMap::new(),
             must_run: BTreeMap::new(),
             retries: BTreeMap::new(),
+            unfinished: BTreeMap::new(),
             attempts: 0,
             stop: false,
             read_only,
@@ -184,9 +197,10 @@ impl<'a> Runner<'a> {
                     if let Some(error) = self.read_only.take() {
                         return Err(error.into());
                     }
+                    self.unfinished.insert(stage, [action.key, action.prefix_key]);
                     if self.attempts == 0 {
                         // A collection beside this run must know at once what it builds on.
-                        self.record_use();
+                        self.record_use(false);
                     }
                     self.attempts += 1;
                     let sender = sender.clone();
@@ -304,21 +318,39 @@ impl<'a> Runner<'a> {
         self.outcomes[stage] = Some(outcome);
         self.outputs[stage] = Some(outputs);
         self.must_run.remove(&stage);
+        self.unfinished.remove(&stage);
         self.schedule.settle(stage, changed);
     }
 
     /// Tells the store what this workflow reaches, so that `gc` keeps it. That it cannot be noted harms no result.
-    fn record_use(&self) {
+    fn record_use(&self, ended: bool) {
         let actions = self.session.actions;
-        let mut keys = self.session.memo_keys.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        let ready = self.ready.values().map(|action| [action.key, action.prefix_key]);
+        let mut keys: Vec<Digest> = self.unfinished.values().copied().chain(ready).flatten().collect();
         for (stage, outcome) in self.outcomes.iter().enumerate() {
             let Some(key) = outcome.as_ref().and_then(|outcome| outcome.key) else { continue };
             keys.push(key);
             keys.extend(actions.lasting_prefix_key(stage, &self.outputs).ok().flatten());
         }
-        let path = &actions.workflow.path;
-        let path = path.canonicalize().unwrap_or_else(|_| path.clone());
-        if let Err(error) = actions.store.record_use(&path.to_string_lossy(), &keys) {
+        let name = |stage: usize| actions.workflow.stages[stage].name.as_str();
+        let stages = || self.outcomes.iter().enumerate();
+        let open: HashSet<&str> =
+            stages().filter(|(_, outcome)| !outcome.as_ref().is_some_and(has_result)).map(|(at, _)| name(at)).collect();
+        let is_open = |stage: &str| open.contains(stage);
+        let beside = match ended {
+            false => Beside::Everything,
+            true if open.is_empty() => Beside::Nothing,
+            true => Beside::Stages(&is_open),
+        };
+        let mut noted = actions.reach.record(&keys, beside);
+        if ended && self.attempts > 0 {
+            let memos = self.session.memo_keys.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+            let did_not_run =
+                |(_, outcome): &(usize, &Option<StageOutcome>)| !outcome.as_ref().is_some_and(|outcome| did_run(outcome.status));
+            let still: HashSet<&str> = stages().filter(did_not_run).map(|(at, _)| name(at)).collect();
+            noted = noted.and_then(|()| actions.reach.record_memos(&memos, |stage| still.contains(stage)));
+        }
+        if let Err(error) = noted {
             tracing::warn!(%error, "a collection may take this workflow's results");
         }
     }
@@ -339,6 +371,7 @@ impl<'a> Runner<'a> {
             key: Some(action.key),
             seconds,
             rerun: Some(action.rerun.clone()),
+            interrupted: matches!(error, StageError::Interrupted),
             error: Some(error.to_string()),
             hint: error.hint().map(str::to_owned),
             ..self.outcome(stage, StageStatus::Failed)
@@ -371,6 +404,7 @@ impl<'a> Runner<'a> {
             outputs: Outputs::default(),
             metrics: BTreeMap::new(),
             same_output: false,
+            interrupted: false,
             error: None,
             hint: None,
         }

@@ -1,14 +1,14 @@
 //! Runs a workflow again whenever it or its data change.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        mpsc::{self, Receiver, RecvTimeoutError},
+        mpsc::{self, Receiver},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
@@ -17,8 +17,9 @@ use rlflow_api::CancelToken;
 use rlflow_store::{Digest, Store};
 
 use crate::{
-    EngineError, Host, Plan, Result, RunOptions, Status, Summary,
+    EngineError, Host, Plan, Result, RunOptions, Summary,
     event::{Event, Events, Sink},
+    interest::Interest,
     run,
     workflow::{Workflow, WorkflowErrors},
 };
@@ -27,6 +28,8 @@ use crate::{
 const SETTLE: Duration = Duration::from_millis(300);
 /// How often a stop that the user asked for is looked for.
 const TICK: Duration = Duration::from_millis(100);
+/// How often a broken workflow is read again without a change that was noticed.
+const RETRY: Duration = Duration::from_secs(2);
 
 /// What a watch tells its caller between runs.
 pub enum Watched<'a> {
@@ -62,6 +65,12 @@ pub struct Watch<'a> {
 #[derive(Clone, Default)]
 struct Running(Arc<Mutex<BTreeMap<String, Digest>>>);
 
+impl Running {
+    fn stages(&self) -> BTreeMap<String, Digest> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+}
+
 impl Sink for Running {
     fn event(&mut self, _time: f64, event: &Event) {
         let mut running = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -78,29 +87,47 @@ impl Watch<'_> {
     pub fn run(&self, path: &Path) -> Result<()> {
         let (sender, receiver) = mpsc::channel();
         let notify = move |event: notify::Result<notify::Event>| {
-            // An error (an overflowed queue) means that anything may have changed.
-            let paths =
-                event.map(|event| if event.kind.is_access() { Vec::new() } else { event.paths }).unwrap_or_else(|_| vec![PathBuf::new()]);
+            let paths = match event {
+                Ok(event) if event.kind.is_access() => Vec::new(),
+                // What was lost when too much happened at once, or to an error, may have been anything.
+                Ok(event) if event.need_rescan() => vec![PathBuf::new()],
+                Ok(event) => event.paths,
+                Err(_) => vec![PathBuf::new()],
+            };
             for path in paths {
                 // Nobody listens any more: the watch is ending.
                 let _ = sender.send(path);
             }
         };
         let mut watcher = notify::recommended_watcher(notify).map_err(watch_error)?;
-        let mut watched = BTreeSet::new();
-        self.follow(&mut watcher, &mut watched, [parent(path)]);
+        let changes = Changes { receiver, own: self.store.folder().to_owned() };
+        let mut interest = Interest::in_file(path);
+        let mut told = String::new();
+        follow(&mut watcher, &interest);
         while !self.stop.is_cancelled() {
             match (self.load)() {
                 Ok(workflow) => {
-                    // Watched before anything is read, so that no edit falls between.
-                    self.follow(&mut watcher, &mut watched, folders(&workflow));
-                    if !self.one_run(&workflow, &receiver)? {
-                        self.settle(&receiver, None);
+                    let known: Vec<PathBuf> = interest.folders().map(|(folder, _)| folder.to_owned()).collect();
+                    interest = Interest::of(&workflow);
+                    follow(&mut watcher, &interest);
+                    told.clear();
+                    // What is read from a folder before it is watched may have been edited in between: it is read again.
+                    if interest.folders().any(|(folder, _)| !known.iter().any(|known| known == folder)) {
+                        continue;
+                    }
+                    if !self.one_run(&workflow, &changes, &interest)? {
+                        self.settle(&changes, &interest, None, None);
                     }
                 }
                 Err(errors) => {
-                    (self.tell)(Watched::Broken(&errors.into()));
-                    self.settle(&receiver, None);
+                    let text = errors.to_string();
+                    if told != text {
+                        (self.tell)(Watched::Broken(&errors.into()));
+                        told = text;
+                    }
+                    // What a broken workflow would read is not known, so it cannot all be watched.
+                    self.settle(&changes, &interest, None, Some(RETRY));
+                    follow(&mut watcher, &interest);
                 }
             }
         }
@@ -108,7 +135,7 @@ impl Watch<'_> {
     }
 
     /// Runs once. True if something changed meanwhile, so that another run is due at once.
-    fn one_run(&self, workflow: &Workflow, changes: &Receiver<PathBuf>) -> Result<bool> {
+    fn one_run(&self, workflow: &Workflow, changes: &Changes, interest: &Interest) -> Result<bool> {
         let cancel = CancelToken::default();
         let running = Running::default();
         let mut sinks = (self.sinks)();
@@ -117,19 +144,24 @@ impl Watch<'_> {
         thread::scope(|scope| {
             let run = scope.spawn(|| run(workflow, self.store, self.host, self.options, &events, &cancel));
             let mut changed = false;
+            let mut examined = BTreeMap::new();
             while !run.is_finished() {
                 if self.stop.is_cancelled() {
                     cancel.cancel();
                 }
-                match changes.recv_timeout(TICK) {
-                    Ok(path) if self.concerns(&path) => {
-                        changed |= self.settle(changes, Some(path));
-                        if let Some(stage) = self.overtaken(&running) {
-                            (self.tell)(Watched::Cancelling(&stage));
-                            cancel.cancel();
-                        }
+                let change = changes.next(TICK, interest);
+                let is_new = change.is_some();
+                if is_new {
+                    changed |= self.settle(changes, interest, change, None);
+                }
+                // After a change, what starts later may have been decided before it, too.
+                let now = running.stages();
+                if changed && !cancel.is_cancelled() && (is_new || now != examined) {
+                    if let Some(stage) = self.overtaken(&now) {
+                        (self.tell)(Watched::Cancelling(&stage));
+                        cancel.cancel();
                     }
-                    _ => {}
+                    examined = now;
                 }
             }
             let ended = run.join().unwrap_or_else(|payload| std::panic::resume_unwind(payload));
@@ -142,69 +174,68 @@ impl Watch<'_> {
     }
 
     /// A running stage that would be made of something else if it started now.
-    fn overtaken(&self, running: &Running) -> Option<String> {
-        let running = running.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+    fn overtaken(&self, running: &BTreeMap<String, Digest>) -> Option<String> {
         let workflow = (self.load)().ok()?;
         let plan = Plan::new(&workflow, self.store, self.host, &self.options.request).ok()?;
         let same = |name: &str, key: Digest| {
             let stage = plan.stages.iter().find(|planned| workflow.stages[planned.stage].name == name);
-            stage.is_some_and(|planned| planned.key == Some(key) && planned.status != Status::Cached)
+            // A stage that has just ended is cached, and was not overtaken.
+            stage.is_some_and(|planned| planned.key == Some(key))
         };
-        running.into_iter().find(|(name, key)| !same(name, *key)).map(|(name, _)| name)
+        running.iter().find(|(name, key)| !same(name, **key)).map(|(name, _)| name.clone())
     }
 
-    /// Waits for a change (unless one is `pending`) and then until writing has settled. False if stopped.
-    fn settle(&self, changes: &Receiver<PathBuf>, pending: Option<PathBuf>) -> bool {
+    /// Waits for a change (unless one is `pending`) and then until writing has settled. False if stopped, or if nothing
+    /// changed for as long as it was to wait.
+    fn settle(&self, changes: &Changes, interest: &Interest, pending: Option<PathBuf>, at_most: Option<Duration>) -> bool {
+        let started = Instant::now();
         let mut first = pending;
-        loop {
-            if self.stop.is_cancelled() {
-                return false;
-            }
-            match changes.recv_timeout(if first.is_some() { SETTLE } else { TICK }) {
-                Ok(path) if self.concerns(&path) => _ = first.get_or_insert(path),
-                Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    if let Some(path) = &first {
-                        (self.tell)(Watched::Changed(path));
-                        return true;
-                    }
+        while !self.stop.is_cancelled() {
+            match (changes.next(if first.is_some() { SETTLE } else { TICK }, interest), &first) {
+                (Some(path), None) => first = Some(path),
+                (Some(_), Some(_)) => {}
+                (None, Some(path)) => {
+                    (self.tell)(Watched::Changed(path));
+                    return true;
                 }
-                Err(RecvTimeoutError::Disconnected) => return false,
+                (None, None) if at_most.is_some_and(|at_most| started.elapsed() >= at_most) => return false,
+                (None, None) => {}
+            }
+        }
+        false
+    }
+}
+
+/// Paths that changed, as the operating system tells them.
+struct Changes {
+    receiver: Receiver<PathBuf>,
+    /// Where we write ourselves.
+    own: PathBuf,
+}
+
+impl Changes {
+    /// The next change that concerns us within `time`. Others do not prolong the wait.
+    fn next(&self, time: Duration, interest: &Interest) -> Option<PathBuf> {
+        let until = Instant::now() + time;
+        loop {
+            let path = self.receiver.recv_timeout(until.saturating_duration_since(Instant::now())).ok()?;
+            if !path.starts_with(&self.own) && interest.concerns(&path) {
+                return Some(path);
             }
         }
     }
+}
 
-    /// Our own writing does not count.
-    fn concerns(&self, path: &Path) -> bool {
-        !path.starts_with(self.store.folder())
-    }
-
-    fn follow(&self, watcher: &mut RecommendedWatcher, watched: &mut BTreeSet<PathBuf>, folders: impl IntoIterator<Item = PathBuf>) {
-        for folder in folders {
-            let folder = std::path::absolute(&folder).unwrap_or(folder);
-            if !watched.insert(folder.clone()) {
-                continue;
-            }
-            if let Err(error) = watcher.watch(&folder, RecursiveMode::NonRecursive) {
-                tracing::warn!(folder = %folder.display(), %error, "changes in this folder will not be noticed");
-            }
+/// Watches the folders, also those that are watched already: a folder that was replaced is another one.
+fn follow(watcher: &mut RecommendedWatcher, interest: &Interest) {
+    for (folder, deep) in interest.folders() {
+        let mode = if deep { RecursiveMode::Recursive } else { RecursiveMode::NonRecursive };
+        if let Err(error) = watcher.watch(folder, mode) {
+            tracing::warn!(folder = %folder.display(), %error, "changes in this folder will not be noticed");
         }
     }
 }
 
 fn watch_error(error: notify::Error) -> EngineError {
     EngineError::Io { operation: "watch files".into(), source: std::io::Error::other(error) }
-}
-
-fn parent(path: &Path) -> PathBuf {
-    match path.parent() {
-        Some(folder) if folder != Path::new("") => folder.to_owned(),
-        _ => PathBuf::from("."),
-    }
-}
-
-/// Folders, not files: editors replace files, and globs find new ones.
-fn folders(workflow: &Workflow) -> BTreeSet<PathBuf> {
-    let data = workflow.stages.iter().flat_map(|stage| stage.files.iter().flatten());
-    workflow.sources.iter().chain(data).map(|path| parent(path)).collect()
 }

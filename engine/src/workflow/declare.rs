@@ -27,6 +27,8 @@ pub(crate) struct Declared {
     pub kind: Option<&'static dyn Kind>,
     pub seed: Option<u64>,
     pub inputs: IndexMap<String, Input>,
+    /// Whether `inputs` could not be read at all, which was reported: nothing can be said of what is missing.
+    pub inputs_broken: bool,
     pub matrix: Vec<MatrixAxis>,
     /// Everything that is not structure.
     pub settings: Table,
@@ -142,8 +144,17 @@ pub(crate) fn stages(root: &mut Table, registry: &Registry, errors: &mut Collect
 fn stage(name: String, entry: Entry, registry: &Registry, errors: &mut Collector) -> Declared {
     let before = errors.len();
     let span = entry.key;
-    let mut declared =
-        Declared { name, span, kind: None, seed: None, inputs: IndexMap::new(), matrix: Vec::new(), settings: Table::new(), broken: false };
+    let mut declared = Declared {
+        name,
+        span,
+        kind: None,
+        seed: None,
+        inputs: IndexMap::new(),
+        inputs_broken: false,
+        matrix: Vec::new(),
+        settings: Table::new(),
+        broken: false,
+    };
     let name = &declared.name;
     if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-')) {
         let error = WorkflowError::new("bad_name", format!("{} cannot be the name of a stage", quoted(name)));
@@ -157,7 +168,10 @@ fn stage(name: String, entry: Entry, registry: &Registry, errors: &mut Collector
     declared.kind = kind(name, span, table.shift_remove("kind"), &table, registry, errors);
     declared.seed = table.shift_remove("seed").and_then(|entry| seed(&entry.node, errors));
     if let Some(entry) = table.shift_remove("inputs") {
-        declared.inputs = inputs(name, entry, errors);
+        match inputs(name, entry, errors) {
+            Some(inputs) => declared.inputs = inputs,
+            None => declared.inputs_broken = true,
+        }
     }
     if let Some(entry) = table.shift_remove("matrix") {
         declared.matrix = matrix(name, entry, errors);
@@ -203,25 +217,23 @@ fn kind(
     found
 }
 
-fn inputs(stage: &str, entry: Entry, errors: &mut Collector) -> IndexMap<String, Input> {
+fn inputs(stage: &str, entry: Entry, errors: &mut Collector) -> Option<IndexMap<String, Input>> {
     let Data::Table(table) = entry.node.data else {
         let error = WorkflowError::new("wrong_type", format!("`inputs` of stage `{stage}` must be a table, found {}", entry.node.found()));
         errors.add(entry.node.span, error.with_hint("write `inputs = { PORT = \"STAGE\" }`"));
-        return IndexMap::new();
+        return None;
     };
-    table
-        .into_iter()
-        .map(|(port, Entry { key, node })| {
-            let span = node.span;
-            let before = errors.len();
-            let items = match node.data {
-                Data::Array(items) => items,
-                data => vec![Node { data, span }],
-            };
-            let references = items.iter().filter_map(|item| reference(stage, &port, item, errors)).collect();
-            (port, Input { key, span, references, broken: errors.len() > before })
-        })
-        .collect()
+    let inputs = table.into_iter().map(|(port, Entry { key, node })| {
+        let span = node.span;
+        let before = errors.len();
+        let items = match node.data {
+            Data::Array(items) => items,
+            data => vec![Node { data, span }],
+        };
+        let references = items.iter().filter_map(|item| reference(stage, &port, item, errors)).collect();
+        (port, Input { key, span, references, broken: errors.len() > before })
+    });
+    Some(inputs.collect())
 }
 
 fn reference(stage: &str, port: &str, item: &Node, errors: &mut Collector) -> Option<Reference> {

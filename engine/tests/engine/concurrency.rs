@@ -1,6 +1,12 @@
-//! Several stages at once, and several runs on one store.
+//! Several stages at once, and several runs on one store: threads of one process, and processes.
 
-use std::{collections::BTreeMap, thread};
+use std::{
+    collections::BTreeMap,
+    env,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+};
 
 use rlflow_api::CancelToken;
 use rlflow_engine::{
@@ -72,4 +78,69 @@ fn who_waits_says_for_whom_and_plans_say_who_runs() {
     let events = recorder.0.lock().unwrap();
     assert!(events.iter().any(|event| matches!(event, Event::Waiting { stage, .. } if stage == "base")));
     assert!(events.iter().any(|event| matches!(event, Event::Cached { stage, waited: true, .. } if stage == "base")));
+}
+
+/// Names the world of a child process.
+const WORLD: &str = "RLFLOW_TEST_WORLD";
+
+/// Not a test: what child processes of the tests below do.
+#[test]
+#[ignore = "run by other tests"]
+fn child() {
+    if let Some(folder) = env::var_os(WORLD) {
+        assert!(World::at(Path::new(&folder)).run().ok());
+    }
+}
+
+fn run_in_process(world: &World) -> Child {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command.args(["--exact", "concurrency::child", "--ignored"]).env(WORLD, world.path(""));
+    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+#[test]
+fn two_processes_on_one_store_share_the_work() {
+    let world = World::new(&CHAIN.replace("train = { steps = 20 }", "train = { steps = 20 }\nstep_ms = 5"));
+    let children = [run_in_process(&world), run_in_process(&world)];
+    for mut child in children {
+        assert!(child.wait().unwrap().success());
+    }
+    let mut ran = world.ran();
+    ran.sort_unstable();
+    assert_eq!(ran, ["a", "all", "b", "base", "data"]);
+    assert!(world.run().is_all_cached());
+}
+
+#[test]
+fn who_waits_for_a_process_that_is_killed_takes_over_where_it_stopped() {
+    let slow = CHAIN.replace("train = { steps = 20 }", "train = { steps = 20 }\nstep_ms = 50\nsnapshot_every = 1");
+    let whole = World::new(&slow.replace("step_ms = 50", "step_ms = 0")).run();
+    let world = World::new(&slow);
+    let mut owner = run_in_process(&world);
+    let at = || {
+        let plan = world.plan();
+        (plan.stages[1].status == rlflow_engine::Status::Running).then_some(plan.stages[1].continues_from_step).flatten()
+    };
+    while at().is_none_or(|step| step < 3) {
+        assert!(owner.try_wait().unwrap().is_none(), "the owner ended before it could be killed");
+        thread::yield_now();
+    }
+    let recorder = Recorder::default();
+    let pid = owner.id();
+    let waits = |event: &Event| matches!(event, Event::Waiting { stage, holder } if stage == "base" && holder.pid == pid);
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| world.run_watched(&[], &RunOptions::default(), &CancelToken::default(), vec![Box::new(recorder.clone())]));
+        while !recorder.0.lock().unwrap().iter().any(waits) {
+            assert!(!waiting.is_finished());
+            thread::yield_now();
+        }
+        // SIGKILL: nothing of the process runs any more.
+        owner.kill().unwrap();
+        owner.wait().unwrap();
+        let taken = waiting.join().unwrap();
+        assert_eq!(taken.stages[1].status, StageStatus::Resumed);
+        for (taken, whole) in taken.stages.iter().zip(&whole.stages) {
+            assert_eq!((&taken.name, &taken.outputs, &taken.metrics), (&whole.name, &whole.outputs, &whole.metrics));
+        }
+    });
 }

@@ -1,8 +1,9 @@
 //! How stages fail, and what is left.
 
-use rlflow_engine::{Request, RunOptions, Status, action::workflow_name, event::StageStatus, history};
+use rlflow_api::CancelToken;
+use rlflow_engine::{Request, RunOptions, Status, event::StageStatus, history, metrics, report};
 
-use crate::world::{CHAIN, World, outcomes};
+use crate::world::{CHAIN, CancelAt, World, outcomes};
 
 fn failing(setting: &str) -> String {
     CHAIN.replace("beta = 0.1", &format!("beta = 0.1\n{setting}"))
@@ -24,10 +25,87 @@ fn a_failure_is_not_cached_and_skips_what_needs_it() {
     let summary = world.run_with(&[], &keep_going);
     assert_eq!(world.ran(), ["a", "b"]);
     assert_eq!(outcomes(&summary)[4], "all skipped: a failed");
-    let mut plan = world.plan();
-    history::mark_failures(&mut plan, &world.store(), &workflow_name(&world.load(), &world.store())).unwrap();
+    let plan = world.plan();
     assert_eq!((plan.stages[2].status, plan.stages[2].error.as_deref()), (Status::Failed, Some("step 3 was told to fail")));
     assert_eq!(plan.stages[3].status, Status::Cached);
+    let told = report::plan_report(&world.load(), &plan, true);
+    assert!(told.contains("step 3 was told to fail (never ran)"), "{told}");
+    // The failure was of these settings.
+    world.edit("fail_at = 3", "fail_at = 4");
+    assert_eq!((world.plan().stages[2].status, world.plan().stages[2].error.as_deref()), (Status::Run, None));
+}
+
+#[test]
+fn what_ended_last_is_what_counts() {
+    let world = World::new(&failing("fail_at = 3\nstep_ms = 5\nsnapshot_every = 1"));
+    world.run();
+    assert_eq!(world.plan().stages[2].status, Status::Failed);
+    // Interrupted before it could fail again, it is no failure any more.
+    let cancel = CancelToken::default();
+    let forced = RunOptions { request: Request { force: vec!["a".into()], ..Request::default() }, ..RunOptions::default() };
+    let at = CancelAt { stage: "a", step: 1, cancel: cancel.clone() };
+    let stopped = world.run_watched(&[], &forced, &cancel, vec![Box::new(at)]);
+    assert!(stopped.stages[2].was_interrupted());
+    let plan = world.plan();
+    assert_eq!((plan.stages[2].status, plan.stages[2].continues_from_step, &plan.stages[2].error), (Status::Resume, Some(1), &None));
+}
+
+#[test]
+fn the_log_tells_what_ran_why_and_on_what() {
+    let world = World::new(&failing("fail_at = 3"));
+    world.run();
+    let run = &history::past_runs(&world.store(), 1).unwrap()[0];
+    assert_eq!((run.ok, run.workflow.as_str(), run.cached), (Some(false), "flow.toml", 0));
+    let told = |stage: &serde_json::Value| format!("{} {} on {}: {}", stage["stage"], stage["status"], stage["devices"], stage["reason"]["text"]);
+    let told: Vec<String> = run.stages.iter().map(|stage| told(stage).replace('"', "")).collect();
+    assert_eq!(told[..2], ["data ran on [cpu]: never ran", "base ran on [cpu]: never ran"]);
+    // Of a run that was killed the log tells what was running.
+    let log = world.store().runs().unwrap()[0].join("events.jsonl");
+    let text = std::fs::read_to_string(&log).unwrap();
+    let cut = text.lines().position(|line| line.contains("\"stage_started\"") && line.contains("\"base\"")).unwrap();
+    std::fs::write(&log, text.lines().take(cut + 1).map(|line| format!("{line}\n")).collect::<String>() + "{\"event\":\"stage_fin").unwrap();
+    let run = &history::past_runs(&world.store(), 1).unwrap()[0];
+    let told: Vec<(&str, &str)> = run.stages.iter().map(|stage| (stage["stage"].as_str().unwrap(), stage["status"].as_str().unwrap())).collect();
+    assert_eq!((run.ok, told), (None, vec![("data", "ran"), ("base", "started")]));
+    // What it did not come to has not failed.
+    assert_eq!(world.plan().stages[2].status, Status::Run);
+}
+
+#[test]
+fn a_stage_without_a_result_shows_what_it_measured() {
+    let world = World::new(&CHAIN.replace("steps = 20 }", "steps = 20 }\nsnapshot_every = 1"));
+    let store = world.store();
+    let metrics = |stages: &[&str]| {
+        let names: Vec<String> = stages.iter().map(|stage| (*stage).to_owned()).collect();
+        metrics::metrics(&world.load(), &store, &world.host, &names).unwrap()
+    };
+    for step in [7, 13] {
+        let cancel = CancelToken::default();
+        let at = CancelAt { stage: "base", step, cancel: cancel.clone() };
+        world.run_watched(&[], &RunOptions::default(), &cancel, vec![Box::new(at)]);
+        let [base] = &metrics(&["base"])[..] else { panic!("one stage was asked for") };
+        let unfinished = base.unfinished.as_ref().unwrap();
+        assert_eq!((unfinished.step, unfinished.ended, base.stale), (step, true, false));
+        // Each session's part of the series, joined.
+        let steps: Vec<u64> = base.series["loss"].iter().map(|point| point.0).collect();
+        assert_eq!(steps, (1..=step).collect::<Vec<u64>>());
+        assert_eq!(base.finals()["loss"], base.series["loss"].last().unwrap().1);
+    }
+    assert_eq!(metrics(&["a", "b"]).len(), 0);
+    assert_eq!(metrics::to_json(&world.load(), &metrics(&[]))["stages"]["base"]["unfinished"]["step"], 13);
+    let before = metrics(&["base"])[0].series.clone();
+    world.run();
+    let after = metrics(&["base"]);
+    assert!(after[0].unfinished.is_none() && after[0].record.is_some());
+    assert_eq!(after[0].series["loss"][..13], before["loss"]);
+    // A newer attempt at something else is shown as what it is.
+    let cancel = CancelToken::default();
+    let at = CancelAt { stage: "base", step: 2, cancel: cancel.clone() };
+    world.run_watched(&["stage.base.beta=0.9"], &RunOptions::default(), &cancel, vec![Box::new(at)]);
+    assert!(metrics(&["base"])[0].unfinished.is_none(), "today's settings have a result");
+    world.edit("steps = 20", "steps = 30");
+    let base = &metrics(&["base"])[0];
+    assert_eq!((base.stale, base.unfinished.as_ref().unwrap().step), (true, 2));
 }
 
 #[test]
@@ -94,6 +172,19 @@ fn a_device_that_is_not_there_is_said_before_anything_runs() {
     let error = plan(&Request::default()).unwrap_err().to_json();
     assert_eq!(error["errors"][0]["code"], "device_unavailable");
     assert_eq!(error["errors"][0]["message"], "stage `a`: device `cuda:3` is not available here");
+    let line = CHAIN.lines().position(|line| line == "beta = 0.1").unwrap() + 1;
+    let place = (&error["errors"][0]["line"], &error["errors"][0]["column"], error["errors"][0]["file"].as_str());
+    assert_eq!(place, (&line.into(), &10.into(), world.path("flow.toml").to_str()));
+    // One wrong default is one error; every error has the same keys.
+    world.write("flow.toml", &format!("{}\n[defaults]\ndevice = [\"cpu\", \"cuda:1\"]\n", CHAIN));
+    let error = plan(&Request::default()).unwrap_err().to_json();
+    assert_eq!(error["errors"].as_array().unwrap().len(), 1);
+    let keys = |error: &serde_json::Value| error["errors"][0].as_object().unwrap().keys().cloned().collect::<Vec<String>>();
+    assert_eq!(keys(&error), ["code", "message", "file", "line", "column", "hint"]);
+    let io = rlflow_engine::EngineError::io("read x")(std::io::Error::other("no")).to_json();
+    assert_eq!(keys(&io), keys(&error));
+    assert_eq!(io["errors"][0]["file"], serde_json::Value::Null);
+    world.write("flow.toml", &CHAIN.replace("beta = 0.1", "device = \"cuda:3\""));
     let without = Request { stages: vec!["b".into()], ..Request::default() };
     assert!(plan(&without).is_ok());
 }

@@ -1,13 +1,66 @@
 //! Which settings belong to a result's identity, for every setting of the small kinds. The same is tested for the real
 //! kinds in the workspace's `tests/keys.rs`.
 
-use rlflow_engine::{Plan, Registry, Request};
+use std::{collections::BTreeMap, path::Path};
+
+use rlflow_engine::{
+    Plan, Registry, Request,
+    docs::{Place, key_table, kinds_markdown},
+    workflow::{LoadOptions, load},
+};
 
 use crate::{
     kinds,
-    vary::{Mark, spell_out, vary, write_and_load},
+    vary::{Mark, every_setting, spell_out, vary, write_and_load},
     world::{CHAIN, World},
 };
+
+#[test]
+fn the_table_of_what_enters_a_key_has_every_setting_of_every_kind() {
+    let registry = Registry::new(kinds::kinds());
+    let table = key_table(&registry);
+    let documented = kinds_markdown(&registry);
+    for kind in registry.iter() {
+        let place = |mark| match mark {
+            Mark::Identity => Place::Key,
+            Mark::Execution => Place::Execution,
+            Mark::Path => Place::Path,
+        };
+        let expected: BTreeMap<String, Place> =
+            every_setting(&kind.schema().to_value()).into_iter().map(|(setting, mark)| (setting, place(mark))).collect();
+        let entries = table.iter().filter(|entry| entry.kind == kind.name());
+        let listed: BTreeMap<String, Place> = entries.map(|entry| (entry.setting.clone(), entry.place)).collect();
+        assert_eq!(listed, expected, "{}", kind.name());
+        for (setting, place) in listed {
+            let row = documented.lines().find(|line| line.starts_with(&format!("| `{setting}` |"))).unwrap();
+            assert!(row.contains(&format!("| {} |", place.name())), "{row}");
+        }
+    }
+    assert!(table.iter().any(|entry| entry.setting == "sources[].path" && entry.place == Place::Path));
+}
+
+#[test]
+fn an_edition_keeps_the_keys_of_old_files() {
+    let old = CHAIN.replace("keep = 2\n", "");
+    let world = World::new(&old);
+    world.run();
+    let newer = || Registry::new(vec![&kinds::NewerLines, &kinds::Trainer, &kinds::Collect]).with_newest_edition(2);
+    let planned = |text: &str| {
+        world.write("newer.toml", text);
+        // Under the old name, so that it is the same workflow.
+        std::fs::rename(world.path("newer.toml"), world.path("flow.toml")).unwrap();
+        let workflow = load(Path::new(&world.path("flow.toml")), &LoadOptions::default(), &newer()).unwrap_or_else(|errors| panic!("{errors}"));
+        let plan = Plan::new(&workflow, &world.store(), &world.host, &Request::default()).unwrap();
+        plan.stages.iter().filter_map(|stage| Some(stage.rerun.as_ref()?.text())).next()
+    };
+    // The newer program keeps ten lines by default, and this file a hundred, as when it was written.
+    assert_eq!(planned(&old), None);
+    let changed = Some("keep changed: 100 -> 10".to_owned());
+    assert_eq!(planned(&old.replace("edition = 1", "edition = 2")), changed);
+    assert_eq!(planned(&old.replace("edition = 1\n", "")), changed);
+    // The edition itself is in no key.
+    assert_eq!(planned(&old.replace("edition = 1", "edition = 2").replace("kind = \"lines\"", "kind = \"lines\"\nkeep = 100")), None);
+}
 
 #[test]
 fn spelling_every_default_out_reruns_nothing() {
@@ -39,4 +92,46 @@ fn every_identity_setting_changes_the_key_and_no_other_does() {
     for name in ["data.keep", "base.train.steps", "base.fail_at", "base.device", "base.zero", "base.offload", "a.snapshot_every"] {
         assert!(seen.iter().any(|seen| seen == name), "{name} was not varied: {seen:?}");
     }
+}
+
+#[test]
+fn every_byte_read_and_the_seed_of_kinds_that_draw_change_the_key() {
+    let world = World::new(CHAIN);
+    world.run();
+    let keys = || {
+        let workflow = world.load();
+        let mut plan = world.plan().stages;
+        plan.sort_unstable_by_key(|planned| planned.stage);
+        plan.into_iter().map(|planned| (workflow.stages[planned.stage].name.clone(), planned.key)).collect::<BTreeMap<_, _>>()
+    };
+    let base = keys();
+    let content = std::fs::read(world.path("data.txt")).unwrap();
+    for at in 0..content.len() {
+        let mut flipped = content.clone();
+        flipped[at] ^= 1;
+        std::fs::write(world.path("data.txt"), flipped).unwrap();
+        assert_ne!(keys()["data"], base["data"], "byte {at}");
+    }
+    std::fs::write(world.path("data.txt"), content).unwrap();
+    assert_eq!(keys(), base);
+    for stage in world.load().stages {
+        let kind = format!("[stage.{}]\nkind = \"{}\"", stage.name, stage.kind.name());
+        let seeded = format!("{kind}\nseed = 8");
+        world.edit(&kind, &seeded);
+        assert_eq!(keys()[&stage.name] != base[&stage.name], stage.kind.draws(), "{}", stage.name);
+        world.edit(&seeded, &kind);
+    }
+}
+
+#[test]
+fn a_folder_can_be_moved() {
+    let world = World::new(CHAIN);
+    world.run();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let moved = elsewhere.path().join("another name");
+    std::fs::rename(world.path(""), &moved).unwrap();
+    let moved = World::at(&moved);
+    assert!(moved.run().is_all_cached());
+    moved.edit("beta = 0.2", "beta = 0.3");
+    assert_eq!(moved.planned()[0], "b run: beta changed: 0.2 -> 0.3");
 }

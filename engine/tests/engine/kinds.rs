@@ -9,7 +9,7 @@ use rlflow_api::{
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Every kind of this file.
 pub fn kinds() -> Vec<&'static dyn Kind> {
@@ -87,6 +87,55 @@ impl StageKind for Lines {
         let mut output = context.output(ArtifactType::Text);
         output.put("lines.txt", kept.join("\n").as_bytes())?;
         Ok(BTreeMap::from([("text".into(), output.publish()?)]))
+    }
+}
+
+/// `lines` as a newer program has it: since edition 2 it keeps ten lines unless told otherwise.
+pub struct NewerLines;
+
+/// Settings of the newer `lines`.
+#[derive(Serialize, Deserialize, JsonSchema)]
+pub struct NewerLinesConfig {
+    /// Files.
+    pub sources: Vec<LinesSource>,
+    /// Lines kept of each file.
+    #[serde(default = "ten")]
+    pub keep: usize,
+}
+
+fn ten() -> usize {
+    10
+}
+
+impl StageKind for NewerLines {
+    type Config = NewerLinesConfig;
+    const NAME: &'static str = Lines::NAME;
+    const VERSION: u32 = Lines::VERSION;
+    const SUMMARY: &'static str = Lines::SUMMARY;
+    const INPUTS: &'static [InputPort] = Lines::INPUTS;
+    const OUTPUTS: &'static [OutputPort] = Lines::OUTPUTS;
+    const METRICS: &'static [(&'static str, &'static str)] = Lines::METRICS;
+    const DRAWS: bool = Lines::DRAWS;
+
+    fn edition_defaults(edition: u32) -> Value {
+        if edition == 1 { json!({ "keep": 100 }) } else { Value::Null }
+    }
+
+    fn data_sources(config: &NewerLinesConfig) -> Vec<DataSource> {
+        let source = |(at, source): (usize, &LinesSource)| DataSource {
+            setting: format!("sources[{at}].path"),
+            pattern: source.path.clone(),
+            directory: false,
+        };
+        config.sources.iter().enumerate().map(source).collect()
+    }
+
+    fn describe(_: &NewerLinesConfig, _: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
+        Ok(described("text", ArtifactType::Text))
+    }
+
+    fn run(_: &NewerLinesConfig, _: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
+        Err(StageError::invalid("only planned"))
     }
 }
 

@@ -1,10 +1,10 @@
 //! What runs again, what does not, and why.
 
 use rlflow_api::{CancelToken, StageEvent};
-use rlflow_engine::{Request, RunOptions, event::Event};
+use rlflow_engine::{Request, RunOptions, event::Event, report};
 use rlflow_store::Digest;
 
-use crate::world::{CHAIN, CancelAt, Recorder, World, outcomes};
+use crate::world::{CHAIN, CancelAt, Recorder, World, only, outcomes};
 
 fn force(stage: &str) -> RunOptions {
     RunOptions { request: Request { force: vec![stage.into()], ..Request::default() }, ..RunOptions::default() }
@@ -45,10 +45,76 @@ fn a_setting_reruns_its_stage_and_what_reads_it() {
     assert_eq!(world.ran(), ["b", "all"]);
     let [data, base, a, b, all] = outcomes(&summary).try_into().unwrap();
     assert_eq!([data, base, a], ["data cached", "base cached", "a cached"]);
-    assert_eq!([b, all], ["b ran: beta changed: 0.2 -> 0.3", "all ran: input models changed (because b changed)"]);
+    assert_eq!([b, all], ["b ran: beta changed: 0.2 -> 0.3", "all ran: input models[1] changed (because b changed)"]);
     // Going back costs nothing.
     world.edit("beta = 0.3", "beta = 0.2");
     assert!(world.run().is_all_cached());
+}
+
+#[test]
+fn a_rerun_is_compared_with_the_result_that_was_used_last() {
+    let world = World::new(CHAIN);
+    world.run();
+    world.edit("beta = 0.2", "beta = 0.3");
+    world.run();
+    world.edit("beta = 0.3", "beta = 0.2");
+    assert!(world.run().is_all_cached());
+    world.edit("beta = 0.2", "beta = 0.4");
+    assert_eq!(world.planned()[0], "b run: beta changed: 0.2 -> 0.4");
+    assert_eq!(outcomes(&world.run())[3], "b ran: beta changed: 0.2 -> 0.4");
+    // A run of a part says nothing about the rest.
+    world.run_with(&["stage.a.beta=0.7"], &only(&["a"]));
+    world.edit("beta = 0.4", "beta = 0.5");
+    assert_eq!(world.planned()[0], "b run: beta changed: 0.4 -> 0.5");
+    // What a killed run made is the last result, although no run says that it reached it.
+    world.run();
+    let uses = world.store().folder().join("uses");
+    std::fs::remove_dir_all(&uses).unwrap();
+    world.edit("beta = 0.5", "beta = 0.6");
+    assert_eq!(world.planned()[0], "b run: beta changed: 0.5 -> 0.6");
+}
+
+#[test]
+fn another_input_is_said_to_be_another() {
+    let other = "[stage.base2]\nkind = \"trainer\"\ninputs = { data = \"data\" }\ntrain = { steps = 5 }\n";
+    let world = World::new(&format!("{CHAIN}\n{other}"));
+    world.run();
+    world.edit("inputs = { model = \"base\" }\nbeta = 0.2", "inputs = { model = \"base2\" }\nbeta = 0.2");
+    assert_eq!(world.planned()[0], "b run: input model now comes from base2 instead of base");
+    let workflow = world.load();
+    let json = world.plan().to_json(&workflow);
+    let reason = &json["stages"][workflow.find("b").unwrap()]["reason"];
+    assert_eq!([&reason["kind"], &reason["stage"], &reason["from_stage"]], ["input_changed", "base2", "base"]);
+    assert_ne!(reason["from"], reason["to"]);
+    // Both know a stage by a new name as the one that changed, if the old name is gone.
+    world.edit("base2", "trunk");
+    world.run();
+    world.edit("[stage.trunk]", "[stage.renamed]");
+    world.edit("\"trunk\"", "\"renamed\"");
+    world.edit("steps = 5", "steps = 6");
+    world.run();
+    assert_eq!(outcomes(&world.run_with(&["stage.b.seed=9"], &RunOptions::default()))[3], "b ran: seed changed: 7 -> 9");
+}
+
+#[test]
+fn a_result_that_is_asked_for_by_name_can_be_read() {
+    let world = World::new(CHAIN);
+    let first = world.run();
+    world.ran();
+    collect(&world, first.stages[1].outputs["model"]);
+    collect(&world, first.stages[2].outputs["model"]);
+    // Nothing must read them: all is cached, and so is what another stage needs of itself only.
+    assert!(world.run().is_all_cached());
+    assert!(world.run_with(&[], &only(&["b", "data"])).is_all_cached());
+    let needed = "its result model is missing from the store and it was asked for by name";
+    let plan = world.plan_of(&only(&["a"]).request);
+    let planned: Vec<String> = plan.stages.iter().filter_map(|stage| stage.rerun.as_ref()).map(|rerun| rerun.text()).collect();
+    assert_eq!(planned, ["its result model is missing from the store and a must read it".to_owned(), needed.to_owned()]);
+    let summary = world.run_with(&[], &only(&["a"]));
+    assert_eq!(world.ran(), ["base", "a"]);
+    assert_eq!(outcomes(&summary)[2], format!("a ran (same output): {needed}"));
+    assert_eq!(summary.stages[2].to_json()["reason"]["needed_by"], "the request");
+    assert!(world.run_with(&[], &only(&["a"])).is_all_cached());
 }
 
 #[test]
@@ -117,8 +183,8 @@ fn every_kind_of_change_has_its_reason() {
         [
             "base run: seed changed: 7 -> 8",
             "base run: train.steps changed: 20 -> 19",
-            "all run: input models is no longer connected",
-            "all run: input models changed (because b changed), and input models changed (because a changed)",
+            "all run: input models[1] no longer comes from b",
+            "all run: input models[0] now comes from b instead of a, and input models[1] now comes from a instead of b",
             "data run: keep changed: 2 -> 1",
             "data run: data file data.txt changed",
         ]
@@ -158,8 +224,7 @@ fn a_forced_stage_runs_and_nothing_below_it() {
 #[test]
 fn only_named_stages_and_what_they_need_run() {
     let world = World::new(CHAIN);
-    let only = RunOptions { request: Request { stages: vec!["a".into()], ..Request::default() }, ..RunOptions::default() };
-    let summary = world.run_with(&[], &only);
+    let summary = world.run_with(&[], &only(&["a"]));
     assert_eq!(world.ran(), ["data", "base", "a"]);
     assert_eq!(summary.stages.len(), 3);
     let wrong = Request { stages: vec!["bse".into()], force: vec!["nothing_like_it".into()], ..Request::default() };
@@ -216,7 +281,11 @@ fn an_interrupted_stage_continues_and_ends_like_an_uninterrupted_one() {
         let at = CancelAt { stage: "base", step, cancel: cancel.clone() };
         let stopped = world.run_watched(&[], &RunOptions::default(), &cancel, vec![Box::new(at)]);
         assert!(stopped.interrupted && !stopped.ok());
-        assert_eq!(outcomes(&stopped)[1..3], ["base failed: never ran", "a skipped: base was interrupted"]);
+        assert_eq!(outcomes(&stopped)[1..3], ["base interrupted: never ran", "a skipped: base was interrupted"]);
+        assert_eq!(stopped.stages[1].to_json()["interrupted"], true);
+        let told = report::run_report(&world.load(), &world.store(), &stopped, "rlflow run").unwrap();
+        assert!(told.contains("interrupted: 1 ran, 1 interrupted, 3 skipped in "), "{told}");
+        assert_eq!(world.plan().stages[1].error, None);
         assert_eq!(world.planned()[0], format!("base resume: was interrupted after step {step}"));
         world.ran();
         let resumed = world.run();
@@ -251,6 +320,13 @@ fn more_steps_continue_from_a_finished_shorter_run() {
     let scratch = World::new(&CHAIN.replace("steps = 20", "steps = 30")).run();
     assert_eq!(extended.stages[1].outputs, scratch.stages[1].outputs);
     assert_eq!(extended.stages[1].metrics, scratch.stages[1].metrics);
+    let long = World::new(&CHAIN.replace("steps = 20", "steps = 1000"));
+    long.run();
+    long.edit("steps = 1000", "steps = 2000");
+    let told = report::plan_report(&long.load(), &long.plan(), true);
+    assert!(told.contains("train.steps changed: 1000 -> 2000; continues from step 1,000"), "{told}");
+    let json = long.plan().to_json(&long.load());
+    assert_eq!((&json["stages"][1]["status"], &json["stages"][1]["continues_from_step"]), (&"extend".into(), &1000.into()));
 }
 
 #[test]

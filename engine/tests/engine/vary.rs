@@ -1,7 +1,11 @@
 //! Changes every setting of every stage of a workflow, one at a time, as its schema allows: so that no setting, new
 //! ones included, can be forgotten by tests of what belongs to a result's identity.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
 use rlflow_engine::{
     Registry,
@@ -81,6 +85,29 @@ pub fn vary(workflow: &Workflow, file: &Path, registry: &Registry) -> Vec<Varied
         }
     }
     varied
+}
+
+/// Every setting that a kind's schema names, tables and lists of tables with what is in them, and its mark.
+#[allow(dead_code)]
+pub fn every_setting(schema: &Value) -> BTreeMap<String, Mark> {
+    let mut found = BTreeMap::new();
+    list_settings(schema, schema, "", None, 0, &mut found);
+    found
+}
+
+fn list_settings(root: &Value, schema: &Value, path: &str, mark: Option<Mark>, depth: usize, found: &mut BTreeMap<String, Mark>) {
+    assert!(depth < 12, "{path}: settings refer to themselves");
+    for schema in alternatives(root, schema) {
+        for (name, setting) in schema["properties"].as_object().into_iter().flatten() {
+            let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+            let mark = mark.or_else(|| alternatives(root, setting).iter().find_map(mark_of));
+            found.insert(path.clone(), mark.unwrap_or(Mark::Identity));
+            list_settings(root, setting, &path, mark, depth + 1, found);
+        }
+        if let Some(items) = schema.get("items") {
+            list_settings(root, items, &format!("{path}[]"), mark, depth + 1, found);
+        }
+    }
 }
 
 fn without_nulls(value: &Value) -> Value {

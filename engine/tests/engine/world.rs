@@ -49,22 +49,30 @@ inputs = { models = ["a", "b"] }
 "#;
 
 pub struct World {
-    folder: TempDir,
+    folder: PathBuf,
+    /// Removes the folder, in the process that made it.
+    _owned: Option<TempDir>,
     pub host: Host,
 }
 
 impl World {
     pub fn new(workflow: &str) -> Self {
-        let folder = TempDir::new().unwrap();
-        let cpu = DeviceInfo { spec: DeviceSpec::Cpu, name: "test".into(), memory_bytes: 1 << 30 };
-        let world = Self { folder, host: Host { devices: vec![cpu], numerics: "test".into() } };
+        let owned = TempDir::new().unwrap();
+        let mut world = Self::at(owned.path());
+        world._owned = Some(owned);
         world.write("flow.toml", workflow);
         world.write("data.txt", "one\ntwo\nthree\n");
         world
     }
 
+    /// The world that another process made.
+    pub fn at(folder: &Path) -> Self {
+        let cpu = DeviceInfo { spec: DeviceSpec::Cpu, name: "test".into(), memory_bytes: 1 << 30 };
+        Self { folder: folder.to_owned(), _owned: None, host: Host { devices: vec![cpu], numerics: "test".into() } }
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.folder.join(name)
     }
 
     pub fn write(&self, name: &str, content: &str) {
@@ -139,9 +147,15 @@ pub fn outcomes(summary: &Summary) -> Vec<String> {
     let line = |stage: &rlflow_engine::event::StageOutcome| {
         let why = stage.rerun.as_ref().map(rlflow_engine::Rerun::text).or_else(|| stage.error.clone());
         let same = if stage.same_output { " (same output)" } else { "" };
-        format!("{} {}{same}{}", stage.name, stage.status.name(), why.map(|why| format!(": {why}")).unwrap_or_default())
+        format!("{} {}{same}{}", stage.name, stage.word(), why.map(|why| format!(": {why}")).unwrap_or_default())
     };
     summary.stages.iter().map(line).collect()
+}
+
+/// A run of these stages.
+pub fn only(stages: &[&str]) -> RunOptions {
+    let stages = stages.iter().map(|stage| (*stage).to_owned()).collect();
+    RunOptions { request: Request { stages, ..Request::default() }, ..RunOptions::default() }
 }
 
 /// Keeps every event.
