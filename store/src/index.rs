@@ -305,7 +305,12 @@ fn check(lock: &mut File, folder: &Path) -> Result<Option<Sealed>, &'static str>
     }
     let path = folder.join(SEAL);
     let Ok(seal) = fs::read(&path) else { return Ok(None) };
-    if fs::remove_file(&path).is_err() || seal != seal_of(folder).map(|seal| seal.to_string()).unwrap_or_default().into_bytes() {
+    let is_removed = fs::remove_file(&path).is_ok();
+    // Half a seal is none: a full disk or a power cut leaves that.
+    if std::str::from_utf8(&seal).ok().and_then(|text| text.parse::<Digest>().ok()).is_none() {
+        return Ok(None);
+    }
+    if !is_removed || seal != seal_of(folder).map(|seal| seal.to_string()).unwrap_or_default().into_bytes() {
         return Err("its files are not as they were left");
     }
     Ok(stamps(folder).map(|stamps| Sealed { seal, stamps }))

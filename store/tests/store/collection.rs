@@ -9,7 +9,7 @@ use std::{
 use rlflow_store::{Artifact, Digest, Dtype, GcOptions, Retain, Store};
 use serde_json::json;
 
-use crate::support::{action, key, new_store};
+use crate::support::{action, fast_store, key};
 
 const NOW: GcOptions = GcOptions { dry_run: false, keep_last: 1, max_size_bytes: None, grace: Duration::ZERO };
 
@@ -30,7 +30,7 @@ fn run(store: &Store, stage: &str, time: f64, inputs: &[(&str, Digest)]) -> Arti
 
 #[test]
 fn what_no_root_reaches_goes_and_the_rest_stays() {
-    let (_folder, store) = new_store();
+    let (_folder, store) = fast_store();
     let base = run(&store, "base", 1.0, &[]);
     let sft = run(&store, "sft", 2.0, &[("base", base.digest())]);
     let old = run(&store, "old", 3.0, &[("base", base.digest())]);
@@ -72,7 +72,7 @@ fn what_no_root_reaches_goes_and_the_rest_stays() {
 
 #[test]
 fn a_size_limit_gives_up_the_oldest_results_first() {
-    let (_folder, store) = new_store();
+    let (_folder, store) = fast_store();
     let artifacts: Vec<_> = (0..4).map(|n| run(&store, &format!("s{n}"), f64::from(n), &[])).collect();
     let keys: Vec<_> = (0..4).map(|n| key(&format!("s{n}"))).collect();
     store.record_use("a.toml", &keys).unwrap();
@@ -86,7 +86,7 @@ fn a_size_limit_gives_up_the_oldest_results_first() {
 
 #[test]
 fn superseded_snapshots_free_their_tensors_but_never_shared_ones() {
-    let (_folder, store) = new_store();
+    let (_folder, store) = fast_store();
     let final_tensor = vec![9; 5_000];
     let mut builder = store.artifact("policy");
     builder.put_tensor("w", Dtype::U8, &[5_000], &final_tensor).unwrap();
@@ -115,7 +115,7 @@ fn superseded_snapshots_free_their_tensors_but_never_shared_ones() {
 
 #[test]
 fn an_unpublished_artifact_survives_a_collection_beside_it() {
-    let (_folder, store) = new_store();
+    let (_folder, store) = fast_store();
     let first = run(&store, "first", 1.0, &[]);
     let mut builder = store.artifact("policy");
     builder.share(first.manifest().entry("trained").unwrap()).unwrap();
@@ -130,7 +130,7 @@ fn an_unpublished_artifact_survives_a_collection_beside_it() {
 
 #[test]
 fn runs_go_when_they_are_old_or_many_but_not_those_behind_kept_results() {
-    let (_folder, store) = new_store();
+    let (_folder, store) = fast_store();
     let begin = |name: &str| {
         let folder = store.folder().join("runs").join(name);
         fs::create_dir_all(folder.join("tensorboard")).unwrap();
@@ -172,7 +172,7 @@ fn runs_go_when_they_are_old_or_many_but_not_those_behind_kept_results() {
 
 #[test]
 fn times_that_are_yet_to_come_count_as_young() {
-    let (_folder, store) = new_store();
+    let (_folder, store) = fast_store();
     let artifact = run(&store, "sft", 1.0, &[]);
     let hex = key("sft").to_string();
     let action = store.folder().join("actions").join(&hex[..2]).join(&hex);
@@ -186,7 +186,7 @@ fn times_that_are_yet_to_come_count_as_young() {
 
 #[test]
 fn sizes_are_counted_once_where_shared() {
-    let (_folder, store) = new_store();
+    let (_folder, store) = fast_store();
     run(&store, "base", 1.0, &[]);
     run(&store, "sft", 2.0, &[]);
     let usage = store.usage().unwrap();
@@ -200,7 +200,7 @@ fn sizes_are_counted_once_where_shared() {
 fn fsck_finds_every_kind_of_damage_and_repairs_it() {
     let damages: [(&str, &str); 4] = [("blobs", "blob"), ("manifests", "manifest"), ("actions", "action"), ("partial", "snapshot")];
     for (folder_name, what) in damages {
-        let (_folder, store) = new_store();
+        let (_folder, store) = fast_store();
         let artifact = run(&store, "sft", 1.0, &[]);
         let set = store.snapshots(key("prefix"));
         let mut state = set.builder();

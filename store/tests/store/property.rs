@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use rlflow_store::{Digest, Dtype, Store, canonical_json};
 use serde_json::{Value, json};
 
-use crate::support::{fast_store, new_store};
+use crate::support::fast_store;
 
 fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
@@ -67,7 +67,7 @@ proptest! {
 
     #[test]
     fn whatever_is_published_is_read_back(contents in contents(), metadata in any_json(), seed in any::<u64>()) {
-        let (_folder, store) = new_store();
+        let (_folder, store) = fast_store();
         let publish = |reverse: bool| {
             let mut builder = store.artifact("text");
             let mut names: Vec<_> = contents.keys().collect();
@@ -125,7 +125,7 @@ proptest! {
 
     #[test]
     fn arbitrary_bytes_in_place_of_records_are_errors(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
-        let (_folder, store) = new_store();
+        let (_folder, store) = fast_store();
         let digest = Digest::of(&bytes);
         let name = digest.to_string();
         for family in ["manifests", "actions"] {
