@@ -13,8 +13,6 @@ use crate::{
 
 /// Metrics that are shown beside a stage.
 const MAIN_METRICS: usize = 3;
-/// Widest reason in a table.
-const REASON_COLUMNS: usize = 56;
 
 /// The end of a run as people read it: one line if everything was cached; else a table of stages, the tables of
 /// evaluations that ran, what failed, and where to look next. `command` is how this program was called.
@@ -101,19 +99,32 @@ fn rows(workflow: &Workflow, summary: &Summary) -> Vec<Vec<String>> {
                 (None, None) => String::new(),
             };
             let time = if did_nothing { String::new() } else { text::seconds(outcome.seconds) };
-            vec![outcome.name.clone(), result, time, main_metrics(stage.kind, &outcome.metrics), text::clip(&why, REASON_COLUMNS)]
+            vec![outcome.name.clone(), result, time, main_metrics(stage.kind, &outcome.metrics), one_line(&why)]
         })
         .collect()
 }
 
-/// The first metrics that the kind documents, with their final values.
+/// On one line, however long: it stands last.
+fn one_line(text: &str) -> String {
+    text::clip(text, usize::MAX)
+}
+
+/// The first metrics that the kind documents, with their final values. Of a name with a part in angle brackets
+/// (`<model>/rule_score`) all that are there.
 pub fn main_metrics(kind: &dyn Kind, metrics: &BTreeMap<String, f64>) -> String {
-    let documented = kind.metrics().iter().filter_map(|(name, _)| Some((*name, *metrics.get(*name)?)));
-    let mut shown: Vec<String> = documented.take(MAIN_METRICS).map(|(name, value)| format!("{name} {}", text::number(value))).collect();
-    if shown.is_empty() {
-        shown.extend(metrics.iter().take(MAIN_METRICS).map(|(name, value)| format!("{name} {}", text::number(*value))));
+    let mut shown: Vec<(&str, f64)> = Vec::new();
+    for (name, _) in kind.metrics() {
+        let tail = name.strip_prefix('<').and_then(|rest| Some(rest.split_once('>')?.1));
+        let is_meant = |metric: &str| tail.map_or(metric == *name, |tail| metric.ends_with(tail));
+        shown.extend(metrics.iter().filter(|(metric, _)| is_meant(metric)).map(|(metric, value)| (metric.as_str(), *value)));
+        if shown.len() >= MAIN_METRICS {
+            break;
+        }
     }
-    shown.join("  ")
+    if shown.is_empty() {
+        shown.extend(metrics.iter().take(MAIN_METRICS).map(|(metric, value)| (metric.as_str(), *value)));
+    }
+    shown.into_iter().map(|(metric, value)| format!("{metric} {}", text::number(value))).collect::<Vec<_>>().join("  ")
 }
 
 /// A stage's table as people read it.

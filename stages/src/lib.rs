@@ -6,6 +6,7 @@
 
 pub mod chat;
 pub mod corpus;
+mod devices;
 pub mod dpo;
 pub mod eval;
 pub mod instructions;
@@ -23,6 +24,7 @@ pub mod sft;
 pub mod tokenizer;
 pub mod train;
 
+pub use devices::{Accelerator, accelerators};
 use rlflow_api::Kind;
 
 /// Every stage kind. A new one is a folder beside the others and a line here.
