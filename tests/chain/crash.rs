@@ -38,12 +38,13 @@ struct Dice(CounterRng);
 
 impl Dice {
     fn death(&mut self, whole: Duration) -> Death {
-        let moment = Duration::from_millis(20) + whole.mul_f64(self.0.below(1_000) as f64 / 1_000.0);
+        // Short lives, so that a run dies several times before it gets through.
+        let moment = Duration::from_millis(20) + whole.mul_f64(self.0.below(1_000) as f64 / 4_000.0);
         match self.0.below(3) {
             0 => Death::Kill(moment),
             1 => {
                 let points: Vec<_> = FAULT_POINTS.iter().filter(|point| !point.starts_with("gc.")).collect();
-                Death::Fault(points[self.0.below(points.len() as u64) as usize], 1 + self.0.below(60))
+                Death::Fault(points[self.0.below(points.len() as u64) as usize], 1 + self.0.below(20))
             }
             _ => Death::PowerCut(moment),
         }
