@@ -239,7 +239,7 @@ fn bench_large_file(folder: &Path) {
         });
         // A store of its own each time, as digests are remembered and blobs shared.
         let other = Store::open(&other_folder).unwrap();
-        measure("b file_digest", &mut || drop(other.file_digest(&path).unwrap()));
+        measure("b file_digest", &mut || assert_eq!(other.file_digest(&path).unwrap().size_bytes, size as u64));
         let mut builder = store.artifact("text");
         measure("c put_file, linked", &mut || builder.put_file("data", &path).unwrap());
         measure("d publish after it: fsync", &mut || drop(std::mem::replace(&mut builder, other.artifact("text")).publish().unwrap()));

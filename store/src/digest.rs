@@ -44,16 +44,6 @@ impl Hasher {
         self
     }
 
-    /// Adds `bytes`, on all threads when there are many.
-    pub fn update_parallel(&mut self, bytes: &[u8]) -> &mut Self {
-        if bytes.len() < PARALLEL_BYTES {
-            self.0.update(bytes)
-        } else {
-            self.0.update_rayon(bytes)
-        };
-        self
-    }
-
     /// The digest of everything added so far.
     pub fn finish(&self) -> Digest {
         Digest(*self.0.finalize().as_bytes())

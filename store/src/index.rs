@@ -29,8 +29,8 @@ const SEAL: &str = "SEAL";
 /// One of the index's trees. Keys have 32 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Tree {
-    /// Action key to what its file says of outputs and origin.
-    Actions,
+    /// Folder of actions to what their files say of outputs and origin.
+    Folders,
     /// Manifest digest to its blobs.
     Manifests,
     /// Digest of a data file's path to what it is recognised by, and its digest.
@@ -343,16 +343,23 @@ fn stamps(folder: &Path) -> Option<Vec<(PathBuf, FileStamp)>> {
 /// Digest over names and contents of all files in the index. `None` if they cannot be read or are too many bytes to check.
 fn seal_of(folder: &Path) -> Option<Digest> {
     let mut hasher = Hasher::new();
+    let mut buffer = vec![0; 128 << 10];
     let mut total = 0;
     for path in files_of(folder)? {
         total += fs::metadata(&path).ok()?.len();
         if total > MAX_SEALED_BYTES {
             return None;
         }
-        let content = fs::read(&path).ok()?;
+        let mut file = File::open(&path).ok()?;
+        let length = file.metadata().ok()?.len();
         let name = path.strip_prefix(folder).ok()?.as_os_str().as_encoded_bytes();
-        hasher.update(&(name.len() as u64).to_be_bytes()).update(name).update(&(content.len() as u64).to_be_bytes());
-        hasher.update_parallel(&content);
+        hasher.update(&(name.len() as u64).to_be_bytes()).update(name).update(&length.to_be_bytes());
+        loop {
+            match file.read(&mut buffer).ok()? {
+                0 => break,
+                read => _ = hasher.update(&buffer[..read]),
+            }
+        }
     }
     Some(hasher.finish())
 }
@@ -372,7 +379,7 @@ fn is_closed(folder: &Path) -> bool {
 fn open_sled(folder: &Path) -> Result<(sled::Db, [sled::Tree; 3]), Trouble> {
     // No flushing thread: what is lost with a killed process is filled in again.
     let db = sled::Config::new().path(folder).flush_every_ms(None).cache_capacity(64 << 20).open()?;
-    let trees = [db.open_tree("actions")?, db.open_tree("manifests")?, db.open_tree("files")?];
+    let trees = [db.open_tree("folders")?, db.open_tree("manifests")?, db.open_tree("files")?];
     Ok((db, trees))
 }
 

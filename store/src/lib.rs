@@ -11,6 +11,7 @@
 //! The layout and the order of writes are specified in `store/DESIGN.md`.
 
 mod action;
+mod action_folder;
 mod artifact;
 mod blob;
 mod canonical;

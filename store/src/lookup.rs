@@ -1,4 +1,4 @@
-//! Lookups that planning makes for every stage, answered from the index where it is open, always agreeing with the files.
+//! Lookups that planning makes for every stage, answered from the index where it is open, agreeing with the files.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -10,11 +10,10 @@ use std::{
 
 use crate::{
     ActionRecord, Digest, FileDigest, Manifest, Result, Store, StoreError,
-    action::ActionHead,
+    action_folder::{Found, Summary},
     file_digest::FileStamp,
     index::{Reader, Tree},
     layout::Family,
-    sealed::is_absent,
 };
 
 /// Manifests with more entries are read from their files: values in the index stay small.
@@ -33,32 +32,14 @@ impl Store {
 
     fn action_summary(&self, key: Digest) -> Result<Option<Summary>> {
         self.index().expect(self, 1);
-        let path = self.layout().file(Family::Action, key);
-        let indexed = self.index().is_open();
-        let stamp = if indexed {
-            match fs::metadata(&path) {
-                Ok(metadata) => Some(FileStamp::of(&metadata)),
-                Err(error) if is_absent(&error) => return Ok(None),
-                Err(error) => return Err(StoreError::io("examine", path)(error)),
+        if self.index().is_open() {
+            match self.action_folders().find(self, key) {
+                Found::Action(summary) => return Ok(Some(summary)),
+                Found::Absent => return Ok(None),
+                Found::Unknown => {}
             }
-        } else {
-            None
-        };
-        // The index is believed only about the very file that it was filled from.
-        if let Some(stamp) = stamp
-            && let Some(payload) = self.index().get(Tree::Actions, key)
-            && let Some((known, summary)) = Summary::decode(&payload)
-            && known == stamp
-        {
-            return Ok(Some(summary));
         }
-        let Some(summary) = self.read_action_head(key)?.map(Summary::from) else { return Ok(None) };
-        if let Some(stamp) = stamp
-            && let Some(payload) = summary.encode(&stamp)
-        {
-            self.index().put(Tree::Actions, key, &payload);
-        }
-        Ok(Some(summary))
+        Ok(self.read_action_head(key)?.map(Summary::from))
     }
 
     /// Whether an artifact is there with all its blobs. Content is not verified; that happens when it is read.
@@ -119,8 +100,16 @@ impl Store {
 
     /// Tells the memory of newest actions about one that was just written.
     pub(crate) fn note_action(&self, record: &ActionRecord) {
+        self.action_folders().forget(record.key);
         if let Some(map) = &mut *self.latest().0.lock().unwrap_or_else(PoisonError::into_inner) {
-            map.add(record.key, &Summary::of(record));
+            let provenance = &record.provenance;
+            let summary = Summary {
+                outputs: record.outputs.clone(),
+                stage_hash: hash_texts(&[&provenance.stage, &provenance.kind]),
+                workflow_hash: hash_texts(&[&provenance.workflow]),
+                started_at: provenance.started_at,
+            };
+            map.add(record.key, &summary);
         }
     }
 
@@ -133,7 +122,8 @@ impl Store {
     }
 
     pub(crate) fn index_file(&self, path: &Path, stamp: &FileStamp, digest: &FileDigest) {
-        let mut payload = stamp.encode();
+        let mut payload = Vec::with_capacity(80);
+        stamp.encode(&mut payload);
         payload.extend_from_slice(digest.digest.as_bytes());
         self.index().put(Tree::Files, key_of_path(path), &payload);
     }
@@ -143,77 +133,15 @@ fn key_of_path(path: &Path) -> Digest {
     Digest::of(path.as_os_str().as_encoded_bytes())
 }
 
-/// What lookups need of an action.
-struct Summary {
-    outputs: BTreeMap<String, Digest>,
-    stage_hash: u64,
-    workflow_hash: u64,
-    started_at: f64,
-}
-
-impl From<ActionHead> for Summary {
-    fn from(head: ActionHead) -> Self {
-        let ActionHead { outputs, provenance, .. } = head;
-        Self {
-            outputs,
-            stage_hash: hash_texts(&[&provenance.stage, &provenance.kind]),
-            workflow_hash: hash_texts(&[&provenance.workflow]),
-            started_at: provenance.started_at,
-        }
-    }
-}
-
-impl Summary {
-    fn of(record: &ActionRecord) -> Self {
-        let provenance = &record.provenance;
-        Self {
-            outputs: record.outputs.clone(),
-            stage_hash: hash_texts(&[&provenance.stage, &provenance.kind]),
-            workflow_hash: hash_texts(&[&provenance.workflow]),
-            started_at: provenance.started_at,
-        }
-    }
-
-    /// `None` if a port's name is too long for the index.
-    fn encode(&self, stamp: &FileStamp) -> Option<Vec<u8>> {
-        let mut bytes = stamp.encode();
-        bytes.extend_from_slice(&self.stage_hash.to_be_bytes());
-        bytes.extend_from_slice(&self.workflow_hash.to_be_bytes());
-        bytes.extend_from_slice(&self.started_at.to_bits().to_be_bytes());
-        for (port, digest) in &self.outputs {
-            bytes.push(u8::try_from(port.len()).ok()?);
-            bytes.extend_from_slice(port.as_bytes());
-            bytes.extend_from_slice(digest.as_bytes());
-        }
-        Some(bytes)
-    }
-
-    fn decode(bytes: &[u8]) -> Option<(FileStamp, Self)> {
-        let mut reader = Reader(bytes);
-        let stamp = FileStamp::decode(&mut reader)?;
-        let (stage_hash, workflow_hash) = (reader.u64()?, reader.u64()?);
-        let started_at = f64::from_bits(reader.u64()?);
-        let mut outputs = BTreeMap::new();
-        while !reader.is_empty() {
-            let length = reader.bytes(1)?[0];
-            let port = std::str::from_utf8(reader.bytes(usize::from(length))?).ok()?;
-            outputs.insert(port.to_owned(), reader.digest()?);
-        }
-        Some((stamp, Self { outputs, stage_hash, workflow_hash, started_at }))
-    }
-}
-
 impl FileStamp {
-    fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(48 + 96);
+    pub(crate) fn encode(&self, bytes: &mut Vec<u8>) {
         bytes.extend_from_slice(&self.size_bytes.to_be_bytes());
         bytes.extend_from_slice(&self.modified_ns.to_be_bytes());
         bytes.extend_from_slice(&self.changed_ns.to_be_bytes());
         bytes.extend_from_slice(&self.inode.to_be_bytes());
-        bytes
     }
 
-    fn decode(reader: &mut Reader<'_>) -> Option<Self> {
+    pub(crate) fn decode(reader: &mut Reader<'_>) -> Option<Self> {
         let (size_bytes, modified_ns, changed_ns) = (reader.u64()?, reader.i128()?, reader.i128()?);
         Some(Self { size_bytes, modified_ns, changed_ns, inode: reader.u64()? })
     }
@@ -238,7 +166,7 @@ fn decode_blobs(bytes: &[u8]) -> Option<Vec<(Digest, u64)>> {
 }
 
 /// The first 8 bytes of a digest over texts, told apart by their lengths. Whoever finds something by it compares the texts.
-fn hash_texts(texts: &[&str]) -> u64 {
+pub(crate) fn hash_texts(texts: &[&str]) -> u64 {
     let mut hasher = crate::Hasher::new();
     for text in texts {
         hasher.update(&(text.len() as u64).to_be_bytes()).update(text.as_bytes());

@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::{
     ActionRecord, Artifact, ArtifactBuilder, Blob, Digest, FileDigest, LeaseHolder, LeaseOutcome, Manifest, Result, RunLog, SnapshotSet,
     StoreError,
+    action_folder::ActionFolders,
     blob::VerifiedBlobs,
     damage::Damage,
     durable::{WritePoints, create_folder, sync_folder, write_durably},
@@ -35,6 +36,7 @@ struct Inner {
     presence: Presence,
     verified_blobs: VerifiedBlobs,
     damage: Damage,
+    action_folders: ActionFolders,
     latest: Latest,
     manifest_blobs: ManifestBlobs,
     index: Index,
@@ -65,6 +67,7 @@ impl Store {
             presence: Presence::default(),
             verified_blobs: VerifiedBlobs::default(),
             damage: Damage::default(),
+            action_folders: ActionFolders::default(),
             latest: Latest::default(),
             manifest_blobs: ManifestBlobs::default(),
             index: Index::default(),
@@ -104,6 +107,10 @@ impl Store {
 
     pub(crate) fn damage(&self) -> &Damage {
         &self.0.damage
+    }
+
+    pub(crate) fn action_folders(&self) -> &ActionFolders {
+        &self.0.action_folders
     }
 
     pub(crate) fn latest(&self) -> &Latest {

@@ -1,6 +1,7 @@
 //! The index is a cache: damaged, deleted or held by another process, the answers stay the same.
 
 use std::{
+    collections::BTreeMap,
     fmt::Debug,
     fs,
     path::{Path, PathBuf},
@@ -8,6 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use rlflow_store::{Digest, Store};
@@ -218,6 +220,15 @@ fn it_is_believed_only_about_the_files_that_it_was_filled_from() {
     let replaced = action("stage 3", &[("model", key("another artifact"))]);
     other.put_action(&replaced).unwrap();
     assert_eq!(store.outputs(key("stage 3")).unwrap(), Some(replaced.outputs));
+    // What was just looked at is believed for a moment, and no longer.
+    let replaced = action("stage 3", &[("model", key("a third artifact"))]);
+    other.put_action(&replaced).unwrap();
+    let asked = Instant::now();
+    while store.outputs(key("stage 3")).unwrap().as_ref() != Some(&replaced.outputs) {
+        assert!(asked.elapsed() < Duration::from_secs(10), "an action that another process wrote is never seen");
+    }
+    store.put_action(&action("stage 3", &[])).unwrap();
+    assert_eq!(store.outputs(key("stage 3")).unwrap(), Some(BTreeMap::new()), "our own action is not seen at once");
     let hex = key("stage 4").to_string();
     fs::remove_file(path.join("actions").join(&hex[..2]).join(&hex)).unwrap();
     assert_eq!(store.outputs(key("stage 4")).unwrap(), None);
