@@ -46,7 +46,9 @@ impl Interest {
         for (pattern, directory) in named {
             for folder in &folders {
                 if directory {
-                    interest.add_folder(&folder.join(pattern), true, true);
+                    let folder = absolute(&folder.join(pattern));
+                    let real = folder.canonicalize().ok();
+                    [Some(folder), real].iter().flatten().for_each(|folder| interest.add_folder(folder, true, true));
                 } else {
                     interest.add_pattern(folder, pattern);
                 }

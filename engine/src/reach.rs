@@ -17,15 +17,15 @@ pub(crate) struct Reach<'a> {
     states: OnceLock<Vec<State>>,
 }
 
-/// What of an earlier run stays noted beside what this one reached.
+/// What is noted. Each has its place in the store, so that one is not read or replaced with another.
 #[derive(Clone, Copy)]
-pub(crate) enum Beside<'a> {
-    /// Nothing: this run came to every stage.
-    Nothing,
-    /// Everything: this run only begins.
-    Everything,
-    /// What stages of these names had: this run did not come to them, which says nothing about their results.
-    Stages(&'a dyn Fn(&str) -> bool),
+enum Note {
+    /// What runs reached when they ended.
+    Results,
+    /// What a run that has not ended reached so far. Left behind by a run that is killed, until the next one.
+    Running,
+    /// Intermediate results. A run in which everything is cached learns nothing of them, and need not read this note.
+    Memos,
 }
 
 /// What one run reached.
@@ -64,7 +64,7 @@ impl<'a> Reach<'a> {
         let states = match self.states.get() {
             Some(states) => states,
             None => {
-                let read = read(self.store, &self.name())?.into_iter().map(|used| State { keys: used.keys, by_stage: OnceLock::new() });
+                let read = self.read(Note::Results)?.into_iter().map(|used| State { keys: used.keys, by_stage: OnceLock::new() });
                 self.states.get_or_init(|| read.collect())
             }
         };
@@ -80,33 +80,29 @@ impl<'a> Reach<'a> {
         }
     }
 
-    /// Notes what a run reached, with what an earlier one reached beside it.
-    pub fn record(&self, keys: &[Digest], beside: Beside<'_>) -> Result<()> {
-        let name = self.name();
-        let earlier = match beside {
-            Beside::Nothing => Vec::new(),
-            _ => read(self.store, &name)?.into_iter().next().map(|newest| newest.keys).unwrap_or_default(),
-        };
-        if !earlier.is_empty() && keys.iter().all(|key| earlier.binary_search(key).is_ok()) {
-            return Ok(());
-        }
+    /// Notes what a run has reached so far.
+    pub fn record_running(&self, keys: &[Digest]) -> Result<()> {
+        Ok(self.store.record_use(&self.name(Note::Running), keys)?)
+    }
+
+    /// Notes what a run reached in the end. Of stages that it did not come to (`left`), what was noted before stays:
+    /// that they were not asked for, or failed, says nothing about the results that they had.
+    pub fn record(&self, keys: &[Digest], left: Option<&dyn Fn(&str) -> bool>) -> Result<()> {
+        let Some(left) = left else { return Ok(self.store.record_use(&self.name(Note::Results), keys)?) };
         let reached: HashSet<Digest> = keys.iter().copied().collect();
-        let stays = |key: &Digest| match beside {
-            // Keys of snapshots name no stage.
-            Beside::Stages(stays) if !reached.contains(key) => {
-                self.store.action(*key).ok().flatten().is_none_or(|record| stays(&record.provenance.stage))
-            }
-            _ => true,
+        // Keys of snapshots name no stage.
+        let stays = |key: &Digest| {
+            !reached.contains(key) && self.store.action(*key).ok().flatten().is_none_or(|record| left(&record.provenance.stage))
         };
-        let all: Vec<Digest> = earlier.into_iter().filter(stays).chain(keys.iter().copied()).collect();
-        Ok(self.store.record_use(&name, &all)?)
+        let before = self.newest(Note::Results)?;
+        let all: Vec<Digest> = before.into_iter().filter(stays).chain(keys.iter().copied()).collect();
+        Ok(self.store.record_use(&self.name(Note::Results), &all)?)
     }
 
     /// Notes which intermediate results a run used. Stages that were cached did not ask for theirs again, so what was
     /// noted of stages that `still_uses` stays.
     pub fn record_memos(&self, keys: &[Digest], still_uses: impl Fn(&str) -> bool) -> Result<()> {
-        let name = self.memo_name();
-        let before = read(self.store, &name)?.into_iter().next().map(|newest| newest.keys).unwrap_or_default();
+        let before = self.newest(Note::Memos)?;
         let fresh: HashSet<Digest> = keys.iter().copied().collect();
         let stays = |key: &Digest| {
             let record = if fresh.contains(key) { None } else { self.store.action(*key).ok().flatten() };
@@ -116,24 +112,28 @@ impl<'a> Reach<'a> {
         if stay.is_empty() && keys.is_empty() && before.is_empty() {
             return Ok(());
         }
-        Ok(self.store.record_use(&name, &[&stay[..], keys].concat())?)
+        Ok(self.store.record_use(&self.name(Note::Memos), &[&stay[..], keys].concat())?)
     }
 
-    fn name(&self) -> String {
-        self.path.to_string_lossy().into_owned()
+    /// What was noted, newest first.
+    fn read(&self, note: Note) -> Result<Vec<Use>> {
+        let name = self.name(note);
+        let named = |states: &Vec<Use>| states.first().is_some_and(|newest| newest.workflow == name);
+        Ok(self.store.uses()?.into_iter().find(named).unwrap_or_default())
     }
 
-    /// Intermediate results are noted apart, so that a run in which everything is cached, and which learns nothing of
-    /// them, need not read what was noted before. It is the same file under another spelling, because the store
-    /// forgets what is noted of files that are gone.
-    fn memo_name(&self) -> String {
+    fn newest(&self, note: Note) -> Result<Vec<Digest>> {
+        Ok(self.read(note)?.into_iter().next().map(|newest| newest.keys).unwrap_or_default())
+    }
+
+    /// The workflow file, in another spelling for each note: the store keeps what is noted of files that are there.
+    fn name(&self, note: Note) -> String {
         let (folder, file) = (self.path.parent().unwrap_or(Path::new("/")), self.path.file_name().unwrap_or_default());
-        folder.join(".").join(file).to_string_lossy().into_owned()
+        let dots = match note {
+            Note::Results => "",
+            Note::Running => "./",
+            Note::Memos => "././",
+        };
+        folder.join(dots).join(file).to_string_lossy().into_owned()
     }
-}
-
-/// What was noted under a name, newest first.
-fn read(store: &Store, name: &str) -> Result<Vec<Use>> {
-    let named = |states: &Vec<Use>| states.first().is_some_and(|newest| newest.workflow == name);
-    Ok(store.uses()?.into_iter().find(named).unwrap_or_default())
 }

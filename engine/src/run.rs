@@ -2,7 +2,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     sync::{Arc, Mutex, mpsc},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
@@ -15,7 +15,6 @@ use crate::{
     action::{Action, Actions, Decision, Outputs, Request},
     event::{Event, Events, RunLogSink, StageOutcome, StageStatus, now},
     execute::{Attempt, Session},
-    reach::Beside,
     schedule::Schedule,
     tensorboard::TensorBoard,
     workflow::Workflow,
@@ -25,6 +24,9 @@ use crate::{
 const STACK_BYTES: usize = 256 << 20;
 /// How often a stage is tried again because its inputs or snapshots were damaged.
 const RETRIES: u32 = 2;
+
+/// How often a run notes what it has reached so far.
+const NOTE_EVERY: Duration = Duration::from_secs(10);
 
 /// How to run.
 #[derive(Debug, Clone)]
@@ -108,7 +110,7 @@ pub fn run(
     if did_work {
         runner.add_cached_metrics();
     }
-    runner.record_use(true);
+    runner.record_end();
     let stages: Vec<StageOutcome> = runner.outcomes.into_iter().flatten().collect();
     let (ok, interrupted, seconds) = (stages.iter().all(has_result), cancel.is_cancelled(), started.elapsed().as_secs_f64());
     let finished = Event::Finished { ok, interrupted, seconds, stages };
@@ -153,6 +155,8 @@ struct Runner<'a> {
     /// Keys of what was started and has no result, and of its snapshots.
     unfinished: BTreeMap<usize, [Digest; 2]>,
     attempts: usize,
+    /// When what was reached was noted last.
+    noted: Option<Instant>,
     stop: bool,
     /// Why nothing can be written, if so: said when something must be.
     read_only: Option<StoreError>,
@@ -174,6 +178,7 @@ impl<'a> Runner<'a> {
             retries: BTreeMap::new(),
             unfinished: BTreeMap::new(),
             attempts: 0,
+            noted: None,
             stop: false,
             read_only,
         }
@@ -198,10 +203,8 @@ impl<'a> Runner<'a> {
                         return Err(error.into());
                     }
                     self.unfinished.insert(stage, [action.key, action.prefix_key]);
-                    if self.attempts == 0 {
-                        // A collection beside this run must know at once what it builds on.
-                        self.record_use(false);
-                    }
+                    // A collection beside this run must know what it builds on.
+                    self.record_running();
                     self.attempts += 1;
                     let sender = sender.clone();
                     let attempt = move || {
@@ -322,34 +325,54 @@ impl<'a> Runner<'a> {
         self.schedule.settle(stage, changed);
     }
 
-    /// Tells the store what this workflow reaches, so that `gc` keeps it. That it cannot be noted harms no result.
-    fn record_use(&self, ended: bool) {
+    /// Keys of everything that this run came to: results, and snapshots that longer or later runs continue from.
+    fn reached(&self) -> Vec<Digest> {
         let actions = self.session.actions;
-        let ready = self.ready.values().map(|action| [action.key, action.prefix_key]);
-        let mut keys: Vec<Digest> = self.unfinished.values().copied().chain(ready).flatten().collect();
+        let mut keys: Vec<Digest> = self.unfinished.values().copied().flatten().collect();
         for (stage, outcome) in self.outcomes.iter().enumerate() {
             let Some(key) = outcome.as_ref().and_then(|outcome| outcome.key) else { continue };
             keys.push(key);
             keys.extend(actions.lasting_prefix_key(stage, &self.outputs).ok().flatten());
         }
-        let name = |stage: usize| actions.workflow.stages[stage].name.as_str();
-        let stages = || self.outcomes.iter().enumerate();
-        let open: HashSet<&str> =
-            stages().filter(|(_, outcome)| !outcome.as_ref().is_some_and(has_result)).map(|(at, _)| name(at)).collect();
-        let is_open = |stage: &str| open.contains(stage);
-        let beside = match ended {
-            false => Beside::Everything,
-            true if open.is_empty() => Beside::Nothing,
-            true => Beside::Stages(&is_open),
-        };
-        let mut noted = actions.reach.record(&keys, beside);
-        if ended && self.attempts > 0 {
-            let memos = self.session.memo_keys.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
-            let did_not_run =
-                |(_, outcome): &(usize, &Option<StageOutcome>)| !outcome.as_ref().is_some_and(|outcome| did_run(outcome.status));
-            let still: HashSet<&str> = stages().filter(did_not_run).map(|(at, _)| name(at)).collect();
-            noted = noted.and_then(|()| actions.reach.record_memos(&memos, |stage| still.contains(stage)));
+        keys
+    }
+
+    /// Keys of the intermediate results that stages of this run asked for.
+    fn memo_keys(&self) -> Vec<Digest> {
+        self.session.memo_keys.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// Tells the store what this run builds on and made so far: it may take longer than a collection's grace.
+    fn record_running(&mut self) {
+        if self.noted.is_some_and(|noted| noted.elapsed() < NOTE_EVERY) {
+            return;
         }
+        self.noted = Some(Instant::now());
+        let keys = [self.reached(), self.memo_keys()].concat();
+        self.warn_of(self.session.actions.reach.record_running(&keys));
+    }
+
+    /// Tells the store what this workflow reaches, so that `gc` keeps it.
+    fn record_end(&self) {
+        let actions = self.session.actions;
+        let names = |which: &dyn Fn(Option<&StageOutcome>) -> bool| -> HashSet<&str> {
+            let stages = actions.workflow.stages.iter().zip(&self.outcomes);
+            stages.filter(|(_, outcome)| which(outcome.as_ref())).map(|(stage, _)| stage.name.as_str()).collect()
+        };
+        let left = names(&|outcome| !outcome.is_some_and(has_result));
+        let is_left = |stage: &str| left.contains(stage);
+        let is_whole = left.is_empty();
+        self.warn_of(actions.reach.record(&self.reached(), if is_whole { None } else { Some(&is_left) }));
+        if self.noted.is_some() {
+            let memos = self.memo_keys();
+            let did_not_run = names(&|outcome| !outcome.is_some_and(|outcome| did_run(outcome.status)));
+            self.warn_of(actions.reach.record_memos(&memos, |stage| did_not_run.contains(stage)));
+            self.warn_of(actions.reach.record_running(&[]));
+        }
+    }
+
+    /// That something cannot be noted harms no result.
+    fn warn_of(&self, noted: Result<()>) {
         if let Err(error) = noted {
             tracing::warn!(%error, "a collection may take this workflow's results");
         }

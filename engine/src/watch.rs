@@ -228,7 +228,7 @@ impl Changes {
 
 /// Watches the folders, also those that are watched already: a folder that was replaced is another one.
 fn follow(watcher: &mut RecommendedWatcher, interest: &Interest) {
-    for (folder, deep) in interest.folders() {
+    for (folder, deep) in interest.folders().filter(|(folder, _)| folder.is_dir()) {
         let mode = if deep { RecursiveMode::Recursive } else { RecursiveMode::NonRecursive };
         if let Err(error) = watcher.watch(folder, mode) {
             tracing::warn!(folder = %folder.display(), %error, "changes in this folder will not be noticed");
