@@ -41,6 +41,9 @@ impl World {
     }
 
     fn rlflow(&self, arguments: &[&str]) -> Output {
+        if std::env::var_os("RLFLOW_TEST_WITHOUT_INDEX").is_some() {
+            let _ = fs::remove_dir_all(self.path(".rlflow/index"));
+        }
         let mut command = Command::new(env!("CARGO_BIN_EXE_rlflow"));
         command.current_dir(self.0.path()).args(arguments).env_remove("RLFLOW_STORE").env_remove("RUST_LOG");
         command.output().unwrap()

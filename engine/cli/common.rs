@@ -1,6 +1,9 @@
 use std::path::{Path, PathBuf};
 
-use clap::{ArgAction, Args};
+use clap::{
+    ArgAction, Args,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 use tracing_subscriber::EnvFilter;
 
 use rlflow_engine::{
@@ -15,7 +18,7 @@ use crate::failure::Failure;
 #[derive(Args)]
 pub struct Common {
     /// The store's folder [default: .rlflow beside the workflow]
-    #[arg(long, global = true, value_name = "DIR", env = "RLFLOW_STORE")]
+    #[arg(long, global = true, value_name = "DIR", env = "RLFLOW_STORE", value_parser = OsStringValueParser::new().map(PathBuf::from))]
     pub store: Option<PathBuf>,
     /// Print JSON: one object, or JSON lines for streams
     #[arg(long, global = true)]

@@ -86,7 +86,12 @@ impl World {
         self.write("flow.toml", &old.replace(from, to));
     }
 
+    /// The store, as a command opens it. `RLFLOW_TEST_WITHOUT_INDEX` takes the index away between any two commands:
+    /// every test must pass all the same.
     pub fn store(&self) -> Store {
+        if std::env::var_os("RLFLOW_TEST_WITHOUT_INDEX").is_some() {
+            let _ = fs::remove_dir_all(self.path(".rlflow/index"));
+        }
         Store::open(&self.path(".rlflow")).unwrap()
     }
 
