@@ -1,4 +1,4 @@
-//! `corpus`: text files, JSONL and JSON become deduplicated documents, a held-out part and a drawn mixture.
+//! `corpus`: text, web pages, JSON, CSV and Parquet become deduplicated documents, a held-out part and a drawn mixture.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RunContext, StageKind,
     StageResult,
 };
-use rlflow_text::{CorpusOptions, CorpusSource, TextSplit, build_corpus, check_formats};
+use rlflow_text::{CorpusOptions, CorpusSource, TextSplit, build_corpus, check_document_formats};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +17,7 @@ pub struct Corpus;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// Path or glob, relative to the workflow file: .txt, .md, .jsonl or .json, each also with .gz or .zst.
+    /// Path or glob, relative to the workflow file: .txt, .md, .html, .jsonl, .json, .csv or .tsv, each also with .gz or .zst, or .parquet.
     #[schemars(extend("x-setting" = "path"))]
     pub path: String,
     /// Probability of drawing a document from this source; the weights of all sources are normalised. Give every source a
@@ -30,10 +30,10 @@ pub struct Source {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0.0), extend("x-unit" = "passes"))]
     pub epochs: Option<f64>,
-    /// Field that holds the text, in JSON rows.
+    /// Field or column that holds the text, in files with rows.
     #[serde(default = "default_field")]
     pub field: String,
-    /// What one document of a plain text file is: the whole file, a paragraph (between blank lines), or a line.
+    /// What one document of a plain text file, or of a web page's text, is: all of it, a paragraph (between blank lines), or a line.
     #[serde(default)]
     pub split: TextSplit,
 }
@@ -42,13 +42,13 @@ pub struct Source {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HeldoutSource {
-    /// Path or glob, relative to the workflow file.
+    /// Path or glob, relative to the workflow file; formats as in `sources`.
     #[schemars(extend("x-setting" = "path"))]
     pub path: String,
-    /// Field that holds the text, in JSON rows.
+    /// Field or column that holds the text, in files with rows.
     #[serde(default = "default_field")]
     pub field: String,
-    /// What one document of a plain text file is: the whole file, a paragraph (between blank lines), or a line.
+    /// What one document of a plain text file, or of a web page's text, is: all of it, a paragraph (between blank lines), or a line.
     #[serde(default)]
     pub split: TextSplit,
 }
@@ -104,8 +104,7 @@ impl StageKind for Corpus {
 
     const NAME: &'static str = "corpus";
     const VERSION: u32 = 1;
-    const SUMMARY: &'static str =
-        "Reads text, JSONL and JSON into documents: Unicode NFC, exact duplicates left out, a held-out part, and a mixture of sources.";
+    const SUMMARY: &'static str = "Reads text, HTML, JSONL, JSON, CSV and Parquet into documents: Unicode NFC, exact duplicates left out, a held-out part, and a mixture of sources.";
     const INPUTS: &'static [InputPort] = &[];
     const OUTPUTS: &'static [OutputPort] =
         &[OutputPort { name: "text", types: &[ArtifactType::Text], doc: "The documents, with both splits." }];
@@ -159,7 +158,7 @@ impl StageKind for Corpus {
     }
 
     fn describe(config: &CorpusConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
-        let problems = check_formats(&Self::data_sources(config), context.files, true);
+        let problems = check_document_formats(&Self::data_sources(config), context.files);
         if !problems.is_empty() {
             return Err(problems);
         }

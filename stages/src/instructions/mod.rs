@@ -6,7 +6,9 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RunContext, StageKind,
     StageResult,
 };
-use rlflow_text::{ChatTokenizer, ConversationWriter, RowSettings, UsableRow, convert_rows, question_digest, rows};
+use rlflow_text::{
+    ChatTokenizer, ConversationRow, ConversationWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -26,7 +28,7 @@ impl StageKind for Instructions {
     type Config = InstructionsConfig;
 
     const NAME: &'static str = "instructions";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const SUMMARY: &'static str = "Reads Alpaca, OpenAI messages, ShareGPT and prompt/completion rows into conversations with a loss mask.";
     const INPUTS: &'static [InputPort] = &[InputPort::one("tokenizer", &[ArtifactType::Tokenizer], "Tokenizer and chat template.")];
     const OUTPUTS: &'static [OutputPort] = &[OutputPort {
@@ -68,11 +70,11 @@ impl StageKind for Instructions {
     fn run(config: &InstructionsConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         let tokenizer = ChatTokenizer::load(&context.input("tokenizer")?.artifact)?;
         let mut writer = ConversationWriter::new(context.store)?;
-        let convert = |row: &Value| {
+        let convert = |row: &Value| -> Result<UsableRow<ConversationRow>, RowError> {
             let conversation = rows::conversation(row)?;
             let question = question_digest(&conversation.messages);
             let messages = config.rows.with_system(conversation.messages);
-            let row = tokenizer.encode_conversation(&messages).map_err(|error| error.to_string())?;
+            let row = tokenizer.encode_conversation(&messages)?;
             Ok(UsableRow { format: conversation.format, question, row })
         };
         let (mut tokens, mut counted, mut longest) = (0u64, 0u64, 0u64);

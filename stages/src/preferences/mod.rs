@@ -6,7 +6,7 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RunContext, StageKind,
     StageResult,
 };
-use rlflow_text::{ChatTokenizer, PreferenceRow, PreferenceWriter, RowSettings, UsableRow, convert_rows, question_digest, rows};
+use rlflow_text::{ChatTokenizer, PreferenceRow, PreferenceWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -26,7 +26,7 @@ impl StageKind for Preferences {
     type Config = PreferencesConfig;
 
     const NAME: &'static str = "preferences";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const SUMMARY: &'static str = "Reads chosen/rejected pairs, HH-RLHF transcripts and ranked lists of answers.";
     const INPUTS: &'static [InputPort] = &[InputPort::one("tokenizer", &[ArtifactType::Tokenizer], "Tokenizer and chat template.")];
     const OUTPUTS: &'static [OutputPort] = &[OutputPort {
@@ -69,13 +69,13 @@ impl StageKind for Preferences {
     fn run(config: &PreferencesConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         let tokenizer = ChatTokenizer::load(&context.input("tokenizer")?.artifact)?;
         let mut writer = PreferenceWriter::new(context.store)?;
-        let convert = |row: &Value| {
+        let convert = |row: &Value| -> Result<UsableRow<PreferenceRow>, RowError> {
             let preference = rows::preference(row)?;
             let question = question_digest(&preference.prompt);
             let messages = config.rows.with_system(preference.prompt);
             let mut row = PreferenceRow { margin: preference.margin, ..PreferenceRow::default() };
             for answer in &preference.answers {
-                let (prompt, answer) = tokenizer.encode_answer(&messages, answer).map_err(|error| error.to_string())?;
+                let (prompt, answer) = tokenizer.encode_answer(&messages, answer)?;
                 row.prompt = prompt;
                 row.answers.push(answer);
             }

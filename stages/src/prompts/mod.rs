@@ -6,7 +6,7 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RunContext, StageKind,
     StageResult,
 };
-use rlflow_text::{ChatTokenizer, PromptRow, PromptWriter, RowSettings, UsableRow, convert_rows, question_digest, rows};
+use rlflow_text::{ChatTokenizer, PromptRow, PromptWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -32,7 +32,7 @@ impl StageKind for Prompts {
     type Config = PromptsConfig;
 
     const NAME: &'static str = "prompts";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const SUMMARY: &'static str =
         "Reads prompts (text, messages, Alpaca, ShareGPT, or lines of a text file), with reference answers where there are any.";
     const INPUTS: &'static [InputPort] = &[InputPort::one("tokenizer", &[ArtifactType::Tokenizer], "Tokenizer and chat template.")];
@@ -81,11 +81,11 @@ impl StageKind for Prompts {
         let tokenizer = ChatTokenizer::load(&context.input("tokenizer")?.artifact)?;
         let mut writer = PromptWriter::new(context.store)?;
         let fields = rows::PromptFields { answer: config.answer_field.clone(), answer_after: config.answer_after.clone() };
-        let convert = |row: &Value| {
+        let convert = |row: &Value| -> Result<UsableRow<PromptRow>, RowError> {
             let prompt = rows::prompt(row, &fields)?;
             let question = question_digest(&prompt.messages);
             let messages = config.rows.with_system(prompt.messages);
-            let ids = tokenizer.encode_prompt(&messages).map_err(|error| error.to_string())?;
+            let ids = tokenizer.encode_prompt(&messages)?;
             let last = messages.iter().rev().find(|message| message.role == "user");
             let text = last.map(|message| message.content.clone()).unwrap_or_default();
             Ok(UsableRow { format: prompt.format, question, row: PromptRow { ids, text, answer: prompt.answer, messages } })

@@ -1,6 +1,6 @@
 //! `tokenizer`: byte-level BPE trained on a corpus, or a `tokenizer.json`, with its special tokens and chat template.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DataFile, DataSource, DescribeContext, Description, InputPort, Origin, OutputPort, Problem,
@@ -17,6 +17,9 @@ use serde::{Deserialize, Serialize};
 const MEASURED_BYTES: usize = 1 << 20;
 /// Special tokens that a tokenizer read from a file may get: EOS, pad, and two of ChatML.
 const MOST_ADDED: u64 = 4;
+
+/// What a template may use.
+const TEMPLATE_HINT: &str = "mend that line; a template is given `messages` (each with `role` and `content`), `add_generation_prompt` and the special tokens (`bos_token`, `eos_token`, ..)";
 
 /// See the module.
 pub struct Tokenizer;
@@ -83,6 +86,15 @@ impl TokenizerConfig {
         all.into_iter().filter_map(|(setting, path)| path.as_ref().map(|path| (setting, path)))
     }
 
+    /// What is wrong with the template in a file.
+    fn bad_template_file(&self, files: &[Vec<PathBuf>]) -> Option<Problem> {
+        let at = self.named_files().position(|(name, _)| name == "chat_template_file")?;
+        let file = files.get(at)?.first()?;
+        // What cannot be read at all is told when it is hashed.
+        let error = ChatTemplate::check(&std::fs::read_to_string(file).ok()?).err()?;
+        Some(Problem::new("bad_template", "chat_template_file", format!("{}: {error}", file.display())).hint(TEMPLATE_HINT))
+    }
+
     /// The one file that `setting` names, if it is set.
     fn file<'a>(&self, setting: &str, files: &'a [Vec<DataFile>]) -> StageResult<Option<&'a DataFile>> {
         let Some(at) = self.named_files().position(|(name, _)| name == setting) else { return Ok(None) };
@@ -125,8 +137,8 @@ impl StageKind for Tokenizer {
         if config.chat_template.is_some() && config.chat_template_file.is_some() {
             problems.push(Problem::new("conflict", "chat_template_file", "`chat_template` and `chat_template_file` are both set"));
         }
-        if let Some(Err(error)) = config.chat_template.as_deref().map(|source| ChatTemplate::new(source, Vec::new())) {
-            problems.push(Problem::new("bad_template", "chat_template", error.to_string()));
+        if let Some(Err(error)) = config.chat_template.as_deref().map(ChatTemplate::check) {
+            problems.push(Problem::new("bad_template", "chat_template", error.to_string()).hint(TEMPLATE_HINT));
         }
         problems
     }
@@ -139,6 +151,9 @@ impl StageKind for Tokenizer {
     }
 
     fn describe(config: &TokenizerConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
+        if let Some(problem) = config.bad_template_file(context.files) {
+            return Err(vec![problem]);
+        }
         let vocab_size = match (&config.path, context.input("corpus")) {
             (None, None) => {
                 let problem = Problem::new("missing_input", "inputs.corpus", "a tokenizer needs documents to train on");

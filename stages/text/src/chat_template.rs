@@ -3,7 +3,7 @@ use std::{ops::Range, sync::Arc};
 use minijinja::{Environment, ErrorKind, Value, context, value::Kwargs};
 use serde_json::json;
 
-use crate::{Message, TextError, python_json};
+use crate::{Message, TextError, python_json, tokenizer_config::TOKEN_KEYS};
 
 /// Begins a `{% generation %}` block in rendered text.
 const OPEN: char = '\u{FDD0}';
@@ -29,6 +29,7 @@ pub const CHATML: &str = concat!(
 /// A chat template in Hugging Face's dialect of Jinja.
 #[derive(Clone)]
 pub struct ChatTemplate {
+    source: Arc<str>,
     environment: Arc<Environment<'static>>,
     marked: bool,
     special_tokens: Vec<(String, String)>,
@@ -46,7 +47,7 @@ pub struct Rendered {
 impl ChatTemplate {
     /// Parses `source`. `special_tokens` are the variables that templates may use: `("bos_token", "<s>")`.
     pub fn new(source: &str, special_tokens: Vec<(String, String)>) -> Result<Self, TextError> {
-        let (source, marked) = replace_generation_tags(source);
+        let (replaced, marked) = replace_generation_tags(source);
         let mut environment = Environment::new();
         // The environment that transformers renders chat templates in (`chat_template_utils.py`).
         environment.set_trim_blocks(true);
@@ -59,13 +60,31 @@ impl ChatTemplate {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_function("strftime_now", |format: String| strftime_fixed(&format));
-        let add = |environment: &mut Environment<'static>, name: &'static str, source: String| {
-            environment.add_template_owned(name, source).map_err(|error| template_error(&error))
+        let add = |environment: &mut Environment<'static>, name: &'static str, content: String| {
+            environment.add_template_owned(name, content).map_err(|error| template_error(&error, source))
         };
         add(&mut environment, "generation_open", OPEN.to_string())?;
         add(&mut environment, "generation_close", CLOSE.to_string())?;
-        add(&mut environment, "chat", source)?;
-        Ok(Self { environment: Arc::new(environment), marked, special_tokens })
+        add(&mut environment, "chat", replaced)?;
+        Ok(Self { source: source.into(), environment: Arc::new(environment), marked, special_tokens })
+    }
+
+    /// Finds out whether `source` can be rendered at all, before there is a tokenizer: an error if it does not parse, or refuses every one of
+    /// a few plain conversations.
+    pub fn check(source: &str) -> Result<(), TextError> {
+        let special_tokens = TOKEN_KEYS.iter().map(|key| ((*key).to_owned(), format!("<{key}>"))).collect();
+        let template = Self::new(source, special_tokens)?;
+        let (system, user, assistant) = (Message::system("Be brief."), Message::user("Hello"), Message::assistant("Hi!"));
+        let mut refusal = None;
+        for messages in
+            [vec![user.clone()], vec![user.clone(), assistant.clone()], vec![system.clone(), user.clone()], vec![system, user, assistant]]
+        {
+            match template.render(&messages, !messages.last().is_some_and(Message::is_assistant)) {
+                Ok(_) => return Ok(()),
+                Err(error) => drop(refusal.get_or_insert(error)),
+            }
+        }
+        refusal.map_or(Ok(()), Err)
     }
 
     /// Whether the template says itself, with `{% generation %}` blocks, what the assistant writes.
@@ -85,8 +104,8 @@ impl ChatTemplate {
         let special_tokens = Value::from_serialize(&variables);
         let messages = Value::from_serialize(messages);
         let variables = context! { messages, add_generation_prompt, tools => (), documents => (), ..special_tokens };
-        let template = self.environment.get_template("chat").map_err(|error| template_error(&error))?;
-        let text = template.render(variables).map_err(|error| template_error(&error))?;
+        let template = self.environment.get_template("chat").map_err(|error| template_error(&error, &self.source))?;
+        let text = template.render(variables).map_err(|error| template_error(&error, &self.source))?;
         take_spans(text)
     }
 }
@@ -98,11 +117,18 @@ fn check_reserved(text: &str) -> Result<(), TextError> {
     }
 }
 
-/// The innermost cause comes first: what a template raises is for people, the position is not.
-fn template_error(error: &minijinja::Error) -> TextError {
+/// The innermost cause comes first: what a template raises is for people. Then the line of `source`, with its text.
+fn template_error(error: &minijinja::Error, source: &str) -> TextError {
     let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
-    let line = error.line().map(|line| format!(" (line {line} of the template)")).unwrap_or_default();
-    TextError::Template { message: format!("{what}{line}") }
+    let place = error.line().map(|number| match source.lines().nth(number.saturating_sub(1)).map(str::trim) {
+        None | Some("") => format!(" (line {number} of the template)"),
+        Some(line) => {
+            let excerpt: String = line.chars().take(80).collect();
+            let dots = if excerpt.len() < line.len() { "..." } else { "" };
+            format!(" (line {number} of the template: `{excerpt}{dots}`)")
+        }
+    });
+    TextError::Template { message: format!("{what}{}", place.unwrap_or_default()) }
 }
 
 /// Turns `{% generation %}` into an include, which is a block tag too, so that white space around it is trimmed alike.

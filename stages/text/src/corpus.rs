@@ -5,7 +5,7 @@ use serde::Serialize;
 use serde_json::json;
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
 
-use crate::{Mixture, SourceShare, Split, TextSplit, TextWriter, read_documents, unusable::Unusable};
+use crate::{Mixture, SourceShare, Split, TextSplit, TextWriter, empty_files::EmptyFiles, read_documents, unusable::Unusable};
 
 /// Documents between looks at whether to stop.
 const CHECK_EVERY: u64 = 1024;
@@ -89,6 +89,12 @@ pub struct SourceCounts {
     pub epochs: f64,
 }
 
+impl SourceCounts {
+    fn rows(&self) -> u64 {
+        self.documents + self.unusable
+    }
+}
+
 /// Reads `sources` into a `text` artifact: Unicode NFC, exact duplicates left out (held-out sources are read first, so that none
 /// of their documents is trained on), a held-out part chosen by content, and the mixture drawn. Texts go to disk as they are read;
 /// memory holds a few bytes per document.
@@ -100,11 +106,11 @@ pub fn build_corpus(context: &RunContext<'_>, sources: &[CorpusSource<'_>], opti
             source.files.iter().try_for_each(|file| corpus.read(context, index, source, file, options))?;
         }
     }
-    let rows: u64 = corpus.counts.iter().map(|counts| counts.documents + counts.unusable).sum();
+    let rows: u64 = corpus.counts.iter().map(SourceCounts::rows).sum();
     if rows == 0 {
-        let path = sources.iter().flat_map(|source| source.files).next().map_or("sources", |file| &file.name).to_owned();
-        return Err(StageError::Data { path, line: None, message: "no documents to read".into(), hint: None });
+        return Err(corpus.empty.error("documents"));
     }
+    corpus.empty.warn(context, "documents");
     corpus.unusable.settle(context, rows, options.max_unusable)?;
     corpus.hold_out_one(options.heldout);
     corpus.draw(context, sources, options)?;
@@ -122,6 +128,7 @@ struct Corpus {
     drawn: Vec<u64>,
     counts: Vec<SourceCounts>,
     unusable: Unusable,
+    empty: EmptyFiles,
     read_bytes: u64,
 }
 
@@ -136,6 +143,7 @@ impl Corpus {
             drawn: Vec::new(),
             counts: vec![SourceCounts::default(); sources],
             unusable: Unusable::default(),
+            empty: EmptyFiles::default(),
             read_bytes: 0,
         })
     }
@@ -149,6 +157,7 @@ impl Corpus {
         options: &CorpusOptions,
     ) -> StageResult<()> {
         let mut visited = 0u64;
+        let before = self.counts[index].rows();
         read_documents(file, source.split, source.field, |line, text| {
             visited += 1;
             if visited.is_multiple_of(CHECK_EVERY) {
@@ -167,6 +176,9 @@ impl Corpus {
             }
         })?;
         context.check_cancelled()?;
+        if self.counts[index].rows() == before {
+            self.empty.add(file);
+        }
         self.read_bytes += file.size_bytes;
         let (done, total) = (self.read_bytes, context.files.iter().flatten().map(|file| file.size_bytes).sum());
         let (unit, detail) = ("bytes".into(), file.name.clone());

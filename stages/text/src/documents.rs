@@ -1,16 +1,16 @@
-use std::io::BufRead;
-
 use rlflow_api::{DataFile, StageResult};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    data_file::{DataFormat, for_each_line, with_file},
-    json_rows::read_rows,
+    data_file::{DataFormat, Flow, for_each_line, with_file},
+    html::html_text,
+    parquet::read_parquet,
+    row_file::read_rows,
 };
 
-/// What one document of a plain text file is.
+/// What one document of a plain text file, or of a web page's text, is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TextSplit {
@@ -24,20 +24,46 @@ pub enum TextSplit {
 }
 
 /// Calls `visit` with the line and text of every document of `file`; `Err` is a row without text, with the reason.
-/// One document at a time is held. Line ends are `\n`; documents of plain text are trimmed of blank lines, and blank ones left out.
+/// One document at a time is held, of web pages the page. Line ends are `\n`; documents of plain text are trimmed of blank lines, and blank
+/// ones left out. Lines of a web page are those of its text.
 pub fn read_documents(
     file: &DataFile,
     split: TextSplit,
     field: &str,
     mut visit: impl FnMut(u64, Result<&str, String>) -> StageResult<()>,
 ) -> StageResult<()> {
+    let mut documents = Documents { split, text: String::new(), start: 1, visit: &mut |line, text| visit(line, Ok(text)) };
     match DataFormat::of_file(file)? {
-        DataFormat::Text => with_file(file, |input| split_text(file, input, split, |line, text| visit(line, Ok(text)))),
-        DataFormat::Json => read_rows(file, |line, row| match row.get(field) {
-            Some(Value::String(text)) => visit(line, Ok(text)),
-            Some(other) => visit(line, Err(format!("`{field}` is {}, expected text", kind_of(other)))),
-            None => visit(line, Err(no_field(&row, field))),
+        DataFormat::Text => with_file(file, |input| {
+            for_each_line(file, input, |number, line| documents.line(number, line).map(Flow::Continue))?;
+            documents.finish()
         }),
+        DataFormat::Html => with_file(file, |input| {
+            let mut html = String::new();
+            for_each_line(file, input, |_, line| {
+                html.push_str(line);
+                html.push('\n');
+                Ok(Flow::Continue(()))
+            })?;
+            let text = html_text(&html);
+            text.lines().zip(1..).try_for_each(|(line, number)| documents.line(number, line))?;
+            documents.finish()
+        }),
+        format => {
+            let mut visit_row = |line: u64, row: Value| {
+                let text = match row.get(field) {
+                    Some(Value::String(text)) => Ok(text.as_str()),
+                    Some(other) => Err(format!("`{field}` is {}, expected text", kind_of(other))),
+                    None => Err(no_field(&row, field)),
+                };
+                visit(line, text).map(Flow::Continue)
+            };
+            // Of a table's columns only one need be unpacked.
+            match format {
+                DataFormat::Parquet => read_parquet(file, Some(field), &mut visit_row),
+                _ => read_rows(file, false, visit_row),
+            }
+        }
     }
 }
 
@@ -64,35 +90,41 @@ pub(crate) fn kind_of(value: &Value) -> &'static str {
     }
 }
 
-fn split_text(
-    file: &DataFile,
-    input: &mut dyn BufRead,
+/// Puts lines together to documents.
+struct Documents<'a> {
     split: TextSplit,
-    mut visit: impl FnMut(u64, &str) -> StageResult<()>,
-) -> StageResult<()> {
-    let (mut document, mut start) = (String::new(), 1);
-    for_each_line(file, input, |number, line| {
-        match split {
+    text: String,
+    /// Line on which `text` begins.
+    start: u64,
+    visit: &'a mut dyn FnMut(u64, &str) -> StageResult<()>,
+}
+
+impl Documents<'_> {
+    fn line(&mut self, number: u64, line: &str) -> StageResult<()> {
+        match self.split {
             TextSplit::Line if line.trim().is_empty() => return Ok(()),
-            TextSplit::Line => return visit(number, line),
+            TextSplit::Line => return (self.visit)(number, line),
             TextSplit::Paragraph if line.trim().is_empty() => {
-                if !document.is_empty() {
-                    visit(start, &document)?;
-                    document.clear();
+                if !self.text.is_empty() {
+                    (self.visit)(self.start, &self.text)?;
+                    self.text.clear();
                 }
                 return Ok(());
             }
-            TextSplit::File if document.is_empty() && line.trim().is_empty() => return Ok(()),
+            TextSplit::File if self.text.is_empty() && line.trim().is_empty() => return Ok(()),
             _ => {}
         }
-        if document.is_empty() {
-            start = number;
+        if self.text.is_empty() {
+            self.start = number;
         } else {
-            document.push('\n');
+            self.text.push('\n');
         }
-        document.push_str(line);
+        self.text.push_str(line);
         Ok(())
-    })?;
-    let rest = document.trim_end_matches('\n');
-    if rest.trim().is_empty() { Ok(()) } else { visit(start, rest) }
+    }
+
+    fn finish(&mut self) -> StageResult<()> {
+        let rest = self.text.trim_end_matches('\n');
+        if rest.trim().is_empty() { Ok(()) } else { (self.visit)(self.start, rest) }
+    }
 }

@@ -36,6 +36,19 @@ pub enum TextError {
 }
 
 impl TextError {
+    /// Whether the chat template is to blame, not the conversation that it was given.
+    pub const fn is_of_template(&self) -> bool {
+        matches!(self, Self::Template { .. } | Self::Mask { .. })
+    }
+
+    /// The error without the words "chat template", for messages that name the template themselves.
+    pub fn of_template_text(&self) -> String {
+        match self {
+            Self::Template { message } => message.clone(),
+            other => other.to_string(),
+        }
+    }
+
     /// What the user can do, where known.
     pub fn hint(&self) -> Option<&'static str> {
         match self {

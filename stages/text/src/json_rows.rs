@@ -7,20 +7,20 @@ use serde::{
 };
 use serde_json::Value;
 
-use crate::data_file::{LineCounter, data_error, for_each_line, read_error, with_file};
+use crate::data_file::{Flow, LineCounter, data_error, for_each_line, read_error, with_file};
 
 /// Calls `visit` with every row of a JSON file and its line: the elements of an array, or one value per line. Rows are
 /// parsed one at a time, so that the file may be larger than memory.
-pub fn read_rows(file: &DataFile, mut visit: impl FnMut(u64, Value) -> StageResult<()>) -> StageResult<()> {
+pub(crate) fn read_json(file: &DataFile, visit: &mut dyn FnMut(u64, Value) -> StageResult<Flow>) -> StageResult<()> {
     with_file(file, |input| {
         let (mut input, line) = LineCounter::new(input);
         match input.peek().map_err(|error| read_error(file, error))? {
-            Some(b'[') => read_array(file, input, &line, &mut visit),
+            Some(b'[') => read_array(file, input, &line, visit),
             _ => {
                 let before = line.get() - 1;
                 for_each_line(file, &mut std::io::BufReader::new(input), |number, text| {
                     if text.trim().is_empty() {
-                        return Ok(());
+                        return Ok(Flow::Continue(()));
                     }
                     let number = number + before;
                     let value = serde_json::from_str(text).map_err(|error| broken(file, number, &error, text))?;
@@ -45,13 +45,13 @@ fn read_array(
     file: &DataFile,
     input: LineCounter<'_>,
     line: &Cell<u64>,
-    visit: &mut dyn FnMut(u64, Value) -> StageResult<()>,
+    visit: &mut dyn FnMut(u64, Value) -> StageResult<Flow>,
 ) -> StageResult<()> {
     let mut stopped = None;
     let mut parser = serde_json::Deserializer::from_reader(input);
     let parsed = parser.deserialize_seq(Rows { line, visit, stopped: &mut stopped }).and_then(|()| parser.end());
     match (stopped, parsed) {
-        (Some(error), _) => Err(error),
+        (Some(result), _) => result,
         (None, Ok(())) => Ok(()),
         (None, Err(error)) if error.is_io() => Err(read_error(file, error.into())),
         (None, Err(error)) => {
@@ -64,8 +64,9 @@ fn read_array(
 
 struct Rows<'a> {
     line: &'a Cell<u64>,
-    visit: &'a mut dyn FnMut(u64, Value) -> StageResult<()>,
-    stopped: &'a mut Option<StageError>,
+    visit: &'a mut dyn FnMut(u64, Value) -> StageResult<Flow>,
+    /// How the reading ended, if before the end of the array.
+    stopped: &'a mut Option<StageResult<()>>,
 }
 
 impl<'de> Visitor<'de> for Rows<'_> {
@@ -90,9 +91,12 @@ impl<'de> DeserializeSeed<'de> for Row<'_, '_> {
         // The parser has looked at the row's first byte and no further: this is its line.
         let line = self.0.line.get();
         let value = <Value as serde::Deserialize>::deserialize(deserializer)?;
-        (self.0.visit)(line, value).map_err(|error| {
-            *self.0.stopped = Some(error);
-            serde::de::Error::custom("stopped")
-        })
+        let stopped = match (self.0.visit)(line, value) {
+            Ok(Flow::Continue(())) => return Ok(()),
+            Ok(Flow::Break(())) => Ok(()),
+            Err(error) => Err(error),
+        };
+        *self.0.stopped = Some(stopped);
+        Err(serde::de::Error::custom("stopped"))
     }
 }

@@ -1,16 +1,17 @@
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use rayon::prelude::*;
 use rlflow_api::{DataFile, DataSource, Digest, Problem, RunContext, StageError, StageEvent, StageResult};
 use rlflow_store::Hasher;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
-    Message, Split,
-    data_file::{DataFormat, data_error, for_each_line, with_file},
-    json_rows::read_rows,
+    Message, Split, TextError,
+    data_file::{DataFormat, Flow},
+    empty_files::EmptyFiles,
+    read_rows,
     unusable::Unusable,
 };
 
@@ -21,7 +22,8 @@ const BATCH_ROWS: usize = 1024;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RowSource {
-    /// Path or glob, relative to the workflow file: .jsonl or .json (prompts also .txt, one prompt per line), each also with .gz or .zst.
+    /// Path or glob, relative to the workflow file: .jsonl, .json, .csv or .tsv (prompts also .txt, one prompt per line), each also
+    /// with .gz or .zst, or .parquet.
     #[schemars(extend("x-setting" = "path"))]
     pub path: String,
 }
@@ -44,7 +46,8 @@ pub struct RowSettings {
     #[serde(default = "default_max_unusable")]
     #[schemars(range(min = 0.0, max = 1.0))]
     pub max_unusable: f64,
-    /// Most rows to read, in the order of the sources; all if not set.
+    /// Most rows to train on: `sources` are read, in their order, until there are so many. Rows that are held out do not count, and
+    /// `heldout_sources` are read whole. All if not set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1), extend("x-unit" = "rows"))]
     pub max_rows: Option<u64>,
@@ -77,9 +80,9 @@ impl RowSettings {
         all
     }
 
-    /// Files of a format that cannot be read, found before anything runs.
-    pub fn check_formats(&self, files: &[Vec<std::path::PathBuf>], text: bool) -> Vec<Problem> {
-        check_formats(&self.data_sources(), files, text)
+    /// Files of a format that cannot be read, found before anything runs. `lines` = a line of plain text is a row too.
+    pub fn check_formats(&self, files: &[Vec<PathBuf>], lines: bool) -> Vec<Problem> {
+        check_formats(&self.data_sources(), files, |format| format.no_rows(lines))
     }
 
     /// `messages` with the stage's system message if they have none.
@@ -92,17 +95,16 @@ impl RowSettings {
     }
 }
 
-/// Problems with the formats of `files`, in the order of `sources`.
-pub fn check_formats(sources: &[DataSource], files: &[Vec<std::path::PathBuf>], text: bool) -> Vec<Problem> {
+/// Files of a format in which no documents are, found before anything runs; `files` in the order of `sources`.
+pub fn check_document_formats(sources: &[DataSource], files: &[Vec<PathBuf>]) -> Vec<Problem> {
+    check_formats(sources, files, |_| None)
+}
+
+fn check_formats(sources: &[DataSource], files: &[Vec<PathBuf>], unfit: impl Fn(DataFormat) -> Option<String>) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (source, files) in sources.iter().zip(files) {
-        let wrong = files.iter().find_map(|file| match DataFormat::of(file) {
-            Ok(DataFormat::Text) if !text => {
-                Some(format!("{}: rows cannot be read from plain text; expected .jsonl or .json", file.display()))
-            }
-            Ok(_) => None,
-            Err(message) => Some(format!("{}: {message}", file.display())),
-        });
+        let reason = |file: &PathBuf| DataFormat::of(file).map_or_else(Some, &unfit);
+        let wrong = files.iter().find_map(|file| Some(format!("{}: {}", file.display(), reason(file)?)));
         problems.extend(wrong.map(|message| Problem::new("unsupported_format", &source.setting, message)));
     }
     problems
@@ -139,32 +141,77 @@ pub struct RowCounts {
     pub formats: BTreeMap<&'static str, u64>,
 }
 
+/// Why a row cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RowError {
+    /// What is wrong with the row.
+    #[error("{0}")]
+    Row(String),
+    /// What tokenizer or chat template say of it.
+    #[error(transparent)]
+    Text(#[from] TextError),
+}
+
+impl From<String> for RowError {
+    fn from(reason: String) -> Self {
+        Self::Row(reason)
+    }
+}
+
+impl RowError {
+    /// What the chat template says, if it is to blame.
+    fn of_template(self) -> Option<TextError> {
+        match self {
+            Self::Text(error) if error.is_of_template() => Some(error),
+            _ => None,
+        }
+    }
+}
+
 /// Reads all rows of the stage's files, turns each into what is stored with `convert` (in parallel, so it must depend on
-/// the row only) and gives the results to `store` in order. Unusable rows are counted, shown and limited; counts are reported as metrics.
+/// the row only) and gives the results to `store` in order. `lines` = a line of plain text is a row too.
+/// Unusable rows are counted, shown and limited; counts are reported as metrics. A chat template that takes no conversation at all is an error
+/// of its own, before any row is read.
 pub fn convert_rows<T: Send>(
     context: &RunContext<'_>,
     settings: &RowSettings,
-    text: bool,
-    convert: impl Fn(&Value) -> Result<UsableRow<T>, String> + Sync,
+    lines: bool,
+    convert: impl Fn(&Value) -> Result<UsableRow<T>, RowError> + Sync,
     mut store: impl FnMut(Split, T) -> StageResult<()>,
 ) -> StageResult<RowCounts> {
+    if let Some(error) = refuses_all(&convert) {
+        return Err(template_error(context, settings, "cannot be used", &error));
+    }
     context.phase("reading");
     let total: u64 = context.files.iter().flatten().map(|file| file.size_bytes).sum();
-    let mut reader = Reader { context, settings, convert, store: &mut store, counts: RowCounts::default(), unusable: Unusable::default() };
+    let mut reader = Reader {
+        context,
+        settings,
+        convert,
+        store: &mut store,
+        counts: RowCounts::default(),
+        unusable: Unusable::default(),
+        refused: 0,
+        refusal: None,
+        empty: EmptyFiles::default(),
+    };
     let mut done = 0;
     for (index, files) in context.files.iter().enumerate() {
         let heldout_source = index >= settings.sources.len();
         for file in files {
-            reader.read(file, heldout_source, text)?;
+            reader.read(file, heldout_source, lines)?;
             done += file.size_bytes;
             let (unit, detail) = ("bytes".into(), file.name.clone());
             context.reporter.report(StageEvent::Progress { done, total, unit, rate: None, tokens_per_s: None, detail });
         }
     }
-    let Reader { counts, unusable, .. } = reader;
+    let Reader { counts, unusable, refused, refusal, empty, .. } = reader;
     if counts.rows == 0 {
-        let path = context.files.iter().flatten().next().map_or_else(|| "sources".to_owned(), |file| file.name.clone());
-        return Err(StageError::Data { path, line: None, message: "no rows to read".into(), hint: None });
+        return Err(empty.error("rows"));
+    }
+    empty.warn(context, "rows");
+    if let Some(error) = refusal.filter(|_| refused == counts.rows) {
+        return Err(template_error(context, settings, &format!("refuses all of {refused} rows"), &error));
     }
     unusable.settle(context, counts.rows, settings.max_unusable)?;
     if counts.train == 0 && counts.heldout == 0 {
@@ -188,6 +235,26 @@ pub fn convert_rows<T: Send>(
     Ok(counts)
 }
 
+/// What the chat template says if it takes none of the plainest rows, with and without a system message. Every kind of rows knows their format.
+fn refuses_all<T>(convert: impl Fn(&Value) -> Result<UsableRow<T>, RowError>) -> Option<TextError> {
+    let plain = json!({ "prompt": "Hello", "completion": "Hi!", "chosen": "Hi!", "rejected": "No." });
+    let mut with_system = plain.clone();
+    with_system["system"] = "Be brief.".into();
+    let refusal = convert(&plain).err()?.of_template()?;
+    convert(&with_system).err()?.of_template()?;
+    Some(refusal)
+}
+
+fn template_error(context: &RunContext<'_>, settings: &RowSettings, what: &str, error: &TextError) -> StageError {
+    let stage = context.optional_input("tokenizer").map_or("tokenizer", |input| input.stage.as_str());
+    let mend = format!("mend the chat template that comes with `{stage}` (`chat_template` or `chat_template_file` of a `tokenizer` stage)");
+    let mut hint = error.hint().map_or(mend, str::to_owned);
+    if settings.system.is_some() {
+        hint += "; or remove `system` from this stage, if the template takes no system message";
+    }
+    StageError::invalid_with_hint(format!("the chat template of `{stage}` {what}: {}", error.of_template_text()), hint)
+}
+
 struct Reader<'a, T, C> {
     context: &'a RunContext<'a>,
     settings: &'a RowSettings,
@@ -195,33 +262,43 @@ struct Reader<'a, T, C> {
     store: &'a mut dyn FnMut(Split, T) -> StageResult<()>,
     counts: RowCounts,
     unusable: Unusable,
+    /// Rows that the chat template refused, and what it said first.
+    refused: u64,
+    refusal: Option<TextError>,
+    empty: EmptyFiles,
 }
 
-impl<T: Send, C: Fn(&Value) -> Result<UsableRow<T>, String> + Sync> Reader<'_, T, C> {
-    fn read(&mut self, file: &DataFile, heldout_source: bool, text: bool) -> StageResult<()> {
-        let mut batch = Vec::with_capacity(BATCH_ROWS);
-        let mut left = self.settings.max_rows.map_or(u64::MAX, |most| most.saturating_sub(self.counts.rows));
-        let mut add = |reader: &mut Self, line: u64, row: Value| {
-            if left == 0 {
-                return Ok(());
-            }
-            left -= 1;
-            batch.push((line, row));
-            if batch.len() == BATCH_ROWS { reader.flush(file, heldout_source, &mut batch) } else { Ok(()) }
-        };
-        match DataFormat::of_file(file)? {
-            DataFormat::Json => read_rows(file, |line, row| add(self, line, row))?,
-            DataFormat::Text if text => with_file(file, |input| {
-                for_each_line(file, input, |line, text| match text.trim() {
-                    "" => Ok(()),
-                    text => add(self, line, Value::String(text.to_owned())),
-                })
-            })?,
-            DataFormat::Text => {
-                return Err(data_error(file, None, "rows cannot be read from plain text", Some("expected .jsonl or .json")));
-            }
+impl<T: Send, C: Fn(&Value) -> Result<UsableRow<T>, RowError> + Sync> Reader<'_, T, C> {
+    fn read(&mut self, file: &DataFile, heldout_source: bool, lines: bool) -> StageResult<()> {
+        if self.is_full(heldout_source) {
+            return Ok(());
         }
-        self.flush(file, heldout_source, &mut batch)
+        let before = self.counts.rows;
+        let mut batch = Vec::with_capacity(BATCH_ROWS);
+        read_rows(file, lines, |line, row| {
+            batch.push((line, row));
+            // Never more than are wanted: what follows the last of them is not looked at.
+            let wanted = if heldout_source { u64::MAX } else { self.wanted() };
+            if batch.len() == BATCH_ROWS || batch.len() as u64 >= wanted {
+                self.flush(file, heldout_source, &mut batch)?;
+            }
+            Ok(if self.is_full(heldout_source) { Flow::Break(()) } else { Flow::Continue(()) })
+        })?;
+        self.flush(file, heldout_source, &mut batch)?;
+        if self.counts.rows == before {
+            self.empty.add(file);
+        }
+        Ok(())
+    }
+
+    /// Rows to train on that may still come.
+    fn wanted(&self) -> u64 {
+        self.settings.max_rows.map_or(u64::MAX, |most| most.saturating_sub(self.counts.train))
+    }
+
+    /// Whether there are as many rows to train on as are wanted.
+    fn is_full(&self, heldout_source: bool) -> bool {
+        !heldout_source && self.wanted() == 0
     }
 
     fn flush(&mut self, file: &DataFile, heldout_source: bool, batch: &mut Vec<(u64, Value)>) -> StageResult<()> {
@@ -239,9 +316,13 @@ impl<T: Send, C: Fn(&Value) -> Result<UsableRow<T>, String> + Sync> Reader<'_, T
                     }
                     (self.store)(split, row)?;
                 }
-                Err(reason) => {
+                Err(error) => {
                     self.counts.unusable += 1;
-                    self.unusable.add(file, line, reason);
+                    self.unusable.add(file, line, error.to_string());
+                    if let Some(error) = error.of_template() {
+                        self.refused += 1;
+                        self.refusal.get_or_insert(error);
+                    }
                 }
             }
         }

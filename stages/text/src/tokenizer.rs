@@ -282,7 +282,13 @@ impl ChatTokenizer {
             None => self.encode_pieces(&rendered),
             Some(whole) => encode_whole(whole, &rendered)?,
         };
-        if row.mask.contains(&true) { Ok(row) } else { Err(TextError::NoAssistantTurn) }
+        if row.mask.contains(&true) {
+            return Ok(row);
+        }
+        match messages.iter().any(|message| message.is_assistant() && !message.content.trim().is_empty()) {
+            true => Err(TextError::Mask { message: "it leaves out what the assistant says".into() }),
+            false => Err(TextError::NoAssistantTurn),
+        }
     }
 
     /// Ids of a prompt and of an answer to it, the token that ends the turn included.

@@ -3,7 +3,7 @@ use serde_json::{Map, Value, json};
 use crate::{TextError, tokenizer::CONFIG_ENTRY};
 
 /// Keys of `tokenizer_config.json` that name a special token.
-const TOKEN_KEYS: &[&str] = &["bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"];
+pub(crate) const TOKEN_KEYS: &[&str] = &["bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"];
 
 /// `tokenizer_config.json` in Hugging Face's layout, as far as rlflow reads it.
 #[derive(Debug, Clone, Default, PartialEq)]

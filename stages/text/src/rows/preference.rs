@@ -56,6 +56,14 @@ type Parts = (&'static str, Vec<Message>, Vec<Message>);
 fn margin(row: &Map<String, Value>) -> Result<Option<f32>, String> {
     let number = |name: &str| match row.get(name) {
         None | Some(Value::Null) => Ok(None),
+        // Cells of CSV files are texts.
+        Some(Value::String(text)) => text
+            .trim()
+            .parse()
+            .ok()
+            .filter(|number: &f64| number.is_finite())
+            .map(Some)
+            .ok_or_else(|| format!("`{name}` is `{text}`, expected a number")),
         Some(value) => value.as_f64().map(Some).ok_or_else(|| format!("`{name}` is {}, expected a number", kind_of(value))),
     };
     if let Some(margin) = number("margin")? {
