@@ -3,7 +3,7 @@ use std::{
     fs::{self, File, Metadata},
     io,
     os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -69,17 +69,18 @@ const LONGEST_WAIT: Duration = Duration::from_millis(50);
 /// Digests of data files hashed by this process, shared by all clones of a store.
 #[derive(Default)]
 pub(crate) struct FileMemory {
-    known: Mutex<HashMap<PathBuf, (FileStamp, FileDigest)>>,
+    /// By digest of the path.
+    known: Mutex<HashMap<Digest, (FileStamp, FileDigest)>>,
     hashed_bytes: AtomicU64,
 }
 
 impl FileMemory {
-    fn get(&self, path: &Path, stamp: &FileStamp) -> Option<FileDigest> {
+    fn get(&self, path: Digest, stamp: &FileStamp) -> Option<FileDigest> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(path).filter(|(known, _)| known == stamp).map(|(_, digest)| *digest)
+        known.get(&path).filter(|(known, _)| known == stamp).map(|(_, digest)| *digest)
     }
 
-    fn put(&self, path: PathBuf, stamp: FileStamp, digest: FileDigest) {
+    fn put(&self, path: Digest, stamp: FileStamp, digest: FileDigest) {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(path, (stamp, digest));
     }
 }
@@ -90,13 +91,14 @@ impl Store {
         let metadata = fs::metadata(&path).map_err(StoreError::io("examine", &path))?;
         check_is_file(&path, &metadata)?;
         let stamp = FileStamp::of(&metadata);
-        if let Some(digest) = self.file_memory().get(&path, &stamp) {
+        let name = Digest::of(path.as_os_str().as_encoded_bytes());
+        if let Some(digest) = self.file_memory().get(name, &stamp) {
             return Ok(digest);
         }
         // Hashing a little is cheaper than opening the index; a lot is not.
         self.index().expect(self, metadata.len() / HASHED_PER_LOOKUP);
-        if let Some(digest) = self.indexed_file(&path, &stamp) {
-            self.file_memory().put(path, stamp, digest);
+        if let Some(digest) = self.indexed_file(name, &stamp) {
+            self.file_memory().put(name, stamp, digest);
             return Ok(digest);
         }
         // Times that settled by the coarsest measure need no look at the file system.
@@ -112,8 +114,8 @@ impl Store {
         self.file_memory().hashed_bytes.fetch_add(read.size_bytes, Ordering::Relaxed);
         let digest = FileDigest { digest, size_bytes: read.size_bytes };
         if settles_in(&read, hashed_at) == Some(Duration::ZERO) {
-            self.index_file(&path, &read, &digest);
-            self.file_memory().put(path, read, digest);
+            self.index_file(name, &read, &digest);
+            self.file_memory().put(name, read, digest);
         }
         Ok(digest)
     }

@@ -1,6 +1,6 @@
 //! The index: copies of what files say, in sled, so that thousands of lookups are fast. Never the truth.
 //!
-//! It is opened only when it pays (opening costs more than a few hundred file reads), by one process at a time, behind
+//! It is opened only when it pays (opening costs as much as reading one or two thousand files), by one process at a time, behind
 //! a guard: damage of any kind sets it aside, and it fills again from the files. See `store/DESIGN.md`.
 
 use std::{
@@ -17,8 +17,8 @@ use std::{
 
 use crate::{Digest, Hasher, Store, fault::fault_point, file_digest::FileStamp, layout::Layout};
 
-/// Lookups answered from files before the index is opened.
-const LOOKUPS_BEFORE_OPENING: u64 = 512;
+/// Lookups answered from files before the index is opened: about where that begins to pay.
+const LOOKUPS_BEFORE_OPENING: u64 = 2048;
 /// An index larger than this is not checked as a whole before it is opened; sled's own checks and the envelopes remain.
 const MAX_SEALED_BYTES: u64 = 64 << 20;
 /// Version of the values' layout.

@@ -59,6 +59,6 @@ pub use lineage::{LineageEdge, LineageNode, Maker};
 pub use manifest::{Dtype, Entry, Manifest};
 pub use root::{Pin, Use};
 pub use run_log::RunLog;
-pub use snapshot::{Retain, Snapshot, SnapshotSet};
+pub use snapshot::{Retain, Snapshot, SnapshotLimit, SnapshotSet};
 pub use store::Store;
 pub use usage::{StageUsage, Usage};

@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
-    path::Path,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -113,24 +112,20 @@ impl Store {
         }
     }
 
-    pub(crate) fn indexed_file(&self, path: &Path, stamp: &FileStamp) -> Option<FileDigest> {
-        let payload = self.index().get(Tree::Files, key_of_path(path))?;
+    pub(crate) fn indexed_file(&self, path: Digest, stamp: &FileStamp) -> Option<FileDigest> {
+        let payload = self.index().get(Tree::Files, path)?;
         let mut reader = Reader(&payload);
         let known = FileStamp::decode(&mut reader)?;
         let digest = reader.digest()?;
         (known == *stamp && reader.is_empty()).then_some(FileDigest { digest, size_bytes: known.size_bytes })
     }
 
-    pub(crate) fn index_file(&self, path: &Path, stamp: &FileStamp, digest: &FileDigest) {
+    pub(crate) fn index_file(&self, path: Digest, stamp: &FileStamp, digest: &FileDigest) {
         let mut payload = Vec::with_capacity(80);
         stamp.encode(&mut payload);
         payload.extend_from_slice(digest.digest.as_bytes());
-        self.index().put(Tree::Files, key_of_path(path), &payload);
+        self.index().put(Tree::Files, path, &payload);
     }
-}
-
-fn key_of_path(path: &Path) -> Digest {
-    Digest::of(path.as_os_str().as_encoded_bytes())
 }
 
 impl FileStamp {

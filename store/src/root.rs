@@ -36,10 +36,10 @@ pub struct Pin {
 /// Keys that one state of a workflow reached.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Use {
-    /// The workflow file.
-    pub workflow: String,
     /// Action keys, memo keys and prefix keys, sorted.
     pub keys: Vec<Digest>,
+    /// The workflow file.
+    pub workflow: String,
 }
 
 impl Store {
@@ -84,7 +84,9 @@ impl Store {
         keys.dedup();
         let folder = self.layout().uses().join(Digest::of(workflow.as_bytes()).to_string());
         let used = Use { workflow: workflow.to_owned(), keys };
-        let body = encode(&folder, &used)?;
+        // Its fields stand in canonical order, so this is canonical JSON, in a fraction of the time for thousands of keys.
+        let body = serde_json::to_vec(&used).map_err(|error| StoreError::Format { path: folder.clone(), message: error.to_string() })?;
+        check_length(&folder, &body)?;
         let name = Digest::of(&body).to_string();
         let known = newest_first(&folder)?;
         let path = folder.join(&name);

@@ -24,10 +24,25 @@ const POINTS: WritePoints =
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Retain {
-    /// Until a newer one exists.
+    /// Until newer ones exist: see [`SnapshotLimit`].
     Latest,
     /// Until `gc`: the final state and the start of a decay, from which longer runs extend.
     Keep,
+}
+
+/// How many snapshots with [`Retain::Latest`] are kept. The newest always is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SnapshotLimit {
+    /// This many of the newest, so that one that a dying disk damaged is not the only one.
+    pub newest: usize,
+    /// Of these, as many as together take at most this.
+    pub bytes: u64,
+}
+
+impl Default for SnapshotLimit {
+    fn default() -> Self {
+        Self { newest: 2, bytes: u64::MAX }
+    }
 }
 
 /// A stored snapshot.
@@ -62,8 +77,9 @@ impl SnapshotSet {
         self.store.artifact("snapshot")
     }
 
-    /// Publishes the state and records it durably; then drops older ones with [`Retain::Latest`].
-    pub fn save(&self, step: u64, retain: Retain, info: Value, state: ArtifactBuilder) -> Result<Snapshot> {
+    /// Publishes the state and records it durably; then drops those with [`Retain::Latest`] that are older than the
+    /// limit asks for, or all of them behind one that is kept.
+    pub fn save(&self, step: u64, retain: Retain, info: Value, state: ArtifactBuilder, limit: SnapshotLimit) -> Result<Snapshot> {
         let path = self.path(step);
         check_depth(&path, &info)?;
         let digest = state.publish()?.digest();
@@ -71,7 +87,8 @@ impl SnapshotSet {
         let body = to_canonical(&snapshot).map_err(|error| StoreError::Format { path: path.clone(), message: error.to_string() })?;
         check_length(&path, &body)?;
         write_durably(self.store.layout(), &path, &seal(SEAL, &body), &POINTS)?;
-        self.drop_older(step);
+        let limit = if retain == Retain::Keep { SnapshotLimit { newest: 1, ..limit } } else { limit };
+        self.drop_older(&snapshot, limit);
         Ok(snapshot)
     }
 
@@ -81,6 +98,12 @@ impl SnapshotSet {
         let artifact = self.store.open_artifact(snapshot.digest)?.ok_or(missing)?;
         artifact.verify()?;
         Ok(artifact)
+    }
+
+    /// What a snapshot's state takes; nothing is known of one that cannot be read.
+    fn size_bytes(&self, snapshot: &Snapshot) -> u64 {
+        let manifest = self.store.manifest(snapshot.digest).ok().flatten();
+        manifest.map_or(0, |manifest| manifest.entries.iter().map(|entry| entry.size_bytes).sum())
     }
 
     fn folder(&self) -> PathBuf {
@@ -98,14 +121,21 @@ impl SnapshotSet {
         Ok(snapshots)
     }
 
-    /// Forgets older snapshots that are kept only until a newer one exists. A failure leaves garbage, which `gc` takes.
-    fn drop_older(&self, newest_step: u64) {
-        let older = match self.recorded() {
+    /// Forgets older snapshots that are kept only until newer ones exist. A failure leaves garbage, which `gc` takes.
+    fn drop_older(&self, newest: &Snapshot, limit: SnapshotLimit) {
+        let mut older = match self.recorded() {
             Ok(snapshots) => snapshots,
             Err(error) => return tracing::debug!(%error, "older snapshots were not dropped"),
         };
+        older.retain(|snapshot| snapshot.step < newest.step && snapshot.retain == Retain::Latest);
+        let mut bytes = self.size_bytes(newest);
+        let kept = older.iter().take(limit.newest.saturating_sub(1)).take_while(|snapshot| {
+            bytes = bytes.saturating_add(self.size_bytes(snapshot));
+            bytes <= limit.bytes
+        });
+        older.drain(..kept.count());
         let mut dropped = Vec::new();
-        for snapshot in older.into_iter().filter(|snapshot| snapshot.step < newest_step && snapshot.retain == Retain::Latest) {
+        for snapshot in older {
             match fs::remove_file(self.path(snapshot.step)) {
                 Ok(()) => dropped.push(snapshot.digest),
                 Err(error) => tracing::debug!(%error, "an older snapshot was not dropped"),

@@ -6,10 +6,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rlflow_store::{Artifact, Digest, Dtype, GcOptions, Retain, Store};
+use rlflow_store::{Artifact, Digest, Dtype, GcOptions, Retain, SnapshotLimit, Store};
 use serde_json::json;
 
 use crate::support::{action, fast_store, key};
+
+const ONLY_NEWEST: SnapshotLimit = SnapshotLimit { newest: 1, bytes: u64::MAX };
 
 const NOW: GcOptions = GcOptions { dry_run: false, keep_last: 1, max_size_bytes: None, grace: Duration::ZERO };
 
@@ -94,7 +96,7 @@ fn superseded_snapshots_free_their_tensors_but_never_shared_ones() {
     let save = |step: u64, content: &[u8]| {
         let mut state = set.builder();
         state.put_tensor("w", Dtype::U8, &[content.len() as u64], content).unwrap();
-        set.save(step, Retain::Latest, json!({}), state).unwrap()
+        set.save(step, Retain::Latest, json!({}), state, ONLY_NEWEST).unwrap()
     };
     save(1, &[1; 6_000]);
     save(2, &final_tensor);
@@ -205,7 +207,7 @@ fn fsck_finds_every_kind_of_damage_and_repairs_it() {
         let set = store.snapshots(key("prefix"));
         let mut state = set.builder();
         state.put("a", b"state").unwrap();
-        set.save(1, Retain::Keep, json!({}), state).unwrap();
+        set.save(1, Retain::Keep, json!({}), state, ONLY_NEWEST).unwrap();
         assert!(store.fsck(false).unwrap().is_clean());
         let shard = fs::read_dir(store.folder().join(folder_name)).unwrap().next().unwrap().unwrap().path();
         let file = fs::read_dir(shard).unwrap().next().unwrap().unwrap().path();

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use rlflow_store::{Digest, Dtype, FAULT_POINTS, GcOptions, LeaseOutcome, Result, Retain, Store};
+use rlflow_store::{Digest, Dtype, GcOptions, LeaseOutcome, Result, Retain, SnapshotLimit, Store, FAULT_POINTS};
 use serde_json::json;
 
 use crate::support::{action, fast_folder, holder, key};
@@ -50,7 +50,7 @@ fn work(folder: &Path) -> Result<()> {
             let mut state = snapshots.builder();
             state.put_tensor("moments", Dtype::U8, &[100_000], &[step; 100_000])?;
             state.put("record.json", &[step])?;
-            snapshots.save(u64::from(step), Retain::Latest, json!({"steps": 20}), state)?;
+            snapshots.save(u64::from(step), Retain::Latest, json!({"steps": 20}), state, SnapshotLimit::default())?;
         }
         let mut builder = store.artifact("policy");
         for (name, content) in tensors(stage) {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use proptest::prelude::*;
-use rlflow_store::{Artifact, Digest, Dtype, Retain, Store, StoreError};
+use rlflow_store::{Artifact, Digest, Dtype, Retain, SnapshotLimit, Store, StoreError};
 use serde_json::json;
 
 use crate::support::{fast_store, key};
@@ -124,7 +124,7 @@ proptest! {
         if shared {
             build().publish().unwrap();
         }
-        let snapshot = set.save(1, Retain::Keep, json!({}), build()).unwrap();
+        let snapshot = set.save(1, Retain::Keep, json!({}), build(), SnapshotLimit::default()).unwrap();
         for (which, at, bit) in &damaged {
             let content = which.get(&contents);
             flip(&blob_path(&store, Digest::of(content)), at.index(content.len()), *bit);

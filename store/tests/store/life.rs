@@ -1,9 +1,11 @@
 use std::fs;
 
-use rlflow_store::{Digest, Dtype, LeaseOutcome, Retain, Store, StoreError};
+use rlflow_store::{Digest, Dtype, LeaseOutcome, Retain, SnapshotLimit, Store, StoreError};
 use serde_json::json;
 
 use crate::support::{action, holder, key, new_store};
+
+const ONLY_NEWEST: SnapshotLimit = SnapshotLimit { newest: 1, bytes: u64::MAX };
 
 #[test]
 fn a_result_is_found_again_by_another_store_object() {
@@ -104,7 +106,7 @@ fn snapshots_keep_the_newest_and_those_to_keep() {
     for (step, retain) in [(10, Retain::Latest), (20, Retain::Keep), (30, Retain::Latest), (40, Retain::Latest)] {
         let mut state = set.builder();
         state.put("weights", format!("{step}").as_bytes()).unwrap();
-        set.save(step, retain, json!({"steps": 100}), state).unwrap();
+        set.save(step, retain, json!({"steps": 100}), state, ONLY_NEWEST).unwrap();
     }
     let steps: Vec<u64> = set.list().unwrap().iter().map(|snapshot| snapshot.step).collect();
     assert_eq!(steps, [40, 20]);
@@ -131,4 +133,26 @@ fn a_folder_with_other_things_is_not_taken_for_a_store() {
     assert!(matches!(Store::open(folder.path()), Err(StoreError::Format { .. })));
     fs::write(folder.path().join("VERSION"), "7\n").unwrap();
     assert!(matches!(Store::open(folder.path()), Err(StoreError::Version { .. })));
+}
+
+#[test]
+fn snapshots_are_kept_by_number_and_size() {
+    let (_folder, store) = new_store();
+    let steps = |set: &str, limit, retain: &[Retain]| -> Vec<u64> {
+        let set = store.snapshots(key(set));
+        for (at, retain) in retain.iter().enumerate() {
+            let mut state = set.builder();
+            // A hundred bytes each, none of them shared.
+            state.put("state", &[at as u8; 100]).unwrap();
+            set.save(at as u64 + 1, *retain, json!({}), state, limit).unwrap();
+        }
+        set.list().unwrap().into_iter().map(|snapshot| snapshot.step).collect()
+    };
+    use Retain::{Keep, Latest};
+    let limit = |newest, bytes| SnapshotLimit { newest, bytes };
+    assert_eq!(steps("two", limit(2, u64::MAX), &[Latest; 5]), [5, 4]);
+    assert_eq!(steps("by size", limit(4, 300), &[Latest; 5]), [5, 4, 3]);
+    assert_eq!(steps("too large", limit(4, 1), &[Latest; 5]), [5], "the newest is kept whatever it takes");
+    assert_eq!(steps("behind a kept one", limit(3, u64::MAX), &[Latest, Latest, Keep]), [3]);
+    assert_eq!(steps("kept", limit(2, u64::MAX), &[Keep, Latest, Latest, Latest]), [4, 3, 1]);
 }
