@@ -4,8 +4,10 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
+    panic::resume_unwind,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock, PoisonError},
+    thread,
 };
 
 use rlflow_api::{DataFile, DescribeContext, InputMeta, Placement, Problem, data_format};
@@ -18,6 +20,9 @@ use crate::{
     reason::{Current, REQUEST},
     workflow::{Edge, Stage, Workflow, WorkflowError, WorkflowErrors},
 };
+
+/// From this many stages on, deciding about them is shared between threads.
+const PARALLEL_FROM: usize = 256;
 
 /// What is asked of a workflow.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -255,6 +260,26 @@ impl<'a> Actions<'a> {
             }
         };
         Ok(Decision::Run(Box::new(Action { key, prefix_key, rerun, inputs, snapshots, last })))
+    }
+
+    /// Decides about stages of which none needs another, on several threads if they are many. `must_run` as for
+    /// [`Actions::decide`].
+    pub fn decide_all(
+        &self,
+        stages: &[usize],
+        outputs: &[Option<Outputs>],
+        must_run: &(dyn Fn(usize) -> Option<RerunReason> + Sync),
+    ) -> Vec<Result<Decision>> {
+        let decide = |stage: &usize| self.decide(*stage, outputs, must_run(*stage).as_ref());
+        let threads = if stages.len() < PARALLEL_FROM { 1 } else { thread::available_parallelism().map_or(1, usize::from).min(8) };
+        if threads == 1 {
+            return stages.iter().map(decide).collect();
+        }
+        thread::scope(|scope| {
+            let shares = stages.chunks(stages.len().div_ceil(threads));
+            let parts: Vec<_> = shares.map(|share| scope.spawn(|| share.iter().map(decide).collect::<Vec<_>>())).collect();
+            parts.into_iter().flat_map(|part| part.join().unwrap_or_else(|payload| resume_unwind(payload))).collect()
+        })
     }
 
     /// The full key of a stage whose inputs are known, as it is stored.

@@ -98,16 +98,20 @@ impl Plan {
         let mut outputs: Vec<Option<Outputs>> = vec![None; count];
         let mut decided: Vec<Option<PlannedStage>> = (0..count).map(|_| None).collect();
         let mut runs: Vec<Option<Box<Action>>> = (0..count).map(|_| None).collect();
-        let selected = || workflow.order.iter().copied().filter(|stage| actions.is_selected(*stage));
-        for index in selected() {
-            let above = workflow.stages[index].inputs.values().flatten().find(|edge| outputs[edge.stage].is_none());
-            let planned = match above {
-                Some(edge) => {
+        for wave in waves(actions) {
+            let (waiting, known): (Vec<usize>, Vec<usize>) =
+                wave.into_iter().partition(|index| workflow.stages[*index].inputs.values().flatten().any(|edge| outputs[edge.stage].is_none()));
+            for index in waiting {
+                let above = workflow.stages[index].inputs.values().flatten().find(|edge| outputs[edge.stage].is_none());
+                let rerun = above.map(|edge| {
                     let above = decided[edge.stage].as_ref().and_then(|above| above.rerun.as_ref());
-                    let rerun = Rerun::depends(&workflow.stages[edge.stage].name, above);
-                    PlannedStage { status: Status::Pending, rerun: Some(rerun), ..PlannedStage::new(actions, index) }
-                }
-                None => match actions.decide(index, &outputs, None)? {
+                    Rerun::depends(&workflow.stages[edge.stage].name, above)
+                });
+                decided[index] = Some(PlannedStage { status: Status::Pending, rerun, ..PlannedStage::new(actions, index) });
+            }
+            let decisions = actions.decide_all(&known, &outputs, &|_| None);
+            for (index, decision) in known.into_iter().zip(decisions) {
+                decided[index] = Some(match decision? {
                     Decision::Cached { key, outputs: made } => {
                         outputs[index] = Some(made);
                         PlannedStage { status: Status::Cached, key: Some(key), ..PlannedStage::new(actions, index) }
@@ -117,13 +121,11 @@ impl Plan {
                         runs[index] = Some(action);
                         planned
                     }
-                },
-            };
-            decided[index] = Some(planned);
+                });
+            }
         }
         // What runs must read its inputs: results that were collected are made again, from the bottom up.
-        let order: Vec<usize> = selected().collect();
-        for index in order.into_iter().rev() {
+        for index in workflow.order.iter().copied().rev() {
             let Some(action) = &runs[index] else { continue };
             for lost in actions.unreadable_inputs(action)? {
                 if runs[lost.stage].is_some() {
@@ -152,6 +154,23 @@ impl Plan {
         stages.sort_unstable_by_key(|planned| planned.stage);
         json!({ "workflow": workflow.name, "stages": stages.iter().map(|planned| planned.to_json(workflow)).collect::<Vec<_>>() })
     }
+}
+
+/// The selected stages, each in a wave after all of its inputs'.
+fn waves(actions: &Actions<'_>) -> Vec<Vec<usize>> {
+    let workflow = actions.workflow;
+    let mut depths = vec![0; workflow.stages.len()];
+    let mut waves: Vec<Vec<usize>> = Vec::new();
+    for index in workflow.order.iter().copied().filter(|stage| actions.is_selected(*stage)) {
+        let above = workflow.stages[index].inputs.values().flatten().map(|edge| depths[edge.stage] + 1);
+        let depth = above.max().unwrap_or(0);
+        depths[index] = depth;
+        if waves.len() <= depth {
+            waves.resize_with(depth + 1, Vec::new);
+        }
+        waves[depth].push(index);
+    }
+    waves
 }
 
 impl PlannedStage {

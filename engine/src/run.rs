@@ -233,26 +233,41 @@ impl<'a> Runner<'a> {
 
     /// Decides about every stage whose inputs are settled.
     fn decide(&mut self) -> Result<()> {
-        while let Some(stage) = self.schedule.next_undecided() {
-            match self.session.actions.decide(stage, &self.outputs, self.must_run.get(&stage))? {
-                Decision::Cached { key, outputs } => {
-                    let name = &self.session.actions.workflow.stages[stage].name;
-                    self.session.events.emit(&Event::Cached { stage: name.clone(), key, waited: false });
-                    self.settle(stage, outputs, StageOutcome { key: Some(key), ..self.outcome(stage, StageStatus::Cached) });
+        let actions = self.session.actions;
+        loop {
+            let stages: Vec<usize> = std::iter::from_fn(|| self.schedule.next_undecided()).collect();
+            if stages.is_empty() {
+                return Ok(());
+            }
+            let decisions = actions.decide_all(&stages, &self.outputs, &|stage| self.must_run.get(&stage).cloned());
+            for (stage, decision) in stages.into_iter().zip(decisions) {
+                // Another one of them may have found that an input of this one is gone.
+                if self.schedule.is_undecided(stage) {
+                    self.take_decision(stage, decision?)?;
                 }
-                Decision::Run(action) => {
-                    let lost = self.session.actions.unreadable_inputs(&action)?;
-                    if lost.is_empty() {
-                        self.ready.insert(stage, Arc::from(action));
-                        self.schedule.ready(stage);
-                    } else {
-                        let needed_by = &self.session.actions.workflow.stages[stage].name;
-                        for lost in lost {
-                            self.must_run.insert(lost.stage, lost.reason(needed_by));
-                            self.schedule.reopen(lost.stage);
-                        }
-                        self.schedule.retry(stage);
+            }
+        }
+    }
+
+    fn take_decision(&mut self, stage: usize, decision: Decision) -> Result<()> {
+        let actions = self.session.actions;
+        let name = &actions.workflow.stages[stage].name;
+        match decision {
+            Decision::Cached { key, outputs } => {
+                self.session.events.emit(&Event::Cached { stage: name.clone(), key, waited: false });
+                self.settle(stage, outputs, StageOutcome { key: Some(key), ..self.outcome(stage, StageStatus::Cached) });
+            }
+            Decision::Run(action) => {
+                let lost = actions.unreadable_inputs(&action)?;
+                if lost.is_empty() {
+                    self.ready.insert(stage, Arc::from(action));
+                    self.schedule.ready(stage);
+                } else {
+                    for lost in lost {
+                        self.must_run.insert(lost.stage, lost.reason(name));
+                        self.schedule.reopen(lost.stage);
                     }
+                    self.schedule.retry(stage);
                 }
             }
         }

@@ -66,11 +66,16 @@ impl Schedule {
     pub fn next_undecided(&mut self) -> Option<usize> {
         while let Some(position) = self.undecided.pop_first() {
             let stage = self.order[position];
-            if self.state[stage] == State::Waiting && self.unsettled[stage] == 0 {
+            if self.is_undecided(stage) {
                 return Some(stage);
             }
         }
         None
+    }
+
+    /// Whether the stage can be decided about, and is not.
+    pub fn is_undecided(&self, stage: usize) -> bool {
+        self.state[stage] == State::Waiting && self.unsettled[stage] == 0
     }
 
     /// The stage must run.
@@ -121,7 +126,7 @@ impl Schedule {
     }
 
     fn look_at(&mut self, stage: usize) {
-        if self.state[stage] == State::Waiting && self.unsettled[stage] == 0 {
+        if self.is_undecided(stage) {
             self.undecided.insert(self.position[stage]);
         }
     }

@@ -80,6 +80,29 @@ fn who_waits_says_for_whom_and_plans_say_who_runs() {
     assert!(events.iter().any(|event| matches!(event, Event::Cached { stage, waited: true, .. } if stage == "base")));
 }
 
+#[test]
+fn many_stages_are_decided_on_several_threads_as_on_one() {
+    let mut text = String::from("edition = 1\n");
+    for at in 0..300 {
+        text += &format!("[stage.s{at}]\nkind = \"lines\"\nkeep = {at}\nsources = [{{ path = \"data.txt\" }}]\n");
+    }
+    text += "[stage.first]\nkind = \"trainer\"\ninputs = { data = \"s7\" }\n";
+    let world = World::new(&text);
+    let planned = world.planned();
+    assert_eq!((planned.len(), planned[7].as_str()), (301, "s7 run: never ran"));
+    assert_eq!(planned[300], "first pending: depends on the result of s7 (never ran)");
+    assert!(world.run_with(&[], &RunOptions { jobs: 8, ..RunOptions::default() }).ok());
+    assert!(world.run().is_all_cached() && world.plan().is_all_cached());
+    // A result that is gone sends a stage back while others of its wave are decided.
+    let lost = world.store().action(world.plan().stages[7].key.unwrap()).unwrap().unwrap().outputs["text"].to_string();
+    std::fs::remove_file(world.store().folder().join("manifests").join(&lost[..2]).join(&lost)).unwrap();
+    world.edit("keep = 3\n", "keep = 333\n");
+    world.edit("inputs = { data = \"s7\" }", "inputs = { data = \"s7\" }\nbeta = 0.5");
+    world.ran();
+    assert!(world.run().ok());
+    assert_eq!(world.ran(), ["s3", "s7", "first"]);
+}
+
 /// Names the world of a child process.
 const WORLD: &str = "RLFLOW_TEST_WORLD";
 

@@ -225,7 +225,7 @@ impl StageKind for Trainer {
 
     fn run(config: &TrainerConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         note_run(context, context.stage);
-        context.snapshots.set_policy(SnapshotPolicy { every_steps: Some(config.snapshot_every), every: None });
+        context.snapshots.set_policy(SnapshotPolicy { every_steps: Some(config.snapshot_every), every: None, ..SnapshotPolicy::default() });
         let mut start = context.seed as f64 + config.beta;
         for input in context.inputs.values().flatten() {
             for entry in &input.artifact.manifest().entries {
