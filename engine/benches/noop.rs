@@ -10,7 +10,9 @@
 mod kinds;
 
 use std::{
-    env, fmt::Write as _, fs,
+    env,
+    fmt::Write as _,
+    fs,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},

@@ -167,7 +167,20 @@ impl<'a> Actions<'a> {
         let workflow_name = workflow_name(workflow, store);
         let reach = Reach::new(workflow, store);
         let no_cache = request.no_cache;
-        Ok(Self { workflow, store, host, workflow_name, reach, named, selected, forced, no_cache, placements, files, digests: Mutex::default() })
+        Ok(Self {
+            workflow,
+            store,
+            host,
+            workflow_name,
+            reach,
+            named,
+            selected,
+            forced,
+            no_cache,
+            placements,
+            files,
+            digests: Mutex::default(),
+        })
     }
 
     /// Whether the stage was asked for, or is needed by one that was.

@@ -41,7 +41,7 @@ use serde_json::{Value, json};
 
 use rlflow_store::Digest;
 
-use crate::canonical;
+use crate::{canonical, workflow::IdentitySettings};
 
 /// Version of the table above.
 pub const SCHEMA: u32 = 1;
@@ -63,7 +63,7 @@ pub struct FullKey<'a> {
     /// The kind's implementation version.
     pub version: u32,
     /// Identity settings, normalised.
-    pub settings: &'a Value,
+    pub settings: &'a IdentitySettings,
     /// Seed, for kinds that draw.
     pub seed: Option<u64>,
     /// Port to digests of the artifacts connected to it.
@@ -119,7 +119,10 @@ impl FullKey<'_> {
             canonical::write(&json!(seed), &mut out);
         }
         out.extend_from_slice(b",\"settings\":");
-        canonical::write_without(self.settings, horizon.unwrap_or(&[]), &mut out);
+        match horizon {
+            None => out.extend_from_slice(self.settings.canonical()),
+            Some(horizon) => self.settings.write_without(horizon, &mut out),
+        }
         out.extend_from_slice(b",\"version\":");
         canonical::write(&json!(self.version), &mut out);
         out.push(b'}');
@@ -137,7 +140,7 @@ impl FullKey<'_> {
             "schema": SCHEMA,
             "kind": self.kind,
             "version": self.version,
-            "settings": self.settings,
+            "settings": **self.settings,
             "inputs": self.inputs,
             "files": files,
         });
@@ -163,7 +166,7 @@ mod tests {
 
     use super::*;
 
-    fn key<'a>(settings: &'a Value, files: &'a [Vec<KeyFile>]) -> FullKey<'a> {
+    fn key<'a>(settings: &'a IdentitySettings, files: &'a [Vec<KeyFile>]) -> FullKey<'a> {
         let inputs = BTreeMap::from([("model", vec![Digest::of(b"model")]), ("data", vec![Digest::of(b"a"), Digest::of(b"b")])]);
         FullKey { kind: "sft", version: 3, settings, seed: Some(42), inputs, files }
     }
@@ -189,12 +192,14 @@ mod tests {
         #[test]
         fn the_streamed_encoding_is_the_canonical_one(settings in settings(), content in any::<[u8; 4]>()) {
             let files = [vec![KeyFile { label: ("format", "jsonl.gz".into()), digest: Digest::of(&content) }], vec![]];
+            let settings = settings.into();
             let key = key(&settings, &files);
             prop_assert_eq!(key.digest(), Digest::of(&canonical::to_vec(&key.to_value())));
         }
 
         #[test]
         fn reading_the_full_key_back_gives_the_same_digest(settings in settings()) {
+            let settings = settings.into();
             let key = key(&settings, &[]);
             let read: Value = serde_json::from_slice(&serde_json::to_vec(&key.to_value()).unwrap()).unwrap();
             prop_assert_eq!(Digest::of(&canonical::to_vec(&read)), key.digest());
@@ -203,7 +208,7 @@ mod tests {
 
     #[test]
     fn every_field_changes_the_key() {
-        let (settings, other) = (json!({ "beta": 0.1 }), json!({ "beta": 0.2 }));
+        let (settings, other) = (json!({ "beta": 0.1 }).into(), json!({ "beta": 0.2 }).into());
         let file = KeyFile { label: ("format", "csv".into()), digest: Digest::of(b"x") };
         let files = [vec![file.clone()]];
         let base = key(&settings, &files);
@@ -232,7 +237,7 @@ mod tests {
 
     #[test]
     fn the_prefix_key_is_the_canonical_digest_of_what_is_left() {
-        let settings = json!({ "train": { "steps": 10, "lr": 0.1 }, "beta": 1 });
+        let settings = json!({ "train": { "steps": 10, "lr": 0.1 }, "beta": 1 }).into();
         let key = key(&settings, &[]);
         let mut value = key.to_value();
         value["settings"] = json!({ "train": { "lr": 0.1 }, "beta": 1 });
@@ -242,9 +247,9 @@ mod tests {
 
     #[test]
     fn the_prefix_key_forgets_the_horizon_and_nothing_else() {
-        let short = json!({ "train": { "steps": 10, "lr": 0.1 } });
-        let long = json!({ "train": { "steps": 20, "lr": 0.1 } });
-        let other = json!({ "train": { "steps": 10, "lr": 0.2 } });
+        let short = json!({ "train": { "steps": 10, "lr": 0.1 } }).into();
+        let long = json!({ "train": { "steps": 20, "lr": 0.1 } }).into();
+        let other = json!({ "train": { "steps": 10, "lr": 0.2 } }).into();
         let prefix = |settings, horizon: &[&str]| key(settings, &[]).prefix(horizon);
         assert_eq!(prefix(&short, &["train.steps"]), prefix(&long, &["train.steps"]));
         assert_ne!(prefix(&short, &["train.steps"]), prefix(&other, &["train.steps"]));

@@ -28,12 +28,16 @@ pub(crate) fn write_without(value: &Value, skip: &[&str], out: &mut Vec<u8>) {
                 separate(at, out);
                 string(name, out);
                 out.push(b':');
-                let below: Vec<&str> = skip.iter().filter_map(|path| path.strip_prefix(name.as_str())?.strip_prefix('.')).collect();
-                write_without(member, &below, out);
+                write_without(member, &below(skip, name), out);
             }
             out.push(b'}');
         }
     }
+}
+
+/// What of the dotted paths `skip` lies below the member called `name`.
+pub(crate) fn below<'a>(skip: &[&'a str], name: &str) -> Vec<&'a str> {
+    skip.iter().filter_map(|path| path.strip_prefix(name)?.strip_prefix('.')).collect()
 }
 
 /// Appends a list whose items `item` writes.

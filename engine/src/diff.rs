@@ -179,7 +179,14 @@ pub fn diff(a: &Side, b: &Side) -> Vec<StageDiff> {
 }
 
 fn empty(name: &str) -> StageDiff {
-    StageDiff { name: name.to_owned(), only_in: None, changes: Vec::new(), outside_key: BTreeSet::new(), metrics: Vec::new(), keys: [None, None] }
+    StageDiff {
+        name: name.to_owned(),
+        only_in: None,
+        changes: Vec::new(),
+        outside_key: BTreeSet::new(),
+        metrics: Vec::new(),
+        keys: [None, None],
+    }
 }
 
 fn compare(name: String, a: &Part, b: &Part) -> StageDiff {

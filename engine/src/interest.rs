@@ -84,7 +84,9 @@ impl Interest {
         let wild_path: PathBuf = wild.iter().collect();
         // A change may be told under either name.
         for base in [Some(base.clone()), base.canonicalize().ok()].into_iter().flatten() {
-            let Some(whole) = base.to_str().zip(wild_path.to_str()).map(|(base, wild)| format!("{}/{wild}", Pattern::escape(base))) else { continue };
+            let Some(whole) = base.to_str().zip(wild_path.to_str()).map(|(base, wild)| format!("{}/{wild}", Pattern::escape(base))) else {
+                continue;
+            };
             if let Ok(pattern) = Pattern::new(&whole) {
                 self.patterns.push(pattern);
                 self.add_folder(&base, wild.len() > 1, false);
@@ -145,7 +147,16 @@ mod tests {
         let workflow = load(&root.join("flows/flow.toml"), &Default::default(), &registry()).unwrap();
         let interest = Interest::of(&workflow);
         fs::create_dir_all(root.join("data/new")).unwrap();
-        let concerned = ["flows/flow.toml", "flows/link.txt", "elsewhere/target.txt", "data/a/x.txt", "data/new/x.txt", "data/new", "data", "checkpoint/deep/y"];
+        let concerned = [
+            "flows/flow.toml",
+            "flows/link.txt",
+            "elsewhere/target.txt",
+            "data/a/x.txt",
+            "data/new/x.txt",
+            "data/new",
+            "data",
+            "checkpoint/deep/y",
+        ];
         let beside = ["flows/out.log", "flows/.flow.toml.swp", "elsewhere/other.txt", "data/a/y.txt", "data/x.log", "other"];
         assert_eq!(concerned.iter().filter(|path| !interest.concerns(&root.join(path))).collect::<Vec<_>>(), [] as [&&str; 0]);
         assert_eq!(beside.iter().filter(|path| interest.concerns(&root.join(path))).collect::<Vec<_>>(), [] as [&&str; 0]);

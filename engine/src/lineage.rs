@@ -46,7 +46,8 @@ pub fn tree(nodes: &[LineageNode]) -> String {
 /// Settings, numerics and files behind an artifact.
 fn details(maker: &Maker, indent: &str, out: &mut String) {
     let settings = settings::flatten(&maker.settings);
-    let written = settings.into_iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| format!("{name}={}", settings::display(value)));
+    let written =
+        settings.into_iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| format!("{name}={}", settings::display(value)));
     let mut line = String::new();
     for setting in written {
         if !line.is_empty() && text::width(&line) + text::width(&setting) >= SETTINGS_COLUMNS {

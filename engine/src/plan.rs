@@ -99,8 +99,9 @@ impl Plan {
         let mut decided: Vec<Option<PlannedStage>> = (0..count).map(|_| None).collect();
         let mut runs: Vec<Option<Box<Action>>> = (0..count).map(|_| None).collect();
         for wave in waves(actions) {
-            let (waiting, known): (Vec<usize>, Vec<usize>) =
-                wave.into_iter().partition(|index| workflow.stages[*index].inputs.values().flatten().any(|edge| outputs[edge.stage].is_none()));
+            let (waiting, known): (Vec<usize>, Vec<usize>) = wave
+                .into_iter()
+                .partition(|index| workflow.stages[*index].inputs.values().flatten().any(|edge| outputs[edge.stage].is_none()));
             for index in waiting {
                 let above = workflow.stages[index].inputs.values().flatten().find(|edge| outputs[edge.stage].is_none());
                 let rerun = above.map(|edge| {

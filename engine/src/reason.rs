@@ -365,8 +365,8 @@ mod tests {
             let inputs: BTreeMap<&str, Vec<(&str, Digest)>> =
                 self.model.iter().map(|(stage, content)| ("model", vec![(*stage, Digest::of(content.as_bytes()))])).collect();
             let digests = inputs.iter().map(|(port, made)| (*port, made.iter().map(|(_, digest)| *digest).collect())).collect();
-            let key =
-                FullKey { kind: "dpo", version: self.version, settings: &self.settings, seed: self.seed, inputs: digests, files: &files };
+            let settings = self.settings.clone().into();
+            let key = FullKey { kind: "dpo", version: self.version, settings: &settings, seed: self.seed, inputs: digests, files: &files };
             let has_stage = |name: &str| name != "renamed_since";
             then(&Current { key: &key, inputs, files: self.files.clone(), has_stage: &has_stage })
         }

@@ -263,7 +263,6 @@ impl Loading<'_> {
                 file_patterns: found.file_patterns,
                 described,
                 identity_settings: found.checked.identity,
-                execution_settings: found.checked.execution,
             });
         }
         let stem = || self.path.file_stem().map_or_else(|| "workflow".into(), |stem| stem.to_string_lossy().into_owned());

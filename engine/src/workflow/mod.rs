@@ -10,6 +10,7 @@ mod declare;
 mod edges;
 mod error;
 mod files;
+mod identity;
 mod load;
 mod matrix;
 pub(crate) mod node;
@@ -24,10 +25,10 @@ pub(crate) mod validate;
 use std::{collections::BTreeMap, path::PathBuf};
 
 use rlflow_api::{DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Problem};
-use serde_json::Value;
 
 pub use dag::Dag;
 pub use error::{WorkflowError, WorkflowErrors};
+pub use identity::IdentitySettings;
 pub use load::load;
 use node::Table;
 use source::{Sources, Span};
@@ -102,9 +103,7 @@ pub struct Stage {
     /// What it will make, as far as planning knows.
     pub described: Description,
     /// Settings that can change the result: all, normalised, less those marked as execution or as paths.
-    pub identity_settings: Value,
-    /// Settings marked as execution.
-    pub execution_settings: Value,
+    pub identity_settings: IdentitySettings,
 }
 
 /// An output of a stage, as an input of another.

@@ -10,6 +10,7 @@ use super::{
     WorkflowError,
     declare::{Declared, Header, STRUCTURE},
     error::Collector,
+    identity::IdentitySettings,
     node::{Data, Node, Table, merge, span_of_path, split_path, table_to_json},
     shape::{SettingsShape, ShapeId},
     source::Span,
@@ -124,8 +125,7 @@ fn report_unused(
 pub(crate) struct Checked {
     /// Made of what is right in settings that are not, if there are errors: good for finding its files only.
     pub config: Option<ErasedStage>,
-    pub identity: Value,
-    pub execution: Value,
+    pub identity: IdentitySettings,
     /// Settings as written, over what lies under them: to find the place of a problem.
     pub written: Table,
     pub errors: Vec<(Span, WorkflowError)>,
@@ -162,9 +162,9 @@ pub(crate) fn check(stage: &str, span: Span, own: Table, kind: &'static dyn Kind
             None
         }
     };
-    let (identity, execution) = match &config {
-        Some(config) if errors.is_empty() => layer.shape.split(config.settings()),
-        _ => (Value::Null, Value::Null),
+    let identity = match &config {
+        Some(config) if errors.is_empty() => IdentitySettings::of(&layer.shape, config.settings(), &kind.horizon(config)),
+        _ => IdentitySettings::default(),
     };
     if let Some(config) = &config {
         let between = if partial { Vec::new() } else { kind.check(config) };
@@ -172,7 +172,7 @@ pub(crate) fn check(stage: &str, span: Span, own: Table, kind: &'static dyn Kind
             errors.push(problem_error(stage, span, &written, &BTreeMap::new(), problem));
         }
     }
-    Checked { config, identity, execution, written, errors }
+    Checked { config, identity, written, errors }
 }
 
 /// Where a finding is shown: where it is written, or at the stage where nobody wrote it.

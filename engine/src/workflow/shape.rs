@@ -4,6 +4,8 @@ use indexmap::IndexMap;
 use rlflow_api::setting;
 use serde_json::{Map, Value};
 
+use crate::canonical;
+
 /// Index of a shape in a [`SettingsShape`].
 pub(crate) type ShapeId = usize;
 
@@ -195,53 +197,39 @@ impl SettingsShape {
         shape.properties.is_empty() && shape.required.is_empty() && shape.all_of.len() + shape.any_of.len() <= 1
     }
 
-    /// Splits normalised settings: what can change the result, and what is marked as execution. Paths are in neither.
-    pub fn split(&self, settings: &Value) -> (Value, Value) {
-        let mut execution = Map::new();
-        let identity = self.identity(self.root, settings, &mut execution);
-        (identity, Value::Object(execution))
+    /// Appends the canonical JSON of what of normalised `settings` can change the result: all but settings marked as
+    /// execution or as paths, and those at the dotted paths `skip`.
+    pub fn write_identity(&self, settings: &Value, skip: &[&str], out: &mut Vec<u8>) {
+        self.write(Some(self.root), settings, skip, out);
     }
 
-    /// What of `value` can change the result; execution settings move to `execution`, nested as they were in tables.
-    fn identity(&self, id: ShapeId, value: &Value, execution: &mut Map<String, Value>) -> Value {
-        let shape = &self.shapes[id];
-        if !shape.has_marks {
-            return value.clone();
-        }
-        match value {
-            Value::Object(object) => {
-                let mut kept = Map::with_capacity(object.len());
-                for (key, value) in object {
-                    let field = shape.fields.get(key).copied().or(match shape.additional {
-                        Additional::Shape(id) => Some(id),
-                        _ => None,
-                    });
-                    let Some(field) = field else {
-                        kept.insert(key.clone(), value.clone());
-                        continue;
-                    };
-                    match self.shapes[field].mark {
-                        Some(Mark::Path) => {}
-                        Some(Mark::Execution) => {
-                            execution.insert(key.clone(), value.clone());
-                        }
-                        None => {
-                            let mut inner = Map::new();
-                            kept.insert(key.clone(), self.identity(field, value, &mut inner));
-                            if !inner.is_empty() {
-                                execution.insert(key.clone(), Value::Object(inner));
-                            }
-                        }
-                    }
+    fn write(&self, id: Option<ShapeId>, value: &Value, skip: &[&str], out: &mut Vec<u8>) {
+        let Some(shape) = id.map(|id| &self.shapes[id]).filter(|shape| shape.has_marks) else {
+            return canonical::write_without(value, skip, out);
+        };
+        match (value, shape.element) {
+            (Value::Object(object), _) => {
+                let other = match shape.additional {
+                    Additional::Shape(id) => Some(id),
+                    _ => None,
+                };
+                let field = |name: &str| shape.fields.get(name).copied().or(other);
+                let is_identity = |field: Option<ShapeId>| field.is_none_or(|field| self.shapes[field].mark.is_none());
+                let members = object.iter().map(|(name, value)| (name, field(name), value));
+                let mut members: Vec<_> =
+                    members.filter(|(name, field, _)| is_identity(*field) && !skip.contains(&name.as_str())).collect();
+                members.sort_unstable_by_key(|(name, _, _)| *name);
+                out.push(b'{');
+                for (at, (name, field, member)) in members.into_iter().enumerate() {
+                    canonical::separate(at, out);
+                    canonical::string(name, out);
+                    out.push(b':');
+                    self.write(field, member, &canonical::below(skip, name), out);
                 }
-                Value::Object(kept)
+                out.push(b'}');
             }
-            Value::Array(items) => match shape.element {
-                // Execution settings inside lists have no name of their own, so they are only left out.
-                Some(element) => Value::Array(items.iter().map(|item| self.identity(element, item, &mut Map::new())).collect()),
-                None => value.clone(),
-            },
-            _ => value.clone(),
+            (Value::Array(items), Some(element)) => canonical::list(items, out, |item, out| self.write(Some(element), item, &[], out)),
+            _ => canonical::write_without(value, skip, out),
         }
     }
 }

@@ -77,7 +77,8 @@ fn a_diff_of_two_keys_tells_everything_in_them() {
     let compare = |first: &ActionRecord, second: &ActionRecord| {
         let sides = [first, second].map(|record| Side::of_record(&record.key.short(), &record.provenance.stage, record));
         let json = to_json(&sides[0], &sides[1], &diff(&sides[0], &sides[1]));
-        let told = |change: &serde_json::Value| format!("{} {} -> {} {}", change["setting"], change["from"], change["to"], change["in_key"]);
+        let told =
+            |change: &serde_json::Value| format!("{} {} -> {} {}", change["setting"], change["from"], change["to"], change["in_key"]);
         let changes: Vec<String> = json["stages"][0]["settings"].as_array().unwrap().iter().map(told).collect();
         changes.join(", ").replace('"', "")
     };
@@ -95,7 +96,9 @@ fn a_diff_of_two_keys_tells_everything_in_them() {
 
 #[test]
 fn points_of_a_matrix_are_compared_with_their_final_metrics() {
-    let swept = CHAIN.replace("beta = 0.1", "matrix = { beta = [0.1, 0.5], train.steps = [10, 12] }").replace("[\"a\", \"b\"]", "[\"a[*]\", \"b\"]");
+    let swept = CHAIN
+        .replace("beta = 0.1", "matrix = { beta = [0.1, 0.5], train.steps = [10, 12] }")
+        .replace("[\"a\", \"b\"]", "[\"a[*]\", \"b\"]");
     let world = World::new(&swept);
     world.run();
     let workflow = world.load();
@@ -105,7 +108,10 @@ fn points_of_a_matrix_are_compared_with_their_final_metrics() {
     };
     let stages = diff(&side("a[beta=0.1,train.steps=10]"), &side("a[beta=0.5,train.steps=10]"));
     let [point] = &stages[..] else { panic!("two points are one comparison") };
-    assert_eq!(point.changes.iter().map(|change| (change.setting.as_str(), &change.from, &change.to)).collect::<Vec<_>>(), [("beta", &0.1.into(), &0.5.into())]);
+    assert_eq!(
+        point.changes.iter().map(|change| (change.setting.as_str(), &change.from, &change.to)).collect::<Vec<_>>(),
+        [("beta", &0.1.into(), &0.5.into())]
+    );
     let [(name, Some(from), Some(to))] = &point.metrics[..] else { panic!("{:?}", point.metrics) };
     let loss = |name: &str| metrics::metrics(&workflow, &world.store(), &world.host, &[name.to_owned()]).unwrap()[0].finals()["loss"];
     assert_eq!((name.as_str(), *from, *to), ("loss", loss("a[beta=0.1,train.steps=10]"), loss("a[beta=0.5,train.steps=10]")));
@@ -334,7 +340,8 @@ fn a_watch_sees_new_files_what_links_lead_to_and_included_files() {
 #[test]
 fn a_watch_stops_what_was_decided_before_an_edit_and_started_after_it() {
     let first = "[stage.first]\nkind = \"trainer\"\ntrain = { steps = 10 }\nstep_ms = 100\n";
-    let world = World::new(&CHAIN.replace("[stage.data]", &format!("{first}[stage.data]")).replace("steps = 20 }", "steps = 20 }\nstep_ms = 50"));
+    let world =
+        World::new(&CHAIN.replace("[stage.data]", &format!("{first}[stage.data]")).replace("steps = 20 }", "steps = 20 }\nstep_ms = 50"));
     world.run_with(&[], &only(&["data"]));
     world.ran();
     // `base` is decided at once, and waits for the one job that `first` has.

@@ -152,7 +152,8 @@ fn who_waits_for_a_process_that_is_killed_takes_over_where_it_stopped() {
     let pid = owner.id();
     let waits = |event: &Event| matches!(event, Event::Waiting { stage, holder } if stage == "base" && holder.pid == pid);
     thread::scope(|scope| {
-        let waiting = scope.spawn(|| world.run_watched(&[], &RunOptions::default(), &CancelToken::default(), vec![Box::new(recorder.clone())]));
+        let waiting =
+            scope.spawn(|| world.run_watched(&[], &RunOptions::default(), &CancelToken::default(), vec![Box::new(recorder.clone())]));
         while !recorder.0.lock().unwrap().iter().any(waits) {
             assert!(!waiting.is_finished());
             thread::yield_now();

@@ -57,16 +57,19 @@ fn the_log_tells_what_ran_why_and_on_what() {
     world.run();
     let run = &history::past_runs(&world.store(), 1).unwrap()[0];
     assert_eq!((run.ok, run.workflow.as_str(), run.cached), (Some(false), "flow.toml", 0));
-    let told = |stage: &serde_json::Value| format!("{} {} on {}: {}", stage["stage"], stage["status"], stage["devices"], stage["reason"]["text"]);
+    let told =
+        |stage: &serde_json::Value| format!("{} {} on {}: {}", stage["stage"], stage["status"], stage["devices"], stage["reason"]["text"]);
     let told: Vec<String> = run.stages.iter().map(|stage| told(stage).replace('"', "")).collect();
     assert_eq!(told[..2], ["data ran on [cpu]: never ran", "base ran on [cpu]: never ran"]);
     // Of a run that was killed the log tells what was running.
     let log = world.store().runs().unwrap()[0].join("events.jsonl");
     let text = std::fs::read_to_string(&log).unwrap();
     let cut = text.lines().position(|line| line.contains("\"stage_started\"") && line.contains("\"base\"")).unwrap();
-    std::fs::write(&log, text.lines().take(cut + 1).map(|line| format!("{line}\n")).collect::<String>() + "{\"event\":\"stage_fin").unwrap();
+    std::fs::write(&log, text.lines().take(cut + 1).map(|line| format!("{line}\n")).collect::<String>() + "{\"event\":\"stage_fin")
+        .unwrap();
     let run = &history::past_runs(&world.store(), 1).unwrap()[0];
-    let told: Vec<(&str, &str)> = run.stages.iter().map(|stage| (stage["stage"].as_str().unwrap(), stage["status"].as_str().unwrap())).collect();
+    let told: Vec<(&str, &str)> =
+        run.stages.iter().map(|stage| (stage["stage"].as_str().unwrap(), stage["status"].as_str().unwrap())).collect();
     assert_eq!((run.ok, told), (None, vec![("data", "ran"), ("base", "started")]));
     // What it did not come to has not failed.
     assert_eq!(world.plan().stages[2].status, Status::Run);

@@ -49,7 +49,8 @@ fn an_edition_keeps_the_keys_of_old_files() {
         world.write("newer.toml", text);
         // Under the old name, so that it is the same workflow.
         std::fs::rename(world.path("newer.toml"), world.path("flow.toml")).unwrap();
-        let workflow = load(Path::new(&world.path("flow.toml")), &LoadOptions::default(), &newer()).unwrap_or_else(|errors| panic!("{errors}"));
+        let workflow =
+            load(Path::new(&world.path("flow.toml")), &LoadOptions::default(), &newer()).unwrap_or_else(|errors| panic!("{errors}"));
         let plan = Plan::new(&workflow, &world.store(), &world.host, &Request::default()).unwrap();
         plan.stages.iter().filter_map(|stage| Some(stage.rerun.as_ref()?.text())).next()
     };
