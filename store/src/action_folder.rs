@@ -33,14 +33,6 @@ pub(crate) struct Summary {
     pub started_at: f64,
 }
 
-/// Answer of a folder about one action.
-pub(crate) enum Found {
-    Action(Summary),
-    Absent,
-    /// The folder is changing or the file cannot be read: the file itself must tell.
-    Unknown,
-}
-
 /// All folders of actions.
 pub(crate) struct ActionFolders(Vec<Mutex<Folder>>);
 
@@ -70,17 +62,14 @@ impl ActionFolders {
         self.folder(key).checked = None;
     }
 
-    /// What the folder of `key` says about it.
-    pub fn find(&self, store: &Store, key: Digest) -> Found {
+    /// What the folder of `key` says about it. `None` if that is nothing: then the file itself must tell, as it may have come
+    /// just now, and two processes must not both do the work.
+    pub fn find(&self, store: &Store, key: Digest) -> Option<Summary> {
         let mut folder = self.folder(key);
         if folder.checked.is_none_or(|checked| checked.elapsed() >= BELIEVED) && !folder.refresh(store, key.as_bytes()[0]) {
-            return Found::Unknown;
+            return None;
         }
-        match folder.known.as_ref().map(|known| known.actions.get(&key)) {
-            Some(Some((_, Some(summary)))) => Found::Action(summary.clone()),
-            Some(None) => Found::Absent,
-            _ => Found::Unknown,
-        }
+        folder.known.as_ref()?.actions.get(&key)?.1.clone()
     }
 
     fn folder(&self, key: Digest) -> MutexGuard<'_, Folder> {

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     ActionRecord, Digest, FileDigest, Manifest, Result, Store, StoreError,
-    action_folder::{Found, Summary},
+    action_folder::Summary,
     file_digest::FileStamp,
     index::{Reader, Tree},
     layout::Family,
@@ -31,12 +31,10 @@ impl Store {
 
     fn action_summary(&self, key: Digest) -> Result<Option<Summary>> {
         self.index().expect(self, 1);
-        if self.index().is_open() {
-            match self.action_folders().find(self, key) {
-                Found::Action(summary) => return Ok(Some(summary)),
-                Found::Absent => return Ok(None),
-                Found::Unknown => {}
-            }
+        if self.index().is_open()
+            && let Some(summary) = self.action_folders().find(self, key)
+        {
+            return Ok(Some(summary));
         }
         Ok(self.read_action_head(key)?.map(Summary::from))
     }

@@ -204,7 +204,10 @@ impl Store {
 
     /// Asks for the right to work on `key`.
     pub fn lease(&self, key: Digest, holder: &LeaseHolder) -> Result<LeaseOutcome> {
-        self.take_lease(key, holder)
+        let outcome = self.take_lease(key, holder);
+        // Its last owner may have published since the folder was looked at: whoever has the right must see that.
+        self.action_folders().forget(key);
+        outcome
     }
 
     /// Who works on `key` now, without asking for the right.

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use rlflow_store::{Digest, Dtype, GcOptions, LeaseOutcome, Result, Retain, SnapshotLimit, Store, FAULT_POINTS};
+use rlflow_store::{Digest, Dtype, FAULT_POINTS, GcOptions, LeaseOutcome, Result, Retain, SnapshotLimit, Store};
 use serde_json::json;
 
 use crate::support::{action, fast_folder, holder, key};
@@ -20,7 +20,7 @@ fn tensors(stage: &str) -> Vec<(String, Vec<u8>)> {
     vec![("embed".into(), vec![7; 4096]), own("layer.0", 300_000), own("layer.1", 10)]
 }
 
-/// What a run does, stage by stage: takes the lease, snapshots twice, publishes, records, lets go; collects at the end.
+/// What a run does, stage by stage: takes the lease, snapshots thrice, publishes, records, lets go; collects at the end.
 fn work(folder: &Path) -> Result<()> {
     let store = Store::open(folder)?;
     let run = store.begin_run(&json!({"event": "started"}))?;
@@ -46,7 +46,7 @@ fn work(folder: &Path) -> Result<()> {
             continue;
         }
         let snapshots = store.snapshots(key(&format!("{stage} prefix")));
-        for step in [10_u8, 20] {
+        for step in [10_u8, 20, 30] {
             let mut state = snapshots.builder();
             state.put_tensor("moments", Dtype::U8, &[100_000], &[step; 100_000])?;
             state.put("record.json", &[step])?;
