@@ -3,9 +3,11 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fs, io,
+    fs::{self, File},
+    io,
     path::Path,
     sync::{Arc, Mutex, PoisonError, Weak},
+    time::SystemTime,
 };
 
 use crate::{Digest, Manifest, Result, Store, StoreError, durable::create_folder, layout::Family, root::list};
@@ -97,7 +99,11 @@ impl Store {
         let target = (0..u32::MAX).map(|n| folder.join(format!("{name}.{n}"))).find(|target| !target.exists());
         let target = target.unwrap_or_else(|| folder.join(name));
         match fs::rename(path, &target) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                // Its grace period begins now, not when it was written.
+                let _ = File::open(&target).and_then(|file| file.set_modified(SystemTime::now()));
+                Ok(true)
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(StoreError::io("set aside", path)(error)),
         }

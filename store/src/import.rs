@@ -12,6 +12,7 @@ use crate::{
     durable::{TempFile, create_folder},
     fault::fault_point,
     file_digest::{check_is_file, read_steadily},
+    tree_hash::hash_file,
 };
 
 /// Brings a file's content under `tmp/`, reading and hashing it once: by reflink, by hard link where nobody may write to
@@ -38,8 +39,13 @@ pub(crate) fn import_file(store: &Store, path: &Path) -> Result<(Digest, u64, Te
             sealed.map_err(StoreError::io("make read-only", linked.path()))?;
             return hash_ours(linked);
         }
-        let (digest, stamp) = read_steadily(path, &source, |_, _| Ok(()))?;
-        return Ok((digest, stamp.size_bytes, linked));
+        let digest = hash_file(path, &source, metadata.len(), |_, _| Ok(()))?;
+        // Not the change time: every further name for the file, such as another builder's, changes that.
+        let content = |metadata: &Metadata| (metadata.len(), metadata.mtime(), metadata.mtime_nsec());
+        if content(&source.metadata().map_err(StoreError::io("examine", path))?) != content(&metadata) {
+            return Err(StoreError::ChangedWhileRead { path: path.clone() });
+        }
+        return Ok((digest, metadata.len(), linked));
     }
     let write = |bytes: &[u8], offset: u64| {
         fault_point("temp.write").and_then(|()| target.write_all_at(bytes, offset)).map_err(StoreError::io("write", temp.path()))

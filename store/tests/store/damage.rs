@@ -3,10 +3,11 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use proptest::prelude::*;
-use rlflow_store::{Artifact, Digest, Dtype, Retain, SnapshotLimit, Store, StoreError};
+use rlflow_store::{Artifact, Digest, Dtype, GcOptions, Retain, SnapshotLimit, Store, StoreError};
 use serde_json::json;
 
 use crate::support::{fast_store, key};
@@ -47,7 +48,12 @@ fn all_that_is_damaged_in_what_is_open_is_set_aside_at_once() {
     let all: Vec<Digest> = blobs(&sft).into_iter().chain(blobs(&rm)).collect();
     all.iter().chain(&closed).for_each(|digest| flip(&blob_path(&store, *digest), 500, 3));
 
+    let hex = sft.digest().to_string();
+    let manifest = store.folder().join("manifests").join(&hex[..2]).join(&hex);
+    fs::File::open(manifest).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+
     assert!(matches!(sft.read("layer.1"), Err(StoreError::Damaged { what: "blob", .. })));
+    store.gc(&GcOptions { grace: Duration::from_secs(3600), ..GcOptions::default() }).unwrap();
     assert!(all.iter().all(|digest| !blob_path(&store, *digest).exists()), "damage is left for the next run to find");
     assert!(closed.iter().all(|digest| blob_path(&store, *digest).exists()), "what is not open was read");
     let later = Store::open(store.folder()).unwrap();
