@@ -1,6 +1,6 @@
-//! A disk that is really full, at whatever write comes then.
+//! Disks that are really full, at whatever write comes then, or really read-only.
 
-use std::process::Command;
+use rlflow_store::{Store, StoreError};
 
 use crate::{
     crash::{STAGES, run_child, verify},
@@ -42,9 +42,27 @@ fn each_run_on_a_full_disk_keeps_what_it_finished_and_says_why_it_stopped() {
             break;
         }
         size += step();
-        let grown = Command::new("mount").args(["-o", &format!("remount,size={size}k")]).arg(disk.path()).status();
-        assert!(grown.unwrap().success());
+        disk.remount(&format!("size={size}k"));
     }
     assert_eq!(finished, STAGES.len());
     assert!(refused > 10, "the disk was full only {refused} times");
+}
+
+#[test]
+fn a_read_only_file_system_serves_hits_and_refuses_the_rest() {
+    let Some(disk) = Mounted::tmpfs(16 << 20) else {
+        return println!("skipped: no tmpfs can be mounted here (needs root)");
+    };
+    let path = disk.path().join("store");
+    assert!(run_child(&path, None).status.success());
+    disk.remount("ro");
+    assert_eq!(verify(&path), STAGES.len());
+    let store = Store::open(&path).unwrap();
+    assert!(store.is_read_only());
+    store.expect_lookups(100_000);
+    assert_eq!(store.index_damage(), None);
+    let errors = [store.put_blob(b"new").unwrap_err(), Store::open(&disk.path().join("another")).err().unwrap()];
+    for error in errors {
+        assert!(matches!(error, StoreError::Io { .. }) && error.to_string().contains("Read-only file system"), "{error}");
+    }
 }

@@ -75,6 +75,14 @@ impl Mounted {
     pub fn path(&self) -> &Path {
         self.0.path()
     }
+
+    /// Changes its options while it is in use.
+    pub fn remount(&self, options: &str) {
+        assert!(
+            quiet(Command::new("mount").args(["-o", &format!("remount,{options}")]).arg(self.path())),
+            "remounting with {options} failed"
+        );
+    }
 }
 
 impl Drop for Mounted {
