@@ -78,6 +78,29 @@ fn divergence_is_an_error_that_leaves_nothing_cached() {
     fixture.run("store", &[]).succeeded();
 }
 
+/// With a schedule whose beginning does not depend on its end, more steps continue from those that are done.
+#[test]
+fn a_longer_run_continues_a_shorter_one() {
+    let fixture = Fixture::new();
+    let constant = [
+        "stage.pretrain.train={ steps = 6, batch_size = 4, lr = 3e-3, schedule = \"constant\" }",
+        "stage.actor.train.schedule=\"constant\"",
+        "stage.critic.train.schedule=\"constant\"",
+    ];
+    fixture.run("store", &constant).succeeded();
+    for (stage, longer) in [("ppo", "stage.ppo.steps=5"), ("pretrain", "stage.pretrain.train.steps=9")] {
+        let sets = [&constant[..], &[longer]].concat();
+        let extended = fixture.run("store", &sets).succeeded();
+        assert!(extended.with_status(&["extended"]).contains(stage), "{}", extended.event);
+        let scratch = fixture.run(&format!("scratch-{stage}"), &sets).succeeded();
+        assert_eq!(extended.outputs(), scratch.outputs());
+    }
+    // A falling schedule depends on its end: from the start.
+    let falling = ["stage.ppo.steps=5"];
+    fixture.run("falling", &[]).succeeded();
+    assert!(fixture.run("falling", &falling).succeeded().with_status(&["ran"]).contains("ppo"));
+}
+
 /// The shared backbone trains one trunk for both, and top-k, top-p and the adaptive coefficient do something.
 #[test]
 fn settings_of_ppo_have_their_effect() {

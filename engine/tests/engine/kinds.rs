@@ -207,8 +207,12 @@ impl StageKind for Trainer {
     const METRICS: &'static [(&'static str, &'static str)] = &[("loss", "the state"), ("start", "where it started")];
     const DRAWS: bool = true;
 
-    fn describe(_: &TrainerConfig, _: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
-        Ok(described("model", ArtifactType::Policy))
+    fn describe(_: &TrainerConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
+        let mut description = described("model", ArtifactType::Policy);
+        if context.zero == 3 {
+            description.needs.parameter_bytes /= context.ranks as u64;
+        }
+        Ok(description)
     }
 
     fn execution(config: &TrainerConfig) -> Option<&Execution> {

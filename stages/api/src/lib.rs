@@ -30,5 +30,7 @@ pub use kind::{
 };
 pub use model::{Architecture, ModelConfig, Positions, RopeScaling};
 pub use placement::{DeviceChoice, DeviceSpec, Execution, Offload, Placement, ZeroLevel, ZeroSetting};
-pub use rlflow_store::{Artifact, ArtifactBuilder, Blob, Digest, Dtype, Entry, Manifest, Retain, Snapshot, Store, StoreError};
+pub use rlflow_store::{
+    Artifact, ArtifactBuilder, Blob, Digest, Dtype, Entry, Manifest, Retain, Snapshot, SnapshotLimit, Store, StoreError,
+};
 pub use snapshot::{SnapshotPolicy, Snapshots};

@@ -5,24 +5,30 @@ use std::{
 
 use serde_json::Value;
 
-use rlflow_store::{Artifact, ArtifactBuilder, Retain, Snapshot, SnapshotSet};
+use rlflow_store::{Artifact, ArtifactBuilder, Retain, Snapshot, SnapshotLimit, SnapshotSet};
 
 use crate::StageResult;
 
-/// When to write snapshots.
+/// When to write snapshots, and what of them to keep.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SnapshotPolicy {
     /// After this many steps, if set.
     pub every_steps: Option<u64>,
     /// After this much time, if set.
     pub every: Option<Duration>,
+    /// What is kept of those that only serve to continue.
+    pub limit: SnapshotLimit,
 }
 
 impl Default for SnapshotPolicy {
     fn default() -> Self {
-        Self { every_steps: None, every: Some(Duration::from_secs(10)) }
+        Self { every_steps: None, every: Some(Duration::from_secs(10)), limit: SnapshotLimit::default() }
     }
 }
+
+/// By the clock, writing may take at most one part in this many of the time: a model whose state takes a minute to
+/// write is not written every ten seconds.
+const TIME_SHARE: u32 = 20;
 
 /// A stage's own snapshots, as it sees them.
 pub struct Snapshots {
@@ -30,13 +36,15 @@ pub struct Snapshots {
     usable: Vec<Snapshot>,
     policy: Cell<SnapshotPolicy>,
     last: Cell<(Instant, Option<u64>)>,
+    /// How long the last one took to write.
+    cost: Cell<Duration>,
 }
 
 impl Snapshots {
     /// Over `set`; `usable` are those that [`crate::StageKind::can_continue`] accepted, best first.
     pub fn new(set: SnapshotSet, usable: Vec<Snapshot>) -> Self {
         let last = Cell::new((Instant::now(), None));
-        Self { set, usable, policy: Cell::default(), last }
+        Self { set, usable, policy: Cell::default(), last, cost: Cell::default() }
     }
 
     /// Sets when to write.
@@ -63,7 +71,7 @@ impl Snapshots {
     pub fn is_due(&self, step: u64) -> bool {
         let (time, last) = self.last.get();
         let policy = self.policy.get();
-        policy.every.is_some_and(|every| time.elapsed() >= every)
+        policy.every.is_some_and(|every| time.elapsed() >= every.max(self.cost.get() * TIME_SHARE))
             || policy.every_steps.is_some_and(|every| step >= last.unwrap_or(0) + every)
     }
 
@@ -79,7 +87,9 @@ impl Snapshots {
 
     /// Writes a snapshot durably.
     pub fn save(&self, step: u64, retain: Retain, info: Value, state: ArtifactBuilder) -> StageResult<()> {
-        self.set.save(step, retain, info, state)?;
+        let start = Instant::now();
+        self.set.save(step, retain, info, state, self.policy.get().limit)?;
+        self.cost.set(start.elapsed());
         self.last.set((Instant::now(), Some(step)));
         Ok(())
     }

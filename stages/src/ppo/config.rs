@@ -1,9 +1,12 @@
-use rlflow_api::{Problem, SnapshotPolicy};
+use rlflow_api::Problem;
 use rlflow_model::{LearningRate, OptimizerSettings, Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{losses::KlEstimator, train::Precision};
+use crate::{
+    losses::KlEstimator,
+    train::{Precision, SnapshotSettings},
+};
 
 /// How the KL coefficient moves.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
@@ -125,10 +128,9 @@ pub struct PpoConfig {
     /// Number format of the arithmetic: `fp32`.
     #[serde(default)]
     pub precision: Precision,
-    /// Steps between snapshots; without it, about every 10 seconds.
-    #[serde(default)]
-    #[schemars(extend("x-setting" = "execution", "x-unit" = "steps"), range(min = 1))]
-    pub snapshot_every: Option<u64>,
+    /// When and what to keep for an interrupted run to continue from.
+    #[serde(flatten)]
+    pub snapshots: SnapshotSettings,
 }
 
 fn batch_size() -> usize {
@@ -188,13 +190,6 @@ impl PpoConfig {
         }
         let message = format!("num_mini_batches = {} is more than batch_size = {}", self.num_mini_batches, self.batch_size);
         vec![Problem::new("out_of_range", "num_mini_batches", message)]
-    }
-
-    pub(super) fn snapshot_policy(&self) -> SnapshotPolicy {
-        match self.snapshot_every {
-            Some(steps) => SnapshotPolicy { every_steps: Some(steps), every: None },
-            None => SnapshotPolicy::default(),
-        }
     }
 }
 

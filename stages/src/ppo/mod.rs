@@ -18,7 +18,7 @@ use std::{collections::BTreeMap, time::Instant};
 
 use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, Needs, OutputPort, Problem, Retain, RunContext, Sample,
-    StageError, StageEvent, StageKind, StageResult,
+    Snapshot, StageError, StageEvent, StageKind, StageResult,
 };
 use rlflow_model::{Decoder, Head, Optimizer, checkpoint};
 use rlflow_text::{PromptDataset, Split};
@@ -126,6 +126,16 @@ impl StageKind for Ppo {
         Ok(Description { outputs, needs })
     }
 
+    fn horizon(_: &PpoConfig) -> Vec<&'static str> {
+        vec!["steps"]
+    }
+
+    fn can_continue(config: &PpoConfig, snapshot: &Snapshot) -> bool {
+        let number = |name: &str| snapshot.info.get(name).and_then(serde_json::Value::as_u64);
+        let (Some(total), Some(stable)) = (number("total_steps"), number("stable_until")) else { return false };
+        snapshot.step <= config.steps && (total == config.steps || snapshot.step <= stable)
+    }
+
     fn run(config: &PpoConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         let mut ppo = Run::load(config, context)?;
         ppo.train()?;
@@ -217,7 +227,7 @@ impl<'a> Run<'a> {
 
     fn train(&mut self) -> StageResult<()> {
         let (config, context) = (self.config, self.context);
-        context.snapshots.set_policy(config.snapshot_policy());
+        context.snapshots.set_policy(config.snapshots.policy());
         let mut first = 0;
         if let Some((snapshot, state)) = context.resume()? {
             self.actor.optimizer = checkpoint::load_state("actor", &state, &mut self.actor.decoder, self.actor.train.optimizer())?;
@@ -229,6 +239,9 @@ impl<'a> Run<'a> {
             self.kl_coef = f64::from_le_bytes(bytes);
             first = snapshot.step;
         }
+        // The roles' schedules come with their artifacts; a snapshot says how long they did not depend on the number of steps.
+        let roles = std::iter::once(&self.actor).chain(&self.critic);
+        let stable_until = roles.map(|role| role.train.learning_rate(config.steps).stable_until()).min().unwrap_or(0);
         let (start, mut tokens) = (Instant::now(), 0);
         for step in first..config.steps {
             let experience = Experience::collect(self, step)?;
@@ -257,7 +270,7 @@ impl<'a> Run<'a> {
                 }
                 state.put("kl_coef", &self.kl_coef.to_le_bytes())?;
                 let retain = if last { Retain::Keep } else { Retain::Latest };
-                context.save_snapshot(done, retain, json!({ "total_steps": config.steps }), state)?;
+                context.save_snapshot(done, retain, json!({ "total_steps": config.steps, "stable_until": stable_until }), state)?;
             }
             if !last {
                 context.check_cancelled()?;

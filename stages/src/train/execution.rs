@@ -1,5 +1,7 @@
+use std::time::Duration;
+
 use burn::tensor::Device;
-use rlflow_api::{DeviceChoice, DeviceSpec, Execution, Problem, SnapshotPolicy, StageError, StageResult};
+use rlflow_api::{DeviceChoice, DeviceSpec, Execution, Problem, SnapshotLimit, SnapshotPolicy, StageError, StageResult};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -21,9 +23,9 @@ pub struct TrainExecution {
     /// Where it runs.
     #[serde(flatten)]
     pub placement: Execution,
-    /// Steps between snapshots, from which an interrupted stage continues; without it, about every 10 seconds.
-    #[schemars(extend("x-setting" = "execution", "x-unit" = "steps"), range(min = 1))]
-    pub snapshot_every: Option<u64>,
+    /// When and what to keep for an interrupted stage to continue from.
+    #[serde(flatten)]
+    pub snapshots: SnapshotSettings,
     /// Steps between progress reports; without it, several a second.
     #[schemars(extend("x-setting" = "execution", "x-unit" = "steps"), range(min = 1))]
     pub log_every: Option<u64>,
@@ -33,49 +35,39 @@ pub struct TrainExecution {
     pub gradient_checkpointing: bool,
 }
 
-impl TrainExecution {
-    /// When to write snapshots.
-    pub fn snapshot_policy(&self) -> SnapshotPolicy {
-        match self.snapshot_every {
-            Some(steps) => SnapshotPolicy { every_steps: Some(steps), every: None },
-            None => SnapshotPolicy::default(),
+/// Snapshots of a stage that trains. All of it is execution.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct SnapshotSettings {
+    /// Steps between snapshots, from which an interrupted stage continues; without it and `snapshot_minutes`, about every
+    /// 10 seconds, or more rarely where writing would take more than a twentieth of the time.
+    #[schemars(extend("x-setting" = "execution", "x-unit" = "steps"), range(min = 1))]
+    pub snapshot_every: Option<u64>,
+    /// Minutes between snapshots, beside `snapshot_every` or instead of it.
+    #[schemars(extend("x-setting" = "execution", "x-unit" = "minutes", "exclusiveMinimum" = 0.0), range(max = 100_000.0))]
+    pub snapshot_minutes: Option<f64>,
+    /// How many of the newest snapshots are kept while the stage is unfinished.
+    #[schemars(extend("x-setting" = "execution"), range(min = 1))]
+    pub snapshot_keep: usize,
+    /// What they may take together; the newest is kept even if it takes more. Without it, no limit.
+    #[schemars(extend("x-setting" = "execution", "x-unit" = "bytes"))]
+    pub snapshot_max_bytes: Option<u64>,
+}
+
+impl Default for SnapshotSettings {
+    fn default() -> Self {
+        Self { snapshot_every: None, snapshot_minutes: None, snapshot_keep: SnapshotLimit::default().newest, snapshot_max_bytes: None }
+    }
+}
+
+impl SnapshotSettings {
+    /// When to write snapshots, and what of them to keep.
+    pub fn policy(&self) -> SnapshotPolicy {
+        let limit = SnapshotLimit { newest: self.snapshot_keep, bytes: self.snapshot_max_bytes.unwrap_or(u64::MAX) };
+        if (self.snapshot_every, self.snapshot_minutes) == (None, None) {
+            return SnapshotPolicy { limit, ..SnapshotPolicy::default() };
         }
-    }
-}
-
-/// Placements that this version cannot run, found before anything does.
-pub fn check_placement(execution: &Execution) -> Vec<Problem> {
-    let ranks = match &execution.device {
-        DeviceChoice::One(_) => 1,
-        DeviceChoice::List(devices) => devices.len(),
-        DeviceChoice::CpuRanks { cpu } => *cpu,
-    };
-    if ranks <= 1 {
-        return Vec::new();
-    }
-    let message = format!("{ranks} ranks were asked for; this version runs a stage on one");
-    vec![Problem::new("too_many_ranks", "device", message).hint("name a single device: the result is the same")]
-}
-
-/// The Burn device of a placement's first rank.
-///
-/// # Errors
-/// If this build has no such device.
-pub fn burn_device(devices: &[DeviceSpec]) -> StageResult<Device> {
-    if devices.len() > 1 {
-        return Err(StageError::invalid_with_hint(
-            format!("{} ranks were asked for; this version runs a stage on one", devices.len()),
-            "set `device` to a single device",
-        ));
-    }
-    match devices.first() {
-        None | Some(DeviceSpec::Cpu) => Ok(Device::flex()),
-        #[cfg(feature = "cuda")]
-        Some(DeviceSpec::Cuda(index)) => Ok(Device::cuda(*index)),
-        #[cfg(not(feature = "cuda"))]
-        Some(device) => Err(StageError::invalid_with_hint(
-            format!("{device} was asked for, and this rlflow was built without CUDA"),
-            "build with `--features cuda`, or set `device = \"cpu\"`",
-        )),
+        let every = self.snapshot_minutes.map(|minutes| Duration::from_secs_f64(60.0 * minutes));
+        SnapshotPolicy { every_steps: self.snapshot_every, every, limit }
     }
 }

@@ -55,7 +55,7 @@ pub fn train<T: Task>(
     task: &mut T,
 ) -> StageResult<()> {
     let mut optimizer = Optimizer::new(model.parameters(), plan.optimizer);
-    context.snapshots.set_policy(execution.snapshot_policy());
+    context.snapshots.set_policy(execution.snapshots.policy());
     let mut first = 0;
     if let Some((snapshot, state)) = context.resume()? {
         optimizer = checkpoint::load_state(STATE, &state, model, plan.optimizer)?;
