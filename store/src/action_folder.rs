@@ -12,8 +12,9 @@ use std::{
 use crate::{
     Digest, Store,
     action::ActionHead,
+    envelope::Reader,
     file_digest::FileStamp,
-    index::{Reader, Tree},
+    index::Tree,
     layout::{Family, digest_of_name},
     lookup::hash_texts,
     sealed::is_absent,

@@ -15,16 +15,17 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use crate::{Digest, Hasher, Store, fault::fault_point, file_digest::FileStamp, layout::Layout};
+use crate::{
+    Digest, Store,
+    envelope::{ENVELOPE, unwrap_envelope, wrap_envelope},
+    fault::fault_point,
+    file_digest::FileStamp,
+    index_seal::{SEAL, is_closed, seal_of, stamps},
+    layout::Layout,
+};
 
 /// Lookups answered from files before the index is opened: about where that begins to pay.
 const LOOKUPS_BEFORE_OPENING: u64 = 2048;
-/// An index larger than this is not checked as a whole before it is opened; sled's own checks and the envelopes remain.
-const MAX_SEALED_BYTES: u64 = 64 << 20;
-/// Version of the values' layout.
-const ENVELOPE: u8 = 1;
-/// File that says what the index's files hashed to when they were closed.
-const SEAL: &str = "SEAL";
 
 /// One of the index's trees. Keys have 32 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -316,66 +317,6 @@ fn check(lock: &mut File, folder: &Path) -> Result<Option<Sealed>, &'static str>
     Ok(stamps(folder).map(|stamps| Sealed { seal, stamps }))
 }
 
-/// All files in the index but the seal, sorted.
-fn files_of(folder: &Path) -> Option<Vec<PathBuf>> {
-    fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
-        for entry in fs::read_dir(folder)? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                collect(&entry.path(), files)?;
-            } else if entry.file_name() != SEAL {
-                files.push(entry.path());
-            }
-        }
-        Ok(())
-    }
-    let mut files = Vec::new();
-    collect(folder, &mut files).ok()?;
-    files.sort();
-    Some(files)
-}
-
-fn stamps(folder: &Path) -> Option<Vec<(PathBuf, FileStamp)>> {
-    let stamp = |path: PathBuf| Some((path.clone(), FileStamp::of(&fs::metadata(path).ok()?)));
-    files_of(folder)?.into_iter().map(stamp).collect()
-}
-
-/// Digest over names and contents of all files in the index. `None` if they cannot be read or are too many bytes to check.
-fn seal_of(folder: &Path) -> Option<Digest> {
-    let mut hasher = Hasher::new();
-    let mut buffer = vec![0; 128 << 10];
-    let mut total = 0;
-    for path in files_of(folder)? {
-        total += fs::metadata(&path).ok()?.len();
-        if total > MAX_SEALED_BYTES {
-            return None;
-        }
-        let mut file = File::open(&path).ok()?;
-        let length = file.metadata().ok()?.len();
-        let name = path.strip_prefix(folder).ok()?.as_os_str().as_encoded_bytes();
-        hasher.update(&(name.len() as u64).to_be_bytes()).update(name).update(&length.to_be_bytes());
-        loop {
-            match file.read(&mut buffer).ok()? {
-                0 => break,
-                read => _ = hasher.update(&buffer[..read]),
-            }
-        }
-    }
-    Some(hasher.finish())
-}
-
-/// Whether sled has let go of its file, so that nothing writes to it any more.
-fn is_closed(folder: &Path) -> bool {
-    let Ok(file) = File::open(folder.join("db")) else { return false };
-    (0..20).any(|_| {
-        let free = file.try_lock().is_ok();
-        if !free {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
-        free
-    })
-}
-
 fn open_sled(folder: &Path) -> Result<(sled::Db, [sled::Tree; 3]), Trouble> {
     // No flushing thread: what is lost with a killed process is filled in again.
     let db = sled::Config::new().path(folder).flush_every_ms(None).cache_capacity(64 << 20).open()?;
@@ -427,50 +368,4 @@ fn silence_sled_panics() {
             }
         }));
     });
-}
-
-/// `[version, 8 bytes of BLAKE3(key, payload), payload]`.
-fn wrap_envelope(key: Digest, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(9 + payload.len());
-    bytes.push(ENVELOPE);
-    bytes.extend_from_slice(&check_bytes(key, payload));
-    bytes.extend_from_slice(payload);
-    bytes
-}
-
-fn unwrap_envelope(key: Digest, bytes: &[u8]) -> Option<Vec<u8>> {
-    let payload = bytes.get(9..)?;
-    (bytes[0] == ENVELOPE && bytes[1..9] == check_bytes(key, payload)).then(|| payload.to_vec())
-}
-
-fn check_bytes(key: Digest, payload: &[u8]) -> [u8; 8] {
-    let digest = Hasher::new().update(key.as_bytes()).update(payload).finish();
-    digest.as_bytes()[..8].try_into().expect("a digest has more than 8 bytes")
-}
-
-/// Reads fixed-width big-endian values off the front of a payload.
-pub(crate) struct Reader<'a>(pub &'a [u8]);
-
-impl<'a> Reader<'a> {
-    pub fn bytes(&mut self, length: usize) -> Option<&'a [u8]> {
-        let (head, tail) = self.0.split_at_checked(length)?;
-        self.0 = tail;
-        Some(head)
-    }
-
-    pub fn u64(&mut self) -> Option<u64> {
-        Some(u64::from_be_bytes(self.bytes(8)?.try_into().ok()?))
-    }
-
-    pub fn i128(&mut self) -> Option<i128> {
-        Some(i128::from_be_bytes(self.bytes(16)?.try_into().ok()?))
-    }
-
-    pub fn digest(&mut self) -> Option<Digest> {
-        Some(Digest::from_bytes(self.bytes(32)?.try_into().ok()?))
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
 }

@@ -8,11 +8,8 @@ use std::{
 };
 
 use crate::{
-    ActionRecord, Digest, FileDigest, Manifest, Result, Store, StoreError,
-    action_folder::Summary,
-    file_digest::FileStamp,
-    index::{Reader, Tree},
-    layout::Family,
+    ActionRecord, Digest, FileDigest, Manifest, Result, Store, StoreError, action_folder::Summary, envelope::Reader,
+    file_digest::FileStamp, index::Tree, layout::Family,
 };
 
 /// Manifests with more entries are read from their files: values in the index stay small.
