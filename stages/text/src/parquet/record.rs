@@ -11,7 +11,7 @@ use super::{
 /// Largest row: a few bytes may claim to repeat an element for ever.
 const MAX_ROW_BYTES: usize = 64 << 20;
 /// What a value takes beside its text.
-const VALUE_BYTES: usize = 64;
+const VALUE_BYTES: usize = 128;
 
 /// The rows of a row group.
 pub(super) struct Rows<'a> {
