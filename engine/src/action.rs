@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use rlflow_api::{DataFile, DescribeContext, InputMeta, Placement, Problem, data_format};
+use rlflow_api::{DataFile, Placement, Problem, ZeroSetting, data_format};
 use rlflow_store::{ActionRecord, Digest, FileDigest, Snapshot, Store, StoreError};
 
 use crate::{
@@ -144,7 +144,7 @@ impl<'a> Actions<'a> {
 
         let mut placements = Vec::with_capacity(count);
         for (index, stage) in workflow.stages.iter().enumerate() {
-            let peak = |ranks, zero| peak_bytes(workflow, stage, ranks, zero);
+            let peak = |ranks, zero| Some(workflow.describe(index, ranks, zero).ok()?.needs.peak_bytes()).filter(|peak| *peak > 0);
             let placement = host.place(stage.kind.execution(&stage.config).as_ref(), peak);
             placements.push(placement.unwrap_or_else(|error| {
                 if selected[index] {
@@ -191,6 +191,20 @@ impl<'a> Actions<'a> {
     /// Where the stage runs.
     pub fn placement(&self, stage: usize) -> &Placement {
         &self.placements[stage]
+    }
+
+    /// Memory per rank at the stage's peak, as its kind predicts it; zero if it does not.
+    pub fn peak_bytes(&self, index: usize) -> u64 {
+        let (stage, placement) = (&self.workflow.stages[index], &self.placements[index]);
+        let was_chosen = || stage.kind.execution(&stage.config).is_some_and(|execution| matches!(execution.zero, ZeroSetting::Auto(_)));
+        // What was described when loading is at the level that was asked for, or at none where that was left to us.
+        if placement.zero > 0
+            && was_chosen()
+            && let Ok(described) = self.workflow.describe(index, placement.devices.len(), placement.zero)
+        {
+            return described.needs.peak_bytes();
+        }
+        stage.described.needs.peak_bytes()
     }
 
     /// Whether cached results are left aside.
@@ -440,20 +454,6 @@ pub fn find_stages(workflow: &Workflow, name: &str, what: &str) -> Result<Vec<us
         }
     };
     Err(error.with_hint(hint).into())
-}
-
-/// What the stage needs at its peak on each of `ranks` ranks at a ZeRO level.
-fn peak_bytes(workflow: &Workflow, stage: &Stage, ranks: usize, zero: u8) -> Option<u64> {
-    let input = |edge: &Edge| {
-        let maker = &workflow.stages[edge.stage];
-        let meta = maker.described.outputs.get(&edge.port)?.clone();
-        let (stage, kind) = (maker.name.clone(), maker.kind.name().to_owned());
-        Some(InputMeta { stage, port: edge.port.clone(), kind, meta, settings: maker.config.settings().clone() })
-    };
-    let inputs = stage.inputs.iter().map(|(port, edges)| (port.clone(), edges.iter().filter_map(input).collect())).collect();
-    let context = DescribeContext { stage: &stage.name, inputs: &inputs, files: &stage.files, ranks, zero };
-    let peak = stage.kind.describe(&stage.config, &context).ok()?.needs.peak_bytes();
-    (peak > 0).then_some(peak)
 }
 
 /// The workflow's path from the folder that holds the store; absolute if it is elsewhere.

@@ -183,7 +183,7 @@ impl PlannedStage {
             rerun: None,
             continues_from_step: None,
             placement: actions.placement(stage).clone(),
-            peak_bytes: actions.workflow.stages[stage].described.needs.peak_bytes(),
+            peak_bytes: actions.peak_bytes(stage),
             estimated_seconds: None,
             holder: None,
             error: None,
