@@ -60,6 +60,14 @@ impl WorkflowArgs {
         Ok((workflow, store))
     }
 
+    /// Reads the workflow and opens its store to look at: if there is none, none is made.
+    pub fn look(&self, common: &Common) -> Result<(Workflow, Store), Failure> {
+        let workflow = self.load()?;
+        let folder = common.store_folder(&workflow.folder);
+        let store = if folder.exists() { open_store(&folder)? } else { Store::empty()? };
+        Ok((workflow, store))
+    }
+
     /// The arguments again, for a command to print.
     pub fn to_arguments(&self) -> Vec<String> {
         let mut arguments = vec![self.workflow.display().to_string()];

@@ -1,9 +1,11 @@
 use std::{io::Write, process::ExitCode};
 
 use miette::{GraphicalReportHandler, GraphicalTheme};
-use serde_json::json;
 
-use rlflow_engine::{EngineError, workflow::WorkflowErrors};
+use rlflow_engine::{
+    EngineError,
+    workflow::{WorkflowError, WorkflowErrors},
+};
 
 /// How a command ended when nothing was wrong with the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,9 +90,14 @@ pub fn other(error: impl Into<anyhow::Error>) -> Failure {
     Failure::Other(error.into())
 }
 
-/// One error that stands in no file, with the keys that every error has.
-fn errors_json(code: &str, message: &str, hint: Option<&str>) -> serde_json::Value {
-    json!({ "errors": [{ "code": code, "message": message, "file": null, "line": null, "column": null, "hint": hint }] })
+/// One error that stands in no file.
+fn errors_json(code: &'static str, message: &str, hint: Option<&str>) -> serde_json::Value {
+    let error = WorkflowError::new(code, message);
+    WorkflowErrors::from(match hint {
+        Some(hint) => error.with_hint(hint),
+        None => error,
+    })
+    .to_json()
 }
 
 fn render(errors: &WorkflowErrors) -> String {

@@ -35,7 +35,7 @@ pub enum Format {
 
 impl Graph {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
-        let (workflow, store) = self.workflow.open(common)?;
+        let (workflow, store) = self.workflow.look(common)?;
         let mut statuses = Vec::new();
         if !self.plain {
             statuses = vec!["run"; workflow.stages.len()];

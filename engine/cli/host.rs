@@ -7,9 +7,11 @@ use rlflow_engine::{DeviceInfo, Host};
 pub fn host() -> Host {
     let mut devices = vec![DeviceInfo { spec: DeviceSpec::Cpu, name: cpu_name(), memory_bytes: memory_bytes() }];
     match rlflow_stages::accelerators() {
-        Ok(found) => devices.extend(
-            found.into_iter().map(|device| DeviceInfo { spec: device.spec, name: device.name, memory_bytes: device.memory_bytes }),
-        ),
+        Ok(found) => devices.extend(found.into_iter().map(|device| DeviceInfo {
+            spec: device.spec,
+            name: device.name,
+            memory_bytes: device.memory_bytes,
+        })),
         Err(reason) => tracing::warn!("no CUDA device: {reason}; `device = \"auto\"` is the CPU"),
     }
     Host { devices, numerics: numerics() }

@@ -33,7 +33,7 @@ pub enum Format {
 
 impl Lineage {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
-        let (workflow, store) = self.workflow.open(common)?;
+        let (workflow, store) = self.workflow.look(common)?;
         let digest = artifact::find(&workflow, &store, &self.artifact)?;
         let nodes = store.lineage(digest)?;
         if common.json {

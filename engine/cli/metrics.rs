@@ -1,6 +1,6 @@
 use clap::Args;
 
-use rlflow_engine::{metrics, text};
+use rlflow_engine::{metrics, text, thousands};
 
 use crate::{
     common::{Common, WorkflowArgs},
@@ -20,7 +20,7 @@ pub struct Metrics {
 
 impl Metrics {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
-        let (workflow, store) = self.workflow.open(common)?;
+        let (workflow, store) = self.workflow.look(common)?;
         let all = metrics::metrics(&workflow, &store, &host(), &self.stages)?;
         if common.json {
             print_line(&metrics::to_json(&workflow, &all).to_string());
@@ -31,7 +31,15 @@ impl Metrics {
         }
         for stage in &all {
             let name = &workflow.stages[stage.stage].name;
-            print_text(&format!("{name}{}\n", if stage.stale { " (of an older result)" } else { "" }));
+            let of_what = match &stage.unfinished {
+                Some(attempt) if attempt.ended => {
+                    format!(" (no result yet: ended at step {} of run {})", thousands(attempt.step), attempt.run_id)
+                }
+                Some(attempt) => format!(" (no result yet: step {} of run {})", thousands(attempt.step), attempt.run_id),
+                None if stage.stale => " (of an older result)".to_owned(),
+                None => String::new(),
+            };
+            print_text(&format!("{name}{of_what}\n"));
             let documented = workflow.stages[stage.stage].kind.metrics();
             let rows: Vec<Vec<String>> = stage
                 .finals()

@@ -26,7 +26,7 @@ pub struct Plan {
 
 impl Plan {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
-        let (workflow, store) = self.workflow.open(common)?;
+        let (workflow, store) = self.workflow.look(common)?;
         let request = Request { stages: self.stages, force: self.force, no_cache: self.no_cache };
         let plan = rlflow_engine::Plan::new(&workflow, &store, &host(), &request)?;
         if common.json {

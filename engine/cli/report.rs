@@ -23,7 +23,7 @@ pub struct Report {
 
 impl Report {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
-        let (workflow, store) = self.workflow.open(common)?;
+        let (workflow, store) = self.workflow.look(common)?;
         let html = html_report(&workflow, &store, &host(), &format!("written {}", crate::log::local_time(now())))?;
         let path = self.output.unwrap_or_else(|| workflow.path.with_extension("html"));
         if path.as_os_str() == "-" {

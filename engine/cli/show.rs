@@ -26,7 +26,7 @@ pub struct Show {
 
 impl Show {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
-        let (workflow, store) = self.workflow.open(common)?;
+        let (workflow, store) = self.workflow.look(common)?;
         if let Some(digest) = artifact::by_digest(&workflow, &store, &self.stage)? {
             let artifact = open(&store, digest)?;
             if common.json {

@@ -1,6 +1,6 @@
 use clap::Args;
 
-use rlflow_engine::{Request, action::workflow_name, history::mark_failures, report::plan_report};
+use rlflow_engine::{Request, report::plan_report};
 
 use crate::{
     common::{Common, WorkflowArgs},
@@ -17,9 +17,8 @@ pub struct Status {
 
 impl Status {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
-        let (workflow, store) = self.workflow.open(common)?;
-        let mut plan = rlflow_engine::Plan::new(&workflow, &store, &host(), &Request::default())?;
-        mark_failures(&mut plan, &store, &workflow_name(&workflow, &store))?;
+        let (workflow, store) = self.workflow.look(common)?;
+        let plan = rlflow_engine::Plan::new(&workflow, &store, &host(), &Request::default())?;
         if common.json {
             print_line(&plan.to_json(&workflow).to_string());
         } else {

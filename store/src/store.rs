@@ -40,6 +40,8 @@ struct Inner {
     latest: Latest,
     manifest_blobs: ManifestBlobs,
     index: Index,
+    /// Dropped last: takes the folder of [`Store::empty`] away.
+    _temporary: Option<tempfile::TempDir>,
 }
 
 /// Version of the layout on disk.
@@ -52,6 +54,18 @@ impl Store {
     ///
     /// Cheap: reads one small file. Whatever else is needed is made or opened when it is.
     pub fn open(folder: &Path) -> Result<Self> {
+        Self::open_with(folder, None)
+    }
+
+    /// A store in which nothing is, and that leaves nothing behind: what a question about a store that does not exist
+    /// is answered from.
+    pub fn empty() -> Result<Self> {
+        let temporary = tempfile::tempdir().map_err(StoreError::io("make", std::env::temp_dir()))?;
+        let folder = temporary.path().to_owned();
+        Self::open_with(&folder, Some(temporary))
+    }
+
+    fn open_with(folder: &Path, temporary: Option<tempfile::TempDir>) -> Result<Self> {
         let root = std::path::absolute(folder).map_err(StoreError::io("find", folder))?;
         let layout = Layout { root };
         if !check_version(&layout)? {
@@ -71,6 +85,7 @@ impl Store {
             latest: Latest::default(),
             manifest_blobs: ManifestBlobs::default(),
             index: Index::default(),
+            _temporary: temporary,
         })))
     }
 
