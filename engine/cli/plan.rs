@@ -36,6 +36,8 @@ impl Plan {
         } else {
             print_text(&plan_report(&workflow, &plan, true));
         }
+        // The process ends here: taking ten thousand stages apart first would only take time.
+        std::mem::forget((workflow, plan));
         Ok(Outcome::Done)
     }
 }

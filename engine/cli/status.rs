@@ -24,6 +24,8 @@ impl Status {
         } else {
             print_text(&plan_report(&workflow, &plan, false));
         }
+        // The process ends here: taking ten thousand stages apart first would only take time.
+        std::mem::forget((workflow, plan));
         Ok(Outcome::Done)
     }
 }

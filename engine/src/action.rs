@@ -258,7 +258,10 @@ impl<'a> Actions<'a> {
             && let Some(outputs) = self.store.outputs(key)?
             && stage.described.outputs.keys().all(|port| outputs.contains_key(port))
         {
-            must_run = if self.named[index] { self.lost(index, &outputs)? } else { None };
+            must_run = self.set_aside(&outputs);
+            if must_run.is_none() && self.named[index] {
+                must_run = self.lost(index, &outputs)?;
+            }
             if must_run.is_none() {
                 return Ok(Decision::Cached { key, outputs: outputs.into() });
             }
@@ -324,6 +327,13 @@ impl<'a> Actions<'a> {
             }
         }
         Ok(unreadable)
+    }
+
+    /// Why a stage must run although its result is known: damage was found in it, and what was damaged is made again
+    /// without waiting for somebody to miss it.
+    fn set_aside(&self, outputs: &BTreeMap<String, Digest>) -> Option<RerunReason> {
+        let (port, _) = outputs.iter().find(|(_, digest)| self.store.is_set_aside(**digest))?;
+        Some(RerunReason::ArtifactDamaged { port: port.clone(), needed_by: String::new() })
     }
 
     /// Why a stage that was asked for by name must run although its result is known: that cannot be read.

@@ -137,6 +137,9 @@ impl RerunReason {
                 format!("seed changed: {} -> {}", seed(from), seed(to))
             }
             Self::ArtifactMissing { port, needed_by } => format!("its result {port} is missing from the store and {}", need(needed_by)),
+            Self::ArtifactDamaged { port, needed_by } if needed_by.is_empty() => {
+                format!("its result {port} was found damaged and set aside")
+            }
             Self::ArtifactDamaged { port, needed_by } => format!("its result {port} is damaged and {}", need(needed_by)),
             Self::Forced { option } => format!("forced by {option}"),
             Self::DependsOnResultOf { stage, root, because } if stage == root => format!("depends on the result of {stage} ({because})"),

@@ -138,18 +138,42 @@ fn a_damaged_input_is_made_again_in_the_same_run() {
     let first = world.run();
     world.ran();
     let store = world.store();
-    let artifact = store.open_artifact(first.stages[1].outputs["model"]).unwrap().unwrap();
+    damage(&store, first.stages[1].outputs["model"]);
+    world.edit("beta = 0.2", "beta = 0.3");
+    let summary = world.run();
+    assert!(summary.ok(), "{:?}", outcomes(&summary));
+    assert_eq!(summary.stages[1].outputs, first.stages[1].outputs);
+    assert_eq!(outcomes(&summary)[1], "base ran (same output): its result model is damaged and b must read it");
+}
+
+/// Flips a bit of an artifact's first blob.
+fn damage(store: &rlflow_store::Store, artifact: rlflow_store::Digest) {
+    let artifact = store.open_artifact(artifact).unwrap().unwrap();
     let name = artifact.manifest().entries[0].digest.to_string();
     let path = store.folder().join("blobs").join(&name[..2]).join(&name);
     let mut content = std::fs::read(&path).unwrap();
     content[3] ^= 1;
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, content).unwrap();
-    world.edit("beta = 0.2", "beta = 0.3");
-    let summary = world.run();
-    assert!(summary.ok(), "{:?}", outcomes(&summary));
-    assert_eq!(summary.stages[1].outputs, first.stages[1].outputs);
-    assert_eq!(outcomes(&summary)[1], "base ran (same output): its result model is damaged and b must read it");
+}
+
+/// The last stages too, which nothing reads.
+#[test]
+fn what_a_repair_sets_aside_is_made_again_by_the_next_run() {
+    let world = World::new(CHAIN);
+    let first = world.run();
+    world.ran();
+    let last = first.stages.len() - 1;
+    let output = *first.stages[last].outputs.values().next().unwrap();
+    damage(&world.store(), output);
+    assert!(!world.store().fsck(true).unwrap().problems.is_empty());
+    let said = "its result results was found damaged and set aside";
+    assert_eq!(world.planned(), [format!("all run: {said}")]);
+    let second = world.run();
+    assert_eq!(outcomes(&second)[last], format!("all ran (same output): {said}"));
+    assert_eq!(second.stages[last].outputs, first.stages[last].outputs);
+    assert!(world.store().fsck(false).unwrap().problems.is_empty());
+    assert!(world.planned().is_empty());
 }
 
 #[test]
