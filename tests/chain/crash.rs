@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     env, fs,
-    os::unix::process::ExitStatusExt,
+    os::unix::{fs::MetadataExt, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread::sleep,
@@ -176,7 +176,10 @@ fn cut_unsynced(store: &Path, began: SystemTime) {
         }
     };
     let changed = |path: &PathBuf| fs::metadata(path).and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-    files("tmp").iter().chain(&files("index")).filter(|path| changed(path) >= began).for_each(|path| truncate(path));
+    // A file with a second name was synced before it got that: it is a blob already.
+    let is_open = |path: &PathBuf| fs::metadata(path).is_ok_and(|metadata| metadata.nlink() == 1);
+    let unsynced = files("tmp").into_iter().filter(is_open).chain(files("index"));
+    unsynced.filter(|path| changed(path) >= began).for_each(|path| truncate(&path));
     if let Some(newest) = files("partial").iter().max_by_key(|path| changed(path)) {
         truncate(newest);
     }
