@@ -37,8 +37,12 @@ fn filled() -> (TempDir, PathBuf) {
         store.put_action(&record).unwrap();
     }
     drop(store);
-    for _ in 0..2 {
+    // sled writes its `snap` file when it opens what it has already written down, which takes two rounds or three.
+    for _ in 0..20 {
         answers(&path, true);
+        if files(&path.join("index")).iter().any(|file| file.file_name().unwrap().to_string_lossy().starts_with("snap")) {
+            break;
+        }
     }
     (folder, path)
 }
@@ -159,7 +163,9 @@ fn damage_to_any_of_its_files_changes_no_answer_and_is_said_once() {
     copy(&index, &good);
     let names: Vec<PathBuf> = files(&good).iter().map(|file| file.strip_prefix(&good).unwrap().to_owned()).collect();
     let names: Vec<PathBuf> = names.into_iter().filter(|name| *name != Path::new("SEAL")).collect();
-    assert!(names.len() >= 3, "{names:?}");
+    for needed in ["conf", "db"] {
+        assert!(names.iter().any(|name| name == Path::new(needed)), "{names:?}");
+    }
     for name in &names {
         for damage in ["truncated", "zeroed page", "flipped byte", "deleted"] {
             let (mut done, mut found) = (0, 0);
