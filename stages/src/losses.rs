@@ -3,7 +3,10 @@
 //! Reductions are named: those here give one value per row or a sum; the division by a batch's count happens in the
 //! optimizer, and nowhere else.
 
-use burn::tensor::{Tensor, activation::log_sigmoid};
+use burn::tensor::{
+    Tensor,
+    activation::{log_sigmoid, relu, sigmoid},
+};
 
 /// Bradley-Terry loss of a reward model per pair: `-log sigmoid(chosen - rejected - margin)`, and with
 /// `centering` c also `c (chosen + rejected)^2` (arXiv:2203.02155 eq. 1; arXiv:2312.09244 for the centering).
@@ -28,6 +31,81 @@ pub fn dpo_sigmoid_loss(deltas: Tensor<1>, beta: f64, label_smoothing: f64) -> T
     let logits = deltas * beta;
     let loss = log_sigmoid(logits.clone()).neg() * (1.0 - label_smoothing);
     if label_smoothing == 0.0 { loss } else { loss - log_sigmoid(logits.neg()) * label_smoothing }
+}
+
+/// Robust DPO loss per pair (arXiv:2403.00409 eq. 12): the estimate of the sigmoid loss that labels flipped with
+/// probability e leave unbiased, `(-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e)`. Can be negative.
+///
+/// # Shapes
+/// - deltas: `[pairs]`, as in [`dpo_sigmoid_loss`]
+/// - returns: `[pairs]`
+pub fn dpo_robust_loss(deltas: Tensor<1>, beta: f64, label_smoothing: f64) -> Tensor<1> {
+    let logits = deltas * beta;
+    let loss = log_sigmoid(logits.clone()).neg() * (1.0 - label_smoothing) + log_sigmoid(logits.neg()) * label_smoothing;
+    loss / (1.0 - 2.0 * label_smoothing)
+}
+
+/// Hinge loss per pair (SLiC, arXiv:2305.10425, on DPO's rewards as in arXiv:2309.06657): `max(0, 1 - beta d)`.
+///
+/// # Shapes
+/// - deltas: `[pairs]`, as in [`dpo_sigmoid_loss`]
+/// - returns: `[pairs]`
+pub fn dpo_hinge_loss(deltas: Tensor<1>, beta: f64) -> Tensor<1> {
+    relu(deltas * -beta + 1.0)
+}
+
+/// IPO loss per pair (arXiv:2310.12036 eq. 17): `(d - 1 / (2 beta))^2`.
+///
+/// # Shapes
+/// - deltas: `[pairs]`: of summed log-probabilities as in the paper, or of means over tokens as its authors advise and
+///   TRL computes
+/// - returns: `[pairs]`
+pub fn ipo_loss(deltas: Tensor<1>, beta: f64) -> Tensor<1> {
+    (deltas - 1.0 / (2.0 * beta)).powi_scalar(2)
+}
+
+/// SimPO loss per pair (arXiv:2405.14734 eq. 6): `-log sigmoid(beta (c - r) - gamma)`, without a reference. Label smoothing
+/// as in [`dpo_sigmoid_loss`].
+///
+/// # Shapes
+/// - chosen, rejected: `[pairs]`, mean log-probabilities of the answers' tokens
+/// - returns: `[pairs]`
+pub fn simpo_loss(chosen: Tensor<1>, rejected: Tensor<1>, beta: f64, gamma: f64, label_smoothing: f64) -> Tensor<1> {
+    dpo_sigmoid_loss(chosen - rejected - gamma / beta, beta, label_smoothing)
+}
+
+/// Log odds ratio of chosen over rejected answers (ORPO, arXiv:2403.07691 eq. 4):
+/// `log(p / (1 - p)) - log(q / (1 - q))` with `log p`, `log q` the mean log-probabilities of their tokens.
+///
+/// # Shapes
+/// - chosen, rejected: `[pairs]`, negative
+/// - returns: `[pairs]`
+pub fn log_odds_ratio(chosen: Tensor<1>, rejected: Tensor<1>) -> Tensor<1> {
+    chosen.clone() - rejected.clone() - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected))
+}
+
+/// `log(1 - exp(x))` for negative `x`, without loss of digits at either end (Maechler, "Accurately computing
+/// log(1 - exp(-|a|))", 2012).
+fn log_one_minus_exp(x: Tensor<1>) -> Tensor<1> {
+    let exp = x.clone().exp();
+    // exp(x) - 1 = tanh(x / 2) (exp(x) + 1) keeps the digits where exp(x) is nearly 1.
+    let near_zero = ((x.clone() * 0.5).tanh() * (exp.clone() + 1.0)).neg().log();
+    let is_far = x.lower_equal_scalar(-std::f64::consts::LN_2);
+    // Clamped, because the branch that is not taken must not give an infinity for its zero gradient to meet.
+    near_zero.mask_where(is_far, exp.clamp_max(0.5).neg().log1p())
+}
+
+/// KTO loss per answer (arXiv:2402.01306 eq. 7): `1 - sigmoid(beta (ratio - kl))` of a desirable one, and
+/// `1 - sigmoid(beta (kl - ratio))` of an undesirable one; weights are the caller's.
+///
+/// # Shapes
+/// - ratios: `[answers]`, policy minus reference, summed log-probabilities
+/// - kl: the batch's estimate of the divergence from the reference, at least 0, a constant
+/// - returns: `[answers]`
+pub fn kto_loss(ratios: Tensor<1>, kl: f64, beta: f64, is_desirable: bool) -> Tensor<1> {
+    // 1 - sigmoid(x) = sigmoid(-x).
+    let sign = if is_desirable { -beta } else { beta };
+    sigmoid((ratios - kl) * sign)
 }
 
 /// Clipped policy loss per token, PPO eq. 7 (arXiv:1707.06347): `max(-A r, -A clip(r, 1 - e, 1 + e))`.

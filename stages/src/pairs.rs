@@ -85,23 +85,41 @@ pub struct AnsweredBatch {
     pub targets: TokenTargets,
     /// Answer tokens of each sequence.
     pub answer_lens: Vec<usize>,
+    /// Targets of each sequence; the last of them are the answer's.
+    pub target_lens: Vec<usize>,
 }
 
 impl AnsweredBatch {
     /// From sequences in order; `temperature` divides the logits.
     pub fn new<'a>(sequences: impl IntoIterator<Item = &'a Answered>, temperature: f64) -> Self {
-        let (mut inputs, mut rows, mut targets, mut answer_lens, mut start) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), 0);
-        for sequence in sequences {
+        Self::from_positions(sequences.into_iter().map(|sequence| (sequence, sequence.prompt_len)), temperature)
+    }
+
+    /// From sequences, each with the position of its first target: that of the answer, or an earlier one (not 0).
+    pub fn from_positions<'a>(sequences: impl IntoIterator<Item = (&'a Answered, usize)>, temperature: f64) -> Self {
+        let (mut inputs, mut rows, mut targets, mut start) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        let (mut answer_lens, mut target_lens) = (Vec::new(), Vec::new());
+        for (sequence, first) in sequences {
             let input = &sequence.ids[..sequence.ids.len() - 1];
-            for at in sequence.prompt_len..sequence.ids.len() {
+            for at in first..sequence.ids.len() {
                 rows.push((start + at - 1) as u32);
                 targets.push(sequence.ids[at]);
             }
             answer_lens.push(sequence.answer_len());
+            target_lens.push(sequence.ids.len() - first);
             start += input.len();
             inputs.push(input);
         }
         let targets = TokenTargets { rows: rows.into(), targets: targets.into(), scale: (1.0 / temperature) as f32 };
-        Self { batch: PackedBatch::new(inputs), targets, answer_lens }
+        Self { batch: PackedBatch::new(inputs), targets, answer_lens, target_lens }
+    }
+
+    /// Those of `values`, one per target, that belong to answers.
+    pub fn of_answers<'a>(&'a self, values: &'a [f32]) -> impl Iterator<Item = f32> + 'a {
+        let mut end = 0;
+        self.target_lens.iter().zip(&self.answer_lens).flat_map(move |(targets, len)| {
+            end += targets;
+            values[end - len..end].iter().copied()
+        })
     }
 }

@@ -235,6 +235,31 @@ fn fifty_steps_of_dpo_are_those_of_trl() {
     }
 }
 
+/// The other losses of `dpo`, each from the same weights on the same rows. Only the series are recorded, not the weights.
+#[test]
+fn fifty_steps_of_each_loss_of_the_dpo_family_are_those_of_trl() {
+    let bench = Bench::new("training_parity_dpo");
+    let initial = Fixture::open("training_parity_sft");
+    let model = bench.model(ArtifactType::Policy, Head::Language, |name| (&initial, format!("final.{name}")));
+    let data = bench.preferences();
+    let bench = Bench { fixture: Fixture::open("training_parity_dpo_losses"), ..bench };
+    let cases = bench.fixture.json["cases"].as_object().unwrap();
+    assert_eq!(cases.len(), 11);
+    for (name, case) in cases {
+        let mut settings = case["settings"].clone();
+        settings["beta"] = bench.fixture.json["beta"].clone();
+        // A step is a step however it is cut, KTO's estimate of the divergence and SimPO's mean over tokens included.
+        for micro_batch_size in [4, 3] {
+            let trained = bench.train("dpo", &[("model", &model), ("data", &data)], micro_batch_size, settings.clone());
+            for (metric, expected) in case["series"].as_object().unwrap() {
+                let expected = numbers(expected);
+                assert_eq!(expected.len(), 50);
+                close(&format!("{name} {metric}"), &trained.series[metric], &expected, RELATIVE, ABSOLUTE);
+            }
+        }
+    }
+}
+
 /// One recorded response of PPO; `with_value` positions have a value, TRL's extra one after the last token included.
 struct Response {
     answered: Answered,

@@ -18,6 +18,9 @@ pub trait Task {
     /// The micro-batches of step `step`, counted from 0.
     fn micro_batches(&mut self, step: u64) -> StageResult<Vec<Self::MicroBatch>>;
 
+    /// What the losses of a step need to know of all its micro-batches under the weights that it starts from.
+    fn prepare(&self, _model: &Decoder, _micro_batches: &mut [Self::MicroBatch]) {}
+
     /// What the step's sums of losses are divided by: its counted tokens, or its pairs.
     fn denominator(&self, micro_batches: &[Self::MicroBatch]) -> f64;
 
@@ -69,7 +72,7 @@ pub fn train<T: Task>(
     };
     let (start, mut tokens, mut last_report) = (Instant::now(), 0, None::<Instant>);
     for step in first..plan.steps {
-        let micro_batches = task.micro_batches(step)?;
+        let mut micro_batches = task.micro_batches(step)?;
         let denominator = task.denominator(&micro_batches);
         if denominator <= 0.0 {
             return Err(StageError::invalid_with_hint(
@@ -77,6 +80,7 @@ pub fn train<T: Task>(
                 "look at the rows with `rlflow show`: are there assistant turns, and do they fit the context?",
             ));
         }
+        task.prepare(model, &mut micro_batches);
         let mut gradients = Gradients::new(model.parameters().specs().len());
         let mut sums: Sums = Vec::new();
         for micro_batch in &micro_batches {
