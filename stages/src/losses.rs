@@ -108,17 +108,41 @@ pub fn kto_loss(ratios: Tensor<1>, kl: f64, beta: f64, is_desirable: bool) -> Te
     sigmoid((ratios - kl) * sign)
 }
 
-/// Clipped policy loss per token, PPO eq. 7 (arXiv:1707.06347): `max(-A r, -A clip(r, 1 - e, 1 + e))`.
+/// Where the policy loss stops following the ratio.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PolicyClip {
+    /// How far below 1 the ratio counts.
+    pub low: f64,
+    /// How far above 1 (arXiv:2503.14476 section 3.1 lets it be larger).
+    pub high: f64,
+    /// Times `-A`, the most that a token with a negative advantage can lose (dual clip, arXiv:1912.09729 eq. 5); above 1.
+    pub dual: Option<f64>,
+}
+
+impl From<f64> for PolicyClip {
+    fn from(range: f64) -> Self {
+        Self { low: range, high: range, dual: None }
+    }
+}
+
+/// Clipped policy loss per token, PPO eq. 7 (arXiv:1707.06347): `max(-A r, -A clip(r, 1 - low, 1 + high))`, and with a dual
+/// clip c at most `-A c` where A is negative.
 ///
 /// # Shapes
 /// - logprobs, old_logprobs, advantages: `[tokens]`, counted tokens only
 /// - returns: `[tokens]`
-pub fn clipped_policy_loss(logprobs: Tensor<1>, old_logprobs: Tensor<1>, advantages: Tensor<1>, clip_range: f64) -> Tensor<1> {
+pub fn clipped_policy_loss(logprobs: Tensor<1>, old_logprobs: Tensor<1>, advantages: Tensor<1>, clip: impl Into<PolicyClip>) -> Tensor<1> {
+    let PolicyClip { low, high, dual } = clip.into();
     let ratio = (logprobs - old_logprobs).exp();
-    let clipped = ratio.clone().clamp(1.0 - clip_range, 1.0 + clip_range);
+    let clipped = ratio.clone().clamp(1.0 - low, 1.0 + high);
     let loss = (advantages.clone() * ratio).neg();
-    let clipped_loss = (advantages * clipped).neg();
-    maximum(loss, clipped_loss)
+    let clipped_loss = (advantages.clone() * clipped).neg();
+    let loss = maximum(loss, clipped_loss);
+    let Some(dual) = dual else { return loss };
+    // The bound is a constant: where it holds, nothing flows back.
+    let bound = advantages.clone() * -dual;
+    let is_bounded = advantages.lower_scalar(0.0).bool_and(loss.clone().greater(bound.clone()));
+    loss.mask_where(is_bounded, bound)
 }
 
 /// Clipped value loss per token: `max((v - R)^2, (clip(v, old - e, old + e) - R)^2) / 2`.
@@ -212,6 +236,46 @@ impl KlEstimator {
             Self::K1 => logratio,
             Self::K2 => 0.5 * logratio * logratio,
             Self::K3 => (-logratio).exp() - 1.0 + logratio,
+        }
+    }
+
+    /// The estimates on the graph, for a KL term in the loss. Only `k2`'s gradient is that of the divergence
+    /// (arXiv:2506.09477); `k1`'s has mean 0.
+    ///
+    /// # Shapes
+    /// - logprobs, ref_logprobs: `[tokens]`
+    /// - returns: `[tokens]`
+    pub fn estimates(self, logprobs: Tensor<1>, ref_logprobs: Tensor<1>) -> Tensor<1> {
+        let logratio = logprobs - ref_logprobs;
+        match self {
+            Self::K1 => logratio,
+            Self::K2 => logratio.powi_scalar(2) * 0.5,
+            Self::K3 => logratio.clone().neg().exp() - 1.0 + logratio,
+        }
+    }
+}
+
+/// How losses of single tokens become the loss of a minibatch; verl's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LossAggregation {
+    /// Mean over all tokens.
+    #[default]
+    TokenMean,
+    /// Mean over answers of the sum over their tokens.
+    SeqMeanTokenSum,
+    /// Mean over answers of the mean over their tokens.
+    SeqMeanTokenMean,
+}
+
+impl LossAggregation {
+    /// What each token of an answer of `len` tokens weighs, when the weighted sum over a minibatch of `answers` answers with
+    /// `tokens` tokens in all is divided by `tokens`.
+    pub fn weight(self, len: usize, answers: usize, tokens: usize) -> f64 {
+        match self {
+            Self::TokenMean => 1.0,
+            Self::SeqMeanTokenSum => tokens as f64 / answers as f64,
+            Self::SeqMeanTokenMean => tokens as f64 / (answers * len) as f64,
         }
     }
 }

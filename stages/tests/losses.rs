@@ -7,8 +7,9 @@ use fixtures::{Fixture, close, number, numbers};
 use rlflow_model::parameters::host;
 use rlflow_stages::{
     losses::{
-        KlEstimator, clipped_policy_loss, clipped_value_loss, dpo_sigmoid_loss, explained_variance, gae, mean, pairwise_reward_loss,
-        whiten, whiten_keeping_mean,
+        KlEstimator, LossAggregation, PolicyClip, clipped_policy_loss, clipped_value_loss, dpo_hinge_loss, dpo_robust_loss,
+        dpo_sigmoid_loss, explained_variance, gae, ipo_loss, kto_loss, log_odds_ratio, mean, pairwise_reward_loss, simpo_loss, whiten,
+        whiten_keeping_mean,
     },
     ppo::KlController,
 };
@@ -59,18 +60,29 @@ fn reward_model_loss_and_its_gradients_agree_with_trl() {
 }
 
 #[test]
-fn dpo_loss_and_its_gradients_agree_with_trl_and_with_cdpo_written_out() {
+fn losses_of_pairs_and_their_gradients_agree_with_trl_or_are_written_out() {
     let json = Fixture::open("losses").json;
     let rows = |name: &str| numbers(&json["dpo"]["rows"][name]);
     let mut compared = 0;
     for (name, case) in json["dpo"]["cases"].as_object().unwrap() {
-        if !matches!(case["loss_type"].as_str(), Some("sigmoid" | "cdpo")) {
-            continue;
-        }
         let (chosen, rejected) = (leaf(&rows("policy_chosen_logps")), leaf(&rows("policy_rejected_logps")));
-        let chosen_ratios = chosen.clone() - constant(&rows("ref_chosen_logps"));
-        let deltas = chosen_ratios - (rejected.clone() - constant(&rows("ref_rejected_logps")));
-        let losses = dpo_sigmoid_loss(deltas, number(&case["beta"]), number(&case["label_smoothing"]));
+        let ratios = [(&chosen, "chosen"), (&rejected, "rejected")].map(|(logps, side)| {
+            (logps.clone() - constant(&rows(&format!("ref_{side}_logps"))), constant(&rows(&format!("{side}_lengths"))))
+        });
+        let [(chosen_ratios, chosen_lens), (rejected_ratios, rejected_lens)] = ratios;
+        let deltas = chosen_ratios.clone() - rejected_ratios.clone();
+        let mean_deltas = chosen_ratios / chosen_lens - rejected_ratios / rejected_lens;
+        let (beta, label_smoothing) = (number(&case["beta"]), number(&case["label_smoothing"]));
+        let losses = match case["loss_type"].as_str().unwrap() {
+            "sigmoid" => dpo_sigmoid_loss(deltas, beta, 0.0),
+            "cdpo" => dpo_sigmoid_loss(deltas, beta, label_smoothing),
+            "robust" => dpo_robust_loss(deltas, beta, label_smoothing),
+            "hinge" => dpo_hinge_loss(deltas, beta),
+            "ipo_sum" => ipo_loss(deltas, beta),
+            "ipo" | "ipo_token" => ipo_loss(mean_deltas, beta),
+            "sigmoid_norm" => dpo_sigmoid_loss(mean_deltas, beta, 0.0),
+            _ => continue,
+        };
         let (losses, [dchosen, drejected]) = differentiate(losses, [&chosen, &rejected]);
         close(name, &losses, &numbers(&case["per_row"]), RELATIVE, ABSOLUTE);
         close(name, &[mean(&losses)], &numbers(&case["loss"]), RELATIVE, 0.0);
@@ -78,7 +90,58 @@ fn dpo_loss_and_its_gradients_agree_with_trl_and_with_cdpo_written_out() {
         close(name, &drejected, &numbers(&case["grad_policy_rejected_logps"]), RELATIVE, ABSOLUTE);
         compared += 1;
     }
-    assert_eq!(compared, 4);
+    assert_eq!(compared, 9);
+}
+
+#[test]
+fn losses_of_mean_logprobs_and_their_gradients_agree_with_trl() {
+    let json = Fixture::open("losses").json;
+    let leaves = |family: &str| ["chosen", "rejected"].map(|side| leaf(&numbers(&json[family]["average_logps"][side])));
+    let compare = |name: &str, losses: Tensor<1>, [chosen, rejected]: [&Tensor<1>; 2], case: &Value| {
+        let (losses, [dchosen, drejected]) = differentiate(losses, [chosen, rejected]);
+        close(name, &losses, &numbers(&case["per_row"]), RELATIVE, ABSOLUTE);
+        close(name, &dchosen, &numbers(&case["grad_chosen"]), RELATIVE, ABSOLUTE);
+        close(name, &drejected, &numbers(&case["grad_rejected"]), RELATIVE, ABSOLUTE);
+    };
+    let cases = json["simpo"]["cases"].as_object().unwrap();
+    assert_eq!(cases.len(), 3);
+    for (name, case) in cases {
+        let [chosen, rejected] = leaves("simpo");
+        let setting = |name: &str| number(&case[name]);
+        let losses = simpo_loss(chosen.clone(), rejected.clone(), setting("beta"), setting("gamma"), setting("label_smoothing"));
+        compare(name, losses, [&chosen, &rejected], case);
+    }
+    // Among the answers is one whose tokens are all but certain: the odds of p = 0.9999 keep their digits in f32, though
+    // 1 - p does not.
+    let [chosen, rejected] = leaves("orpo");
+    let log_odds = log_odds_ratio(chosen.clone(), rejected.clone());
+    close("log odds", &[mean(&wide(&log_odds))], &numbers(&json["orpo"]["log_odds_chosen"]), RELATIVE, 0.0);
+    let losses = dpo_sigmoid_loss(log_odds, 1.0, 0.0) * number(&json["orpo"]["beta"]);
+    compare("orpo", losses, [&chosen, &rejected], &json["orpo"]);
+}
+
+#[test]
+fn kto_loss_and_its_gradients_agree_with_trl() {
+    let json = Fixture::open("losses").json;
+    let rows = &json["kto"]["rows"];
+    let desirable: Vec<bool> = rows["desirable"].as_array().unwrap().iter().map(|value| value.as_bool().unwrap()).collect();
+    for (name, case) in json["kto"]["cases"].as_object().unwrap() {
+        let policy = leaf(&numbers(&rows["policy_logps"]));
+        let ratios = policy.clone() - constant(&numbers(&rows["ref_logps"]));
+        let losses = desirable.iter().enumerate().map(|(row, is_desirable)| {
+            let weight = number(&case[if *is_desirable { "desirable_weight" } else { "undesirable_weight" }]);
+            kto_loss(ratios.clone().narrow(0, row, 1), number(&case["kl"]), number(&case["beta"]), *is_desirable) * weight
+        });
+        let (losses, [gradient]) = differentiate(Tensor::cat(losses.collect(), 0), [&policy]);
+        // TRL has all desirable answers first.
+        let sorted = |values: &[f64]| {
+            let of = |side: bool| values.iter().zip(&desirable).filter(move |(_, known)| **known == side).map(|(value, _)| *value);
+            of(true).chain(of(false)).collect::<Vec<f64>>()
+        };
+        close(name, &[mean(&losses)], &numbers(&case["loss"]), RELATIVE, 0.0);
+        close(name, &sorted(&losses), &sorted(&numbers(&case["per_row"])), RELATIVE, ABSOLUTE);
+        close(name, &sorted(&gradient), &sorted(&numbers(&case["grad_policy_logps"])), RELATIVE, ABSOLUTE);
+    }
 }
 
 #[test]
@@ -308,8 +371,24 @@ fn ppo_agrees_with_deepspeed_chat_where_the_score_is_on_the_last_token() {
     close("critic gradient", &value.gradient, &expected("dnew_values"), 1e-5, 1e-7);
 }
 
-/// Tokens that do not count, in the middle of a response, are as if they were not there. (verl's policy loss has a second
-/// clip that ours does not have; its critic is the same.)
+/// KL estimates on the graph: values as on the host, and the gradients of their formulas.
+#[test]
+fn kl_estimates_on_the_graph_are_those_of_the_host() {
+    let (logprobs, ref_logprobs) = ([-1.0, -0.2, -3.5, -0.7], [-1.3, -0.9, -1.0, -0.7]);
+    // d/dp of p - q, (p - q)^2 / 2 and e^(q - p) - 1 + p - q.
+    let slopes: [fn(f64) -> f64; 3] = [|_| 1.0, |d| d, |d| 1.0 - (-d).exp()];
+    for (estimator, slope) in [KlEstimator::K1, KlEstimator::K2, KlEstimator::K3].into_iter().zip(slopes) {
+        let policy = leaf(&logprobs);
+        let (estimates, [gradient]) = differentiate(estimator.estimates(policy.clone(), constant(&ref_logprobs)), [&policy]);
+        let pairs = || logprobs.iter().zip(&ref_logprobs);
+        let expected: Vec<f64> = pairs().map(|(p, q)| estimator.estimate(*p, *q)).collect();
+        close("estimates", &estimates, &expected, 1e-5, 1e-6);
+        let expected: Vec<f64> = pairs().map(|(p, q)| slope(p - q) / 4.0).collect();
+        close("gradients", &gradient, &expected, 1e-5, 1e-6);
+    }
+}
+
+/// Tokens that do not count, in the middle of a response, are as if they were not there.
 #[test]
 fn ppo_agrees_with_verl_on_responses_with_uncounted_tokens() {
     let fixture = Fixture::open("ppo_trl");
@@ -325,6 +404,24 @@ fn ppo_agrees_with_verl_on_responses_with_uncounted_tokens() {
     close("advantages", &advantages, &expected("advantages"), 1e-6, 1e-6);
     let explained = explained_variance(&input("values").concat(), &returns);
     close("explained variance", &[explained], &numbers(&scalars["critic/vf_explained_var"]), 1e-6, 0.0);
+
+    // The policy loss: a wider clip above than below, a second clip, and each way to make one number of it.
+    let clip =
+        PolicyClip { low: number(&settings["clip_low"]), high: number(&settings["clip_high"]), dual: Some(number(&settings["dual_clip"])) };
+    let (old, new) = (input("verl.old_logprobs"), counted(&fixture.floats("default.new_logprobs.f64"), &tokens));
+    let (answers, count) = (old.iter().filter(|row| !row.is_empty()).count(), new.len());
+    for (name, aggregation) in [
+        ("token-mean", LossAggregation::TokenMean),
+        ("seq-mean-token-sum", LossAggregation::SeqMeanTokenSum),
+        ("seq-mean-token-mean", LossAggregation::SeqMeanTokenMean),
+    ] {
+        let weights: Vec<f64> = old.iter().flat_map(|row| vec![aggregation.weight(row.len(), answers, count); row.len()]).collect();
+        let policy = leaf(&new);
+        let losses = clipped_policy_loss(policy.clone(), constant(&old.concat()), constant(&advantages), clip) * constant(&weights);
+        let (losses, [gradient]) = differentiate(losses, [&policy]);
+        close(name, &[mean(&losses)], &numbers(&scalars[format!("actor/pg_loss.{name}")]), 1e-5, 1e-7);
+        close(name, &gradient, &expected(&format!("dnew_logprobs.{name}")), 1e-5, 1e-7);
+    }
 
     let value = clipped(&input("new_values").concat(), number(&settings["value_clip_range"]), |new, clip_range| {
         clipped_value_loss(new, constant(&input("values").concat()), constant(&returns), clip_range)

@@ -75,12 +75,17 @@ impl Fixture {
     }
 
     pub fn command(&self, store: &str, sets: &[&str]) -> Command {
+        self.rlflow(store, &["run", "--json"], sets)
+    }
+
+    /// `rlflow` with `arguments` on the shrunk workflow.
+    pub fn rlflow(&self, store: &str, arguments: &[&str], sets: &[&str]) -> Command {
         // The index is never the truth: every test must pass without it, too.
         if std::env::var_os("RLFLOW_TEST_WITHOUT_INDEX").is_some() {
             let _ = fs::remove_dir_all(self.path(store).join("index"));
         }
         let mut command = Command::new(env!("CARGO_BIN_EXE_rlflow"));
-        command.args(["run", "--json"]).arg(self.path("quickstart.toml")).arg("--store").arg(self.path(store));
+        command.args(arguments).arg(self.path("quickstart.toml")).arg("--store").arg(self.path(store));
         for set in SHRINK.iter().chain(sets) {
             command.args(["--set", set]);
         }

@@ -3,6 +3,7 @@
 
 mod crash;
 mod fixture;
+mod ppo;
 
 use fixture::{ALL, Finished, Fixture, names};
 use serde_json::Value;
@@ -99,29 +100,4 @@ fn a_longer_run_continues_a_shorter_one() {
     let falling = ["stage.ppo.steps=5"];
     fixture.run("falling", &[]).succeeded();
     assert!(fixture.run("falling", &falling).succeeded().with_status(&["ran"]).contains("ppo"));
-}
-
-/// The shared backbone trains one trunk for both, and top-k, top-p and the adaptive coefficient do something.
-#[test]
-fn settings_of_ppo_have_their_effect() {
-    let fixture = Fixture::new();
-    let base = fixture.run("store", &[]).succeeded().outputs()["ppo"].clone();
-    for set in [
-        "stage.ppo.share_backbone=true",
-        "stage.ppo.kl_controller={ type = \"adaptive\", target = 0.5, horizon = 100 }",
-        "stage.ppo.top_k=5",
-        "stage.ppo.top_p=0.5",
-        "stage.ppo.missing_eos_penalty=1",
-        "stage.ppo.kl_estimator=\"k3\"",
-        "stage.ppo.entropy_coef=0.1",
-        "stage.ppo.whiten_rewards=true",
-        "stage.ppo.whiten_advantages=false",
-        "stage.ppo.gae_lambda=0.5",
-        "stage.ppo.clip_range=0.0001",
-        "stage.actor.train.lr=1e-3",
-    ] {
-        let finished = fixture.run("store", &[set]).succeeded();
-        assert!(finished.ran().contains("ppo"), "{set}");
-        assert_ne!(finished.outputs()["ppo"], base, "{set} changes nothing");
-    }
 }

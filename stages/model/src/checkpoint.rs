@@ -98,15 +98,27 @@ pub fn save(decoder: &Decoder, builder: &mut ArtifactBuilder, info: &CheckpointI
 /// If the store cannot be written.
 pub fn save_state(prefix: &str, decoder: &Decoder, optimizer: &Optimizer, builder: &mut ArtifactBuilder) -> StageResult<()> {
     let (first, second, step) = optimizer.state();
-    for (name, tensors) in [("weights", decoder.parameters().tensors()), ("first_moments", first), ("second_moments", second)] {
-        let mut content = Vec::with_capacity(4 * decoder.parameters().count());
-        for tensor in tensors {
-            content.extend(bytes(&host(tensor)));
-        }
-        builder.put(&format!("{prefix}.{name}"), &content)?;
-    }
+    save_weights(prefix, decoder, builder)?;
+    put_tensors(&format!("{prefix}.first_moments"), first, builder)?;
+    put_tensors(&format!("{prefix}.second_moments"), second, builder)?;
     builder.put(&format!("{prefix}.optimizer_step"), &step.to_le_bytes())?;
     Ok(())
+}
+
+/// Adds weights that are not trained themselves (a moving average), as [`save_state`] does.
+///
+/// # Errors
+/// If the store cannot be written.
+pub fn save_weights(prefix: &str, decoder: &Decoder, builder: &mut ArtifactBuilder) -> StageResult<()> {
+    put_tensors(&format!("{prefix}.weights"), decoder.parameters().tensors(), builder)
+}
+
+fn put_tensors(name: &str, tensors: &[Tensor<2>], builder: &mut ArtifactBuilder) -> StageResult<()> {
+    let mut content = Vec::new();
+    for tensor in tensors {
+        content.extend(bytes(&host(tensor)));
+    }
+    Ok(builder.put(name, &content)?)
 }
 
 /// Goes back to a state that [`save_state`] stored.
@@ -114,28 +126,37 @@ pub fn save_state(prefix: &str, decoder: &Decoder, optimizer: &Optimizer, builde
 /// # Errors
 /// If the state is not one of this model.
 pub fn load_state(prefix: &str, state: &Artifact, decoder: &mut Decoder, settings: OptimizerSettings) -> StageResult<Optimizer> {
-    let device = decoder.device().clone();
-    let specs = decoder.parameters().specs().to_vec();
-    let tensors = |name: &str| -> StageResult<Vec<Tensor<2>>> {
-        let content = floats(&state.read(&format!("{prefix}.{name}"))?);
-        let mut rest = content.as_slice();
-        specs
-            .iter()
-            .map(|spec| {
-                let (values, tail) = rest
-                    .split_at_checked(spec.len())
-                    .ok_or_else(|| StageError::invalid(format!("snapshot {} is not one of this model", state.digest().short())))?;
-                rest = tail;
-                let dims = if spec.shape.len() == 1 { [1, spec.len()] } else { [spec.shape[0], spec.shape[1]] };
-                Ok(Tensor::from_data(TensorData::new(values.to_vec(), dims), &device))
-            })
-            .collect()
-    };
     let step = state.read(&format!("{prefix}.optimizer_step"))?;
     let step = u64::from_le_bytes(step[..].try_into().map_err(|_| StageError::invalid("snapshot without a step count"))?);
-    let optimizer = Optimizer::restore(settings, tensors("first_moments")?, tensors("second_moments")?, step);
-    for (slot, tensor) in decoder.parameters_mut().tensors_mut().iter_mut().zip(tensors("weights")?) {
-        *slot = tensor;
-    }
+    let moments = |name: &str| read_tensors(&format!("{prefix}.{name}"), state, decoder);
+    let optimizer = Optimizer::restore(settings, moments("first_moments")?, moments("second_moments")?, step);
+    load_weights(prefix, state, decoder)?;
     Ok(optimizer)
+}
+
+/// Goes back to weights that [`save_weights`] or [`save_state`] stored.
+///
+/// # Errors
+/// If they are not those of this model.
+pub fn load_weights(prefix: &str, state: &Artifact, decoder: &mut Decoder) -> StageResult<()> {
+    let weights = read_tensors(&format!("{prefix}.weights"), state, decoder)?;
+    decoder.parameters_mut().tensors_mut().iter_mut().zip(weights).for_each(|(slot, tensor)| *slot = tensor);
+    Ok(())
+}
+
+/// The tensors of entry `name`, shaped like the parameters of `decoder`.
+fn read_tensors(name: &str, state: &Artifact, decoder: &Decoder) -> StageResult<Vec<Tensor<2>>> {
+    let content = floats(&state.read(name)?);
+    let mut rest = content.as_slice();
+    let specs = decoder.parameters().specs().iter();
+    specs
+        .map(|spec| {
+            let (values, tail) = rest
+                .split_at_checked(spec.len())
+                .ok_or_else(|| StageError::invalid(format!("snapshot {} is not one of this model", state.digest().short())))?;
+            rest = tail;
+            let dims = if spec.shape.len() == 1 { [1, spec.len()] } else { [spec.shape[0], spec.shape[1]] };
+            Ok(Tensor::from_data(TensorData::new(values.to_vec(), dims), decoder.device()))
+        })
+        .collect()
 }

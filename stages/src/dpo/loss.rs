@@ -4,9 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::DpoConfig;
-use crate::losses::{
-    dpo_hinge_loss, dpo_robust_loss, dpo_sigmoid_loss, ipo_loss, kto_loss, log_odds_ratio, simpo_loss,
-};
+use crate::losses::{dpo_hinge_loss, dpo_robust_loss, dpo_sigmoid_loss, ipo_loss, kto_loss, log_odds_ratio, simpo_loss};
 
 /// Which loss of the DPO family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -155,9 +153,7 @@ impl DpoConfig {
                 let gamma = self.simpo_gamma.unwrap_or(0.5);
                 simpo_loss(chosen.mean_logps(), rejected.mean_logps(), beta, gamma, self.label_smoothing)
             }
-            DpoLoss::Orpo => {
-                dpo_sigmoid_loss(log_odds_ratio(chosen.mean_logps(), rejected.mean_logps()), 1.0, 0.0) * beta
-            }
+            DpoLoss::Orpo => dpo_sigmoid_loss(log_odds_ratio(chosen.mean_logps(), rejected.mean_logps()), 1.0, 0.0) * beta,
             // A pair is two answers, and the loss is a mean over answers.
             DpoLoss::Kto => {
                 let desirable = kto_loss(chosen.ratios.clone(), kl, beta, true) * self.desirable_weight.unwrap_or(1.0);

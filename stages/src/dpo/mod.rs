@@ -98,7 +98,8 @@ impl StageKind for Dpo {
     const INPUTS: &'static [InputPort] = &[
         InputPort::one("model", &[ArtifactType::Policy], "Model to start from."),
         InputPort::one("data", &[ArtifactType::Preferences], "Preference rows; K ranked answers give all their pairs."),
-        InputPort::one("ref", &[ArtifactType::Policy], "Reference; the model itself unless connected. Not for `simpo` and `orpo`.").optional(),
+        InputPort::one("ref", &[ArtifactType::Policy], "Reference; the model itself unless connected. Not for `simpo` and `orpo`.")
+            .optional(),
     ];
     const OUTPUTS: &'static [OutputPort] = &[OutputPort { name: "model", types: &[ArtifactType::Policy], doc: "The optimised policy." }];
     const METRICS: &'static [(&'static str, &'static str)] = &[

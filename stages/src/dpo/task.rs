@@ -251,10 +251,9 @@ impl Task for DpoTask {
             metrics.push(("nll_loss", sum(Sum::Nll) / sum(Sum::NllTokens).max(1.0)));
         }
         match self.config.loss {
-            DpoLoss::Orpo => metrics.extend([
-                ("log_odds_chosen", sum(Sum::LogOdds) / pairs),
-                ("log_odds_ratio", sum(Sum::LogSigmoidOdds) / pairs),
-            ]),
+            DpoLoss::Orpo => {
+                metrics.extend([("log_odds_chosen", sum(Sum::LogOdds) / pairs), ("log_odds_ratio", sum(Sum::LogSigmoidOdds) / pairs)])
+            }
             DpoLoss::Kto => metrics.push(("kl", sum(Sum::Kl) / pairs)),
             _ => {}
         }
@@ -270,17 +269,14 @@ impl Task for DpoTask {
             let mut batches = self.split(&pairs.iter().collect::<Vec<_>>());
             self.prepare(model, &mut batches);
             for batch in &batches {
-                let sums = model
-                    .evaluate(&batch.answered.batch, |head| self.losses(batch, head.token_stats(batch.answered.targets.clone())).1);
+                let sums =
+                    model.evaluate(&batch.answered.batch, |head| self.losses(batch, head.token_stats(batch.answered.targets.clone())).1);
                 total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
             }
         }
         let metrics = self.metrics(&total, self.heldout.len() as f64);
-        let renamed = [
-            ("loss", "eval/loss"),
-            ("rewards/accuracies", "eval/rewards/accuracies"),
-            ("rewards/margins", "eval/rewards/margins"),
-        ];
+        let renamed =
+            [("loss", "eval/loss"), ("rewards/accuracies", "eval/rewards/accuracies"), ("rewards/margins", "eval/rewards/margins")];
         let value = |name: &str| metrics.iter().find(|(known, _)| *known == name).map(|(_, value)| *value);
         Ok(renamed.into_iter().filter_map(|(name, eval)| Some((eval, value(name)?))).collect())
     }

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    losses::KlEstimator,
+    losses::{KlEstimator, LossAggregation, PolicyClip},
     train::{Precision, SnapshotSettings},
 };
 
@@ -35,6 +35,30 @@ impl KlController {
             Self::Adaptive { target, horizon } => coefficient * (1.0 + (kl / target - 1.0).clamp(-0.2, 0.2) * samples as f64 / horizon),
         }
     }
+}
+
+/// Where the KL divergence from the reference is penalised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum KlPlacement {
+    /// In the reward of each token, as in TRL and InstructGPT.
+    #[default]
+    Reward,
+    /// In the policy's loss, as in GRPO (verl's `use_kl_loss`).
+    Loss,
+}
+
+/// What happens to the reward model's scores before they become rewards. Moments are those of all scores so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ScoreNormalisation {
+    /// Nothing.
+    #[default]
+    None,
+    /// Divided by their standard deviation.
+    Scale,
+    /// Their mean taken off, then divided by their standard deviation.
+    Standardise,
 }
 
 /// Settings of `ppo`. Defaults are TRL 1.9's where it has them.
@@ -77,6 +101,9 @@ pub struct PpoConfig {
     /// Estimator of the KL penalty: `k1`, `k2` or `k3`.
     #[serde(default)]
     pub kl_estimator: KlEstimator,
+    /// Where the KL penalty stands: in the `reward` of each token, or in the policy's `loss` (then `k2` or `k3`).
+    #[serde(default)]
+    pub kl_in: KlPlacement,
     /// Whether the coefficient stays or follows a target: `{ type = "fixed" }` or `{ type = "adaptive", target = 6, horizon = 10000 }`.
     #[serde(default)]
     pub kl_controller: KlController,
@@ -84,10 +111,30 @@ pub struct PpoConfig {
     #[serde(default)]
     #[schemars(range(min = 0.0))]
     pub missing_eos_penalty: f64,
+    /// What is done to scores before they become rewards: `none`, `scale` or `standardise`, by the moments of all scores
+    /// of the run so far.
+    #[serde(default)]
+    pub score_normalisation: ScoreNormalisation,
+    /// Scores are kept within plus and minus this, after normalisation and before the missing-EOS penalty (DeepSpeed-Chat:
+    /// 5, OpenRLHF: 10). Without it they are not clipped.
+    #[serde(default)]
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub score_clip: Option<f64>,
     /// How far the policy's ratio may move.
     #[serde(default = "clip_range")]
     #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub clip_range: f64,
+    /// How far it may move upwards; `clip_range` unless given (DAPO: 0.28).
+    #[serde(default)]
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub clip_range_high: Option<f64>,
+    /// Bounds the loss of tokens with a negative advantage A at `-A` times this (verl: 3). Without it there is no such bound.
+    #[serde(default)]
+    #[schemars(extend("exclusiveMinimum" = 1.0))]
+    pub dual_clip: Option<f64>,
+    /// How the policy losses of tokens are averaged: `token_mean`, `seq_mean_token_sum` or `seq_mean_token_mean`.
+    #[serde(default)]
+    pub loss_aggregation: LossAggregation,
     /// How far values may move.
     #[serde(default = "clip_range")]
     #[schemars(extend("exclusiveMinimum" = 0.0))]
@@ -100,6 +147,16 @@ pub struct PpoConfig {
     #[serde(default)]
     #[schemars(range(min = 0.0))]
     pub entropy_coef: f64,
+    /// Coefficient of the mean cross-entropy on the input `ptx`, which is added to each update of the policy (PPO-ptx,
+    /// arXiv:2203.02155 eq. 2); as many sequences as answers. Needs that input.
+    #[serde(default)]
+    #[schemars(range(min = 0.0))]
+    pub ptx_coef: f64,
+    /// Decay per step of an exponential moving average of the policy's weights, which is the output `ema`
+    /// (DeepSpeed-Chat: 0.992). Without it `ema` is the policy itself.
+    #[serde(default)]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
+    pub ema_decay: Option<f64>,
     /// Discount.
     #[serde(default = "unit")]
     #[schemars(range(min = 0.0, max = 1.0))]
@@ -182,14 +239,26 @@ fn sample_every() -> u64 {
 }
 
 impl PpoConfig {
-    pub(super) fn normalise(&mut self) {}
+    pub(super) fn normalise(&mut self) {
+        self.clip_range_high.get_or_insert(self.clip_range);
+    }
 
     pub(super) fn check(&self) -> Vec<Problem> {
-        if self.num_mini_batches <= self.batch_size {
-            return Vec::new();
+        let mut problems = Vec::new();
+        if self.num_mini_batches > self.batch_size {
+            let message = format!("num_mini_batches = {} is more than batch_size = {}", self.num_mini_batches, self.batch_size);
+            problems.push(Problem::new("out_of_range", "num_mini_batches", message));
         }
-        let message = format!("num_mini_batches = {} is more than batch_size = {}", self.num_mini_batches, self.batch_size);
-        vec![Problem::new("out_of_range", "num_mini_batches", message)]
+        if self.kl_in == KlPlacement::Loss && self.kl_estimator == KlEstimator::K1 {
+            let message = "kl_in = \"loss\" with kl_estimator = \"k1\" does nothing: the gradient of that estimator has mean 0";
+            problems.push(Problem::new("conflicting_settings", "kl_estimator", message).hint("set kl_estimator = \"k3\" or \"k2\""));
+        }
+        problems
+    }
+
+    /// Where the policy loss is clipped.
+    pub(super) fn clip(&self) -> PolicyClip {
+        PolicyClip { low: self.clip_range, high: self.clip_range_high.unwrap_or(self.clip_range), dual: self.dual_clip }
     }
 }
 

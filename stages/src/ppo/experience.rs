@@ -1,7 +1,7 @@
 use rlflow_api::StageResult;
 use rlflow_model::{Decoder, Draws, Sampling, generate::generate, parameters::host};
 
-use super::Run;
+use super::{Run, config::KlPlacement};
 use crate::{
     losses::{explained_variance, gae, mean, whiten, whiten_keeping_mean},
     pairs::{Answered, AnsweredBatch},
@@ -18,6 +18,8 @@ pub struct AnswerSample {
     pub ended: bool,
     /// Score of the reward model, after the missing-EOS penalty.
     pub score: f64,
+    /// What it became in the reward: normalised and clipped, if so set, after the same penalty.
+    pub reward_score: f64,
     /// Log-probabilities by the sampler.
     pub sampler_logprobs: Vec<f32>,
     /// Log-probabilities by the training forward before any update.
@@ -77,6 +79,7 @@ impl Experience {
                 answered: Answered { ids: [prompt, completion.ids.as_slice()].concat(), prompt_len: prompt.len() },
                 ended: completion.ended,
                 score: 0.0,
+                reward_score: 0.0,
                 sampler_logprobs: completion.logprobs,
                 old_logprobs: vec![],
                 entropies: vec![],
@@ -92,6 +95,7 @@ impl Experience {
         context.phase("scoring");
         let micro = run.actor.train.micro_batch_size;
         let kl_coef = run.kl_coef;
+        let mut raw_scores = Vec::with_capacity(samples.len());
         for group in mini_batches(samples.len(), config.num_mini_batches).into_iter().flat_map(|range| chunks(range, micro)) {
             let batch = AnsweredBatch::new(samples[group.clone()].iter().map(|sample| &sample.answered), config.temperature);
             let (logprobs, entropies) = token_values(&run.actor.decoder, &batch);
@@ -110,15 +114,23 @@ impl Experience {
                 sample.entropies = entropies[range.clone()].to_vec();
                 sample.ref_logprobs = ref_logprobs[range.clone()].to_vec();
                 sample.values = values[range].to_vec();
-                sample.score = if sample.ended { score } else { score - config.missing_eos_penalty };
+                raw_scores.push(score);
             }
         }
+        run.score_moments.update(&raw_scores);
+        for (sample, score) in samples.iter_mut().zip(raw_scores) {
+            let penalty = if sample.ended { 0.0 } else { config.missing_eos_penalty };
+            sample.score = score - penalty;
+            sample.reward_score = run.score_moments.apply(score, config) - penalty;
+        }
+        // What the loss penalises is not in the reward as well.
+        let reward_kl_coef = if config.kl_in == KlPlacement::Reward { kl_coef } else { 0.0 };
         for sample in &mut samples {
             let pairs = sample.old_logprobs.iter().zip(&sample.ref_logprobs);
-            sample.rewards = pairs.map(|(p, q)| -kl_coef * config.kl_estimator.estimate(f64::from(*p), f64::from(*q))).collect();
+            sample.rewards = pairs.map(|(p, q)| -reward_kl_coef * config.kl_estimator.estimate(f64::from(*p), f64::from(*q))).collect();
             sample.non_score_reward = sample.rewards.iter().sum();
             if let Some(last) = sample.rewards.last_mut() {
-                *last += sample.score;
+                *last += sample.reward_score;
             }
         }
         if config.whiten_rewards {
@@ -162,7 +174,7 @@ impl Experience {
             ("objective/kl", self.mean_kl()),
             ("objective/entropy", mean(&tokens(|s| s.entropies.iter().map(|entropy| f64::from(*entropy)).collect()))),
             ("objective/non_score_reward", per_sample(&|s| s.non_score_reward)),
-            ("objective/rlhf_reward", per_sample(&|s| s.non_score_reward + s.score)),
+            ("objective/rlhf_reward", per_sample(&|s| s.non_score_reward + s.reward_score)),
             ("objective/kl_coef", kl_coef),
             ("val/explained_variance", explained_variance(&values, &returns)),
             ("val/num_eos_tokens", self.samples.iter().filter(|sample| sample.ended).count() as f64),

@@ -11,7 +11,9 @@
 
 mod config;
 mod experience;
+mod ptx;
 mod roles;
+mod score_moments;
 mod update;
 
 use std::{collections::BTreeMap, time::Instant};
@@ -27,7 +29,7 @@ use serde_json::json;
 pub use config::{KlController, PpoConfig, RoleTrain};
 pub use roles::{ActorRole, CriticRole, RefRole, RewardRole};
 
-use self::{experience::Experience, update::Updated};
+use self::{experience::Experience, ptx::Ptx, score_moments::ScoreMoments, update::Updated};
 use crate::{
     models::{self, LoadedModel},
     train::{RowOrder, burn_device},
@@ -40,7 +42,7 @@ impl StageKind for Ppo {
     type Config = PpoConfig;
 
     const NAME: &'static str = "ppo";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const SUMMARY: &'static str = "Proximal policy optimisation of a policy against a reward model, held to a reference by a KL penalty.";
     const INPUTS: &'static [InputPort] = &[
         InputPort::one("prompts", &[ArtifactType::Prompts], "Prompts to answer."),
@@ -48,25 +50,29 @@ impl StageKind for Ppo {
         InputPort::one("critic", &[ArtifactType::Critic], "The value model.").from_kinds(&["ppo.critic"]),
         InputPort::one("ref", &[ArtifactType::Policy], "The frozen reference.").from_kinds(&["ppo.ref"]),
         InputPort::one("reward", &[ArtifactType::Reward], "The frozen reward model.").from_kinds(&["ppo.reward"]),
+        InputPort::one("ptx", &[ArtifactType::Conversations, ArtifactType::Text], "Text to keep predicting, with `ptx_coef`.").optional(),
     ];
     const OUTPUTS: &'static [OutputPort] = &[
         OutputPort { name: "model", types: &[ArtifactType::Policy], doc: "The optimised policy." },
         OutputPort { name: "critic", types: &[ArtifactType::Critic], doc: "The value model that was trained with it." },
+        OutputPort { name: "ema", types: &[ArtifactType::Policy], doc: "The policy's moving average with `ema_decay`; else the policy." },
     ];
     const METRICS: &'static [(&'static str, &'static str)] = &[
         ("objective/scores", "mean score of the reward model, after the missing-EOS penalty"),
         ("objective/kl", "mean over answers of the summed log-ratio of policy to reference"),
         ("objective/entropy", "mean entropy of the policy at answer tokens, in nats"),
         ("objective/non_score_reward", "mean over answers of the summed KL penalty"),
-        ("objective/rlhf_reward", "mean of score plus KL penalty"),
+        ("objective/rlhf_reward", "mean of score (normalised and clipped, if so set) plus KL penalty"),
         ("objective/kl_coef", "KL coefficient of the step"),
         ("policy/approxkl_avg", "half the mean squared log-ratio of new to old policy"),
         ("policy/clipfrac_avg", "share of tokens whose policy loss was clipped"),
         ("policy/entropy_avg", "mean entropy during the updates, in nats"),
         ("policy/first_ratio_error", "largest distance of the first minibatch's ratio from 1: 0 on the CPU"),
+        ("policy/kl_loss", "with kl_in = \"loss\": mean KL estimate per token during the updates"),
         ("policy/grad_norm", "mean gradient norm of the actor before clipping"),
         ("loss/policy_avg", "mean policy loss"),
         ("loss/value_avg", "mean value loss"),
+        ("loss/ptx_avg", "mean cross-entropy on the input `ptx`"),
         ("val/clipfrac_avg", "share of tokens whose value loss was clipped"),
         ("val/explained_variance", "share of the returns' variance that the values explain"),
         ("val/ratio", "mean ratio of new to old policy"),
@@ -92,6 +98,17 @@ impl StageKind for Ppo {
     }
 
     fn describe(config: &PpoConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
+        match (config.ptx_coef > 0.0, context.input("ptx").is_some()) {
+            (true, false) => {
+                let problem = Problem::new("missing_input", "ptx_coef", "`ptx_coef` needs the input `ptx`");
+                return Err(vec![problem.hint("connect a corpus or conversations to `inputs.ptx`, or remove `ptx_coef`")]);
+            }
+            (false, true) => {
+                let problem = Problem::new("missing_setting", "inputs.ptx", "the input `ptx` is not used without `ptx_coef`");
+                return Err(vec![problem.hint("OpenRLHF's default is ptx_coef = 0.05; or remove the input")]);
+            }
+            _ => {}
+        }
         let actor = context.input("actor").map(|input| &input.meta);
         let model = actor.and_then(|meta| meta.model.as_ref());
         if let Some(model) = model
@@ -122,7 +139,8 @@ impl StageKind for Ppo {
             Some(actor) => ArtifactMeta { artifact_type, ..actor.clone() },
             None => ArtifactMeta::new(artifact_type),
         };
-        let outputs = BTreeMap::from([("model".into(), meta(ArtifactType::Policy)), ("critic".into(), meta(ArtifactType::Critic))]);
+        let outputs = [("model", ArtifactType::Policy), ("critic", ArtifactType::Critic), ("ema", ArtifactType::Policy)];
+        let outputs = outputs.into_iter().map(|(port, artifact_type)| (port.to_owned(), meta(artifact_type))).collect();
         Ok(Description { outputs, needs })
     }
 
@@ -181,6 +199,10 @@ struct Run<'a> {
     reward: Decoder,
     tokenizer: rlflow_text::ChatTokenizer,
     kl_coef: f64,
+    score_moments: ScoreMoments,
+    ptx: Option<Ptx>,
+    /// Moving average of the actor, if one is kept.
+    average: Option<Decoder>,
     /// Gradient norms of the newest minibatch: actor, critic.
     last_norms: (f64, f64),
 }
@@ -221,8 +243,26 @@ impl<'a> Run<'a> {
             ));
         }
         let order = RowOrder::new(context.seed, "ppo/prompts", usable.len(), config.shuffle);
-        let kl_coef = config.kl_coef;
-        Ok(Self { config, context, prompts, usable, order, actor, critic, reference, reward, tokenizer, kl_coef, last_norms: (0.0, 0.0) })
+        let ptx_batch = config.batch_size.div_ceil(config.num_mini_batches);
+        let length = actor.decoder.config().context;
+        let ptx = Ptx::load(context, &tokenizer, length, config.ptx_coef, ptx_batch, actor.train.micro_batch_size)?;
+        Ok(Self {
+            config,
+            context,
+            prompts,
+            usable,
+            order,
+            average: config.ema_decay.map(|_| actor.decoder.clone()),
+            actor,
+            critic,
+            reference,
+            reward,
+            tokenizer,
+            kl_coef: config.kl_coef,
+            score_moments: ScoreMoments::default(),
+            ptx,
+            last_norms: (0.0, 0.0),
+        })
     }
 
     fn train(&mut self) -> StageResult<()> {
@@ -237,6 +277,10 @@ impl<'a> Run<'a> {
             let coefficient = state.read("kl_coef")?;
             let bytes = coefficient[..].try_into().map_err(|_| StageError::invalid("snapshot without a KL coefficient"))?;
             self.kl_coef = f64::from_le_bytes(bytes);
+            self.score_moments = ScoreMoments::from_bytes(&state.read("score_moments")?)?;
+            if let Some(average) = &mut self.average {
+                checkpoint::load_weights("average", &state, average)?;
+            }
             first = snapshot.step;
         }
         // The roles' schedules come with their artifacts; a snapshot says how long they did not depend on the number of steps.
@@ -248,6 +292,9 @@ impl<'a> Run<'a> {
             tokens += experience.response_tokens();
             let kl_coef = self.kl_coef;
             let updated = self.update(&experience, step)?;
+            if let (Some(average), Some(decay)) = (&mut self.average, config.ema_decay) {
+                move_average(average, &self.actor.decoder, decay);
+            }
             self.report(step, &experience, &updated, kl_coef)?;
             self.kl_coef = config.kl_controller.next(kl_coef, experience.mean_kl(), experience.samples.len());
 
@@ -269,6 +316,10 @@ impl<'a> Run<'a> {
                     checkpoint::save_state("critic", &critic.decoder, &critic.optimizer, &mut state)?;
                 }
                 state.put("kl_coef", &self.kl_coef.to_le_bytes())?;
+                state.put("score_moments", &self.score_moments.to_bytes())?;
+                if let Some(average) = &self.average {
+                    checkpoint::save_weights("average", average, &mut state)?;
+                }
                 let retain = if last { Retain::Keep } else { Retain::Latest };
                 context.save_snapshot(done, retain, json!({ "total_steps": config.steps, "stable_until": stable_until }), state)?;
             }
@@ -315,7 +366,18 @@ impl<'a> Run<'a> {
         let source = &self.actor.loaded.artifact;
         let model = models::publish(context, ArtifactType::Policy, &policy, &actor_info, source)?;
         let critic = models::publish(context, ArtifactType::Critic, &critic, &actor_info, source)?;
-        Ok(BTreeMap::from([("model".into(), model), ("critic".into(), critic)]))
+        let ema = match self.average {
+            Some(average) => models::publish(context, ArtifactType::Policy, &average.with_head(Head::Language), &actor_info, source)?,
+            None => model.clone(),
+        };
+        Ok(BTreeMap::from([("model".into(), model), ("critic".into(), critic), ("ema".into(), ema)]))
+    }
+}
+
+/// `average = decay average + (1 - decay) model`, weight by weight.
+fn move_average(average: &mut Decoder, model: &Decoder, decay: f64) {
+    for (average, weight) in average.parameters_mut().tensors_mut().iter_mut().zip(model.parameters().tensors()) {
+        *average = average.clone() * decay + weight.clone() * (1.0 - decay);
     }
 }
 

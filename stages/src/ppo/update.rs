@@ -4,11 +4,11 @@ use rlflow_model::{Decoder, Gradients, HeadView, parameters::host};
 
 use super::{
     Run, Trained,
-    config::PpoConfig,
+    config::{KlPlacement, PpoConfig},
     experience::{AnswerSample, Experience, chunks, mini_batches},
 };
 use crate::{
-    losses::{clipped_policy_loss, clipped_value_loss, mean, variance},
+    losses::{LossAggregation, PolicyClip, clipped_policy_loss, clipped_value_loss, mean, variance},
     pairs::AnsweredBatch,
 };
 
@@ -22,6 +22,8 @@ pub struct Updated {
     value_loss: Vec<f64>,
     value_clip_frac: Vec<f64>,
     ratio: Vec<f64>,
+    kl_loss: Vec<f64>,
+    ptx_loss: Vec<f64>,
     policy_norm: Vec<f64>,
     value_norm: Vec<f64>,
     first_ratio_error: f64,
@@ -31,7 +33,9 @@ pub struct Updated {
 impl Updated {
     /// Means over minibatches.
     pub fn metrics(&self) -> Vec<(&'static str, f64)> {
-        vec![
+        let own = [("policy/kl_loss", &self.kl_loss), ("loss/ptx_avg", &self.ptx_loss)];
+        let own = own.into_iter().filter(|(_, values)| !values.is_empty()).map(|(name, values)| (name, mean(values)));
+        let mut metrics = vec![
             ("policy/approxkl_avg", mean(&self.approx_kl)),
             ("policy/clipfrac_avg", mean(&self.clip_frac)),
             ("policy/entropy_avg", mean(&self.entropy)),
@@ -44,7 +48,9 @@ impl Updated {
             ("val/ratio_var", variance(&self.ratio)),
             ("val/grad_norm", mean(&self.value_norm)),
             ("lr", self.lr),
-        ]
+        ];
+        metrics.extend(own);
+        metrics
     }
 }
 
@@ -57,6 +63,7 @@ struct PolicySums {
     clipped: f64,
     ratio: f64,
     ratio_error: f64,
+    kl: f64,
 }
 
 #[derive(Default)]
@@ -69,33 +76,50 @@ struct ValueSums {
 struct MicroBatch {
     answered: AnsweredBatch,
     old_logprobs: Vec<f32>,
+    ref_logprobs: Vec<f32>,
     advantages: Vec<f32>,
+    /// What each token's policy loss weighs; empty if all weigh 1.
+    weights: Vec<f32>,
     old_values: Vec<f32>,
     returns: Vec<f32>,
 }
 
 impl MicroBatch {
-    fn new(samples: &[&AnswerSample], temperature: f64) -> Self {
+    /// Of a minibatch with `answers` answers and `tokens` tokens in all.
+    fn new(samples: &[&AnswerSample], config: &PpoConfig, answers: usize, tokens: usize) -> Self {
         let narrow = |values: &[f64]| values.iter().map(|value| *value as f32).collect::<Vec<f32>>();
+        let weights = |sample: &&AnswerSample| {
+            let len = sample.old_logprobs.len();
+            vec![config.loss_aggregation.weight(len, answers, tokens) as f32; len]
+        };
         Self {
-            answered: AnsweredBatch::new(samples.iter().map(|sample| &sample.answered), temperature),
+            answered: AnsweredBatch::new(samples.iter().map(|sample| &sample.answered), config.temperature),
             old_logprobs: samples.iter().flat_map(|sample| sample.old_logprobs.clone()).collect(),
+            ref_logprobs: samples.iter().flat_map(|sample| sample.ref_logprobs.clone()).collect(),
+            weights: if config.loss_aggregation == LossAggregation::TokenMean {
+                Vec::new()
+            } else {
+                samples.iter().flat_map(weights).collect()
+            },
             advantages: samples.iter().flat_map(|sample| narrow(&sample.advantages)).collect(),
             old_values: samples.iter().flat_map(|sample| sample.values.clone()).collect(),
             returns: samples.iter().flat_map(|sample| narrow(&sample.returns)).collect(),
         }
     }
 
-    /// Sum of the policy loss (less the entropy bonus) on the graph.
-    fn policy_loss(&self, head: &HeadView<'_>, config: &PpoConfig, sums: &mut PolicySums) -> Tensor<1> {
+    /// Sum of the policy loss (less the entropy bonus, plus a KL term that stands in the loss) on the graph.
+    fn policy_loss(&self, head: &HeadView<'_>, config: &PpoConfig, kl_coef: f64, sums: &mut PolicySums) -> Tensor<1> {
         let stats = head.token_stats(self.answered.targets.clone());
         let device = stats.logprobs.device();
-        let losses = clipped_policy_loss(
-            stats.logprobs.clone(),
-            constant(&self.old_logprobs, &device),
-            constant(&self.advantages, &device),
-            config.clip_range,
-        );
+        let weighted = |values: Tensor<1>| match self.weights.as_slice() {
+            [] => values,
+            weights => values * constant(weights, &device),
+        };
+        let policy_loss = |clip: PolicyClip| {
+            let (old, advantages) = (constant(&self.old_logprobs, &device), constant(&self.advantages, &device));
+            clipped_policy_loss(stats.logprobs.clone(), old, advantages, clip)
+        };
+        let losses = policy_loss(config.clip());
         for (new, old) in host(&stats.logprobs).iter().zip(&self.old_logprobs) {
             let logratio = f64::from(new - old);
             let ratio = logratio.exp();
@@ -103,17 +127,21 @@ impl MicroBatch {
             sums.ratio += ratio;
             sums.ratio_error = sums.ratio_error.max((ratio - 1.0).abs());
         }
-        let unclipped = clipped_policy_loss(
-            stats.logprobs.clone(),
-            constant(&self.old_logprobs, &device),
-            constant(&self.advantages, &device),
-            f64::from(f32::MAX),
-        );
-        sums.clipped += host(&losses).iter().zip(host(&unclipped)).filter(|(loss, unclipped)| **loss > *unclipped).count() as f64;
+        let unclipped = policy_loss(f64::from(f32::MAX).into());
+        sums.clipped += host(&losses).iter().zip(host(&unclipped)).filter(|(loss, unclipped)| **loss != *unclipped).count() as f64;
+        let losses = weighted(losses);
         sums.loss += crate::language::sum(&losses);
         sums.entropy += crate::language::sum(&stats.entropies);
-        let loss = losses.sum();
-        if config.entropy_coef == 0.0 { loss } else { loss - stats.entropies.sum() * config.entropy_coef }
+        let mut loss = losses.sum();
+        if config.entropy_coef != 0.0 {
+            loss = loss - weighted(stats.entropies).sum() * config.entropy_coef;
+        }
+        if config.kl_in == KlPlacement::Loss {
+            let kl = config.kl_estimator.estimates(stats.logprobs.clone(), constant(&self.ref_logprobs, &device));
+            sums.kl += crate::language::sum(&kl);
+            loss = loss + weighted(kl).sum() * kl_coef;
+        }
+        loss
     }
 
     /// Sum of the value loss times its coefficient on the graph.
@@ -152,12 +180,17 @@ impl Run<'_> {
                     rng.permutation(count).into_iter().map(|row| row as usize).collect()
                 }
             };
-            for mini_batch in mini_batches(count, config.num_mini_batches) {
+            for (number, mini_batch) in mini_batches(count, config.num_mini_batches).into_iter().enumerate() {
                 context.check_cancelled()?;
+                let updates = (step * config.num_ppo_epochs as u64 + epoch as u64) * config.num_mini_batches as u64 + number as u64;
                 let first = epoch == 0 && mini_batch.start == 0;
                 let samples: Vec<&AnswerSample> = order[mini_batch].iter().map(|row| &experience.samples[*row]).collect();
                 let tokens = samples.iter().map(|sample| sample.old_logprobs.len()).sum::<usize>() as f64;
-                let (policy, value) = self.update_mini_batch(&samples, tokens, step)?;
+                let (policy, value, ptx) = self.update_mini_batch(&samples, tokens, step, updates)?;
+                updated.ptx_loss.extend(ptx);
+                if config.kl_in == KlPlacement::Loss {
+                    updated.kl_loss.push(policy.kl / tokens);
+                }
                 if first {
                     updated.first_ratio_error = policy.ratio_error;
                 }
@@ -176,18 +209,27 @@ impl Run<'_> {
         Ok(updated)
     }
 
-    fn update_mini_batch(&mut self, samples: &[&AnswerSample], tokens: f64, step: u64) -> StageResult<(PolicySums, ValueSums)> {
-        let config = self.config;
+    /// One update of the actor and the critic; `update` counts them over the whole run. Also returns the cross-entropy on
+    /// the PTX sequences, if there are any.
+    fn update_mini_batch(
+        &mut self,
+        samples: &[&AnswerSample],
+        tokens: f64,
+        step: u64,
+        update: u64,
+    ) -> StageResult<(PolicySums, ValueSums, Option<f64>)> {
+        let (config, kl_coef) = (self.config, self.kl_coef);
         let (mut policy, mut value) = (PolicySums::default(), ValueSums::default());
         let micro = |trained: &Trained| -> Vec<MicroBatch> {
             let pieces = chunks(0..samples.len(), trained.train.micro_batch_size);
-            pieces.into_iter().map(|piece| MicroBatch::new(&samples[piece], config.temperature)).collect()
+            pieces.into_iter().map(|piece| MicroBatch::new(&samples[piece], config, samples.len(), tokens as usize)).collect()
         };
         let shared = self.critic.is_none();
-        let gradients = accumulate(&self.actor.decoder, &micro(&self.actor), |batch, head| {
-            let loss = batch.policy_loss(head, config, &mut policy);
+        let mut gradients = accumulate(&self.actor.decoder, &micro(&self.actor), |batch, head| {
+            let loss = batch.policy_loss(head, config, kl_coef, &mut policy);
             if shared { loss + batch.value_loss(head, config, &mut value) } else { loss }
         });
+        let ptx = self.ptx.as_mut().map(|ptx| ptx.add_gradients(update, &self.actor.decoder, tokens, &mut gradients));
         let norm = apply(&mut self.actor, &gradients, tokens, config.steps, step);
         self.last_norms = (norm, norm);
         self.check_norm("actor", norm, step)?;
@@ -197,7 +239,7 @@ impl Run<'_> {
             self.last_norms.1 = norm;
             self.check_norm("critic", norm, step)?;
         }
-        Ok((policy, value))
+        Ok((policy, value, ptx))
     }
 
     fn check_norm(&self, role: &str, norm: f64, step: u64) -> StageResult<()> {

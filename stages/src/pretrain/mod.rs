@@ -179,17 +179,16 @@ struct PretrainTask {
     plan: TrainPlan,
 }
 
-impl PretrainTask {
-    fn batch(windows: &mut Windows, rows: impl IntoIterator<Item = u64>) -> LanguageBatch {
-        let mut builder = LanguageBatchBuilder::default();
-        for row in rows {
-            for piece in windows.row(row) {
-                let next = |at: usize| piece.ids.get(at + 1).copied().or(piece.next);
-                builder.push(&piece.ids, next);
-            }
+/// Rows of `windows` as one pass: every token predicts the next one of its document.
+pub(crate) fn batch(windows: &mut Windows, rows: impl IntoIterator<Item = u64>) -> LanguageBatch {
+    let mut builder = LanguageBatchBuilder::default();
+    for row in rows {
+        for piece in windows.row(row) {
+            let next = |at: usize| piece.ids.get(at + 1).copied().or(piece.next);
+            builder.push(&piece.ids, next);
         }
-        builder.finish()
     }
+    builder.finish()
 }
 
 impl Task for PretrainTask {
@@ -198,7 +197,7 @@ impl Task for PretrainTask {
     fn micro_batches(&mut self, step: u64) -> StageResult<Vec<LanguageBatch>> {
         let first = step * self.plan.batch_size as u64;
         let rows: Vec<u64> = (first..first + self.plan.batch_size as u64).collect();
-        Ok(rows.chunks(self.plan.micro_batch_size).map(|rows| Self::batch(&mut self.windows, rows.iter().copied())).collect())
+        Ok(rows.chunks(self.plan.micro_batch_size).map(|rows| batch(&mut self.windows, rows.iter().copied())).collect())
     }
 
     fn denominator(&self, micro_batches: &[LanguageBatch]) -> f64 {
@@ -222,7 +221,7 @@ impl Task for PretrainTask {
         let mut heldout = self.heldout.clone();
         let batches: Vec<LanguageBatch> = (0..rows)
             .step_by(self.plan.micro_batch_size)
-            .map(|first| Self::batch(&mut heldout, first..(first + self.plan.micro_batch_size as u64).min(rows)))
+            .map(|first| batch(&mut heldout, first..(first + self.plan.micro_batch_size as u64).min(rows)))
             .collect();
         let Some(loss) = language::mean_loss(model, &batches) else { return Ok(Vec::new()) };
         Ok(vec![("eval/loss", loss), ("eval/perplexity", loss.exp())])

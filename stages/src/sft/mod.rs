@@ -120,13 +120,18 @@ impl StageKind for Sft {
     }
 }
 
-struct UsableRows {
-    rows: Vec<ConversationRow>,
-    truncated: usize,
-    dropped: usize,
+/// Conversations that can be trained on, and how many were cut or lost.
+pub(crate) struct UsableRows {
+    /// Cut to the context, each with a counted token.
+    pub rows: Vec<ConversationRow>,
+    /// Rows longer than the context.
+    pub truncated: usize,
+    /// Rows without a counted token.
+    pub dropped: usize,
 }
 
-fn usable_rows(data: &ConversationDataset, length: usize) -> UsableRows {
+/// The rows of `data` that have a counted token within `length` tokens.
+pub(crate) fn usable_rows(data: &ConversationDataset, length: usize) -> UsableRows {
     let mut usable = UsableRows { rows: Vec::with_capacity(data.len()), truncated: 0, dropped: 0 };
     for mut row in data.rows() {
         usable.truncated += usize::from(row.ids.len() > length);
