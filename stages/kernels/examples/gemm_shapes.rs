@@ -2,7 +2,10 @@
 
 use std::time::Instant;
 
-use rlflow_kernels::matmul::{MatrixRef, matmul};
+use rlflow_kernels::{
+    bf16::{self, Unit},
+    matmul::{Into, MatrixRef, matmul},
+};
 
 fn main() {
     println!("{:>22} {:>10} {:>10} {:>10}", "tokens x in x out", "forward", "d input", "d weight");
@@ -21,10 +24,17 @@ fn main() {
         let y = vec![0.125f32; tokens * output];
         let flops = 2.0 * (tokens * input * output) as f64;
         let (x, w, y) = (MatrixRef::new(&x, tokens, input), MatrixRef::new(&w, output, input), MatrixRef::new(&y, tokens, output));
-        let forward = rate(flops, tokens * output, |out| matmul(out, x, w.t()));
-        let input_gradient = rate(flops, tokens * input, |out| matmul(out, y, w));
-        let weight_gradient = rate(flops, input * output, |out| matmul(out, y.t(), x));
-        println!("{:>22} {forward:>10.0} {input_gradient:>10.0} {weight_gradient:>10.0}", format!("{tokens} x {input} x {output}"));
+        let shape = format!("{tokens} x {input} x {output}");
+        let line = |name: &str, multiply: &dyn Fn(&mut [f32], MatrixRef<'_>, MatrixRef<'_>)| {
+            let forward = rate(flops, tokens * output, |out| multiply(out, x, w.t()));
+            let input_gradient = rate(flops, tokens * input, |out| multiply(out, y, w));
+            let weight_gradient = rate(flops, input * output, |out| multiply(out, y.t(), x));
+            println!("{shape:>22} {forward:>10.0} {input_gradient:>10.0} {weight_gradient:>10.0}  {name}");
+        };
+        line("f32", &|out, a, b| matmul(out, a, b));
+        for unit in Unit::available().into_iter().filter(|unit| *unit != Unit::Rounded) {
+            line(unit.name(), &|out, a, b| bf16::multiply(unit, out, b.columns(), a, b, 1.0, Into::Overwrite, true));
+        }
     }
     println!("GFLOP/s, median of 15, {} threads", rayon::current_num_threads());
 }

@@ -14,6 +14,7 @@
 
 pub mod attention;
 pub mod attention_block;
+pub mod bf16;
 pub mod decode;
 pub mod embedding;
 pub mod layout;

@@ -27,6 +27,26 @@ impl<'a> MatrixRef<'a> {
         Self { data, rows, columns, row_stride, column_stride: 1 }
     }
 
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Element `(row, column)`.
+    pub fn get(&self, row: usize, column: usize) -> f32 {
+        self.data[row * self.row_stride + column * self.column_stride]
+    }
+
+    /// The part of row `row` from `column` on that lies in one piece, if rows do.
+    pub(crate) fn row(&self, row: usize, columns: std::ops::Range<usize>) -> Option<&'a [f32]> {
+        (self.column_stride == 1).then(|| &self.data[row * self.row_stride + columns.start..row * self.row_stride + columns.end])
+    }
+
     /// The first `rows` rows.
     pub fn first_rows(self, rows: usize) -> Self {
         assert!(rows <= self.rows);

@@ -1,0 +1,81 @@
+//! Dot products of AVX-512 BF16.
+
+#[cfg(target_arch = "x86_64")]
+mod imp {
+    use std::arch::x86_64::{
+        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
+    };
+
+    use super::super::{DEPTH, PANEL, Sums};
+
+    /// Rows whose sums are in registers at once: 8 rows by 2 vectors.
+    const ROWS: usize = 8;
+
+    /// Whether the processor has them.
+    pub(in super::super) fn is_available() -> bool {
+        is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f")
+    }
+
+    /// Sums of a panel of rows by a panel of columns.
+    pub(in super::super) fn panel(left: &[u16], right: &[u16], sums: &mut Sums) {
+        assert!(is_available() && left.len() == right.len());
+        // SAFETY: the processor has the instructions.
+        unsafe { rows(left, right, sums) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn rows(left: &[u16], right: &[u16], sums: &mut Sums) {
+        for first in (0..PANEL).step_by(ROWS) {
+            let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
+            for (left, right) in left.chunks_exact(PANEL * DEPTH).zip(right.chunks_exact(PANEL * DEPTH)) {
+                // Tile, row in it: a pair of numbers each as one 32-bit lane.
+                let left = &left[first * DEPTH..(first + ROWS) * DEPTH];
+                for pair in 0..DEPTH / 2 {
+                    let [low, high] = [0, PANEL * DEPTH / 2].map(|tile| load(&right[tile + pair * DEPTH..][..DEPTH]));
+                    for (row, acc) in acc.iter_mut().enumerate() {
+                        let at = row * DEPTH + 2 * pair;
+                        // SAFETY: two of the `ROWS * DEPTH` numbers of `left`, read as one lane.
+                        let both = unsafe { left.as_ptr().add(at).cast::<i32>().read_unaligned() };
+                        let both = as_bf16(_mm512_set1_epi32(both));
+                        acc[0] = _mm512_dpbf16_ps(acc[0], both, low);
+                        acc[1] = _mm512_dpbf16_ps(acc[1], both, high);
+                    }
+                }
+            }
+            for (row, acc) in acc.iter().enumerate() {
+                for (half, acc) in acc.iter().enumerate() {
+                    let out = &mut sums.0[(first + row) * PANEL + half * PANEL / 2..][..PANEL / 2];
+                    // SAFETY: 16 numbers.
+                    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), *acc) };
+                }
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn load(row: &[u16]) -> __m512bh {
+        assert!(row.len() == DEPTH);
+        // SAFETY: 64 bytes.
+        as_bf16(unsafe { _mm512_loadu_si512(row.as_ptr().cast()) })
+    }
+
+    fn as_bf16(bits: __m512i) -> __m512bh {
+        // SAFETY: both are 512 bits without invalid values.
+        unsafe { std::mem::transmute(bits) }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod imp {
+    use super::super::Sums;
+
+    pub(in super::super) fn is_available() -> bool {
+        false
+    }
+
+    pub(in super::super) fn panel(_: &[u16], _: &[u16], _: &mut Sums) {
+        unreachable!("this processor has no such instructions")
+    }
+}
+
+pub(super) use imp::{is_available, panel};
