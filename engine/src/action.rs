@@ -256,14 +256,14 @@ impl<'a> Actions<'a> {
         let mut must_run = must_run.cloned().or_else(|| self.forced(index));
         if must_run.is_none()
             && let Some(outputs) = self.store.outputs(key)?
-            && stage.described.outputs.keys().all(|port| outputs.contains_key(port))
+            && stage.described.outputs().all(|(port, _)| outputs.contains_key(port))
         {
             must_run = self.set_aside(&outputs);
             if must_run.is_none() && self.named[index] {
                 must_run = self.lost(index, &outputs)?;
             }
             if must_run.is_none() {
-                return Ok(Decision::Cached { key, outputs: outputs.into() });
+                return Ok(Decision::Cached { key, outputs });
             }
         }
         // A result under this very key is the one to compare with, whatever its stage was called.

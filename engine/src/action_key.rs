@@ -152,11 +152,8 @@ impl FullKey<'_> {
 }
 
 fn digest(digest: &Digest, out: &mut Vec<u8>) {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     out.push(b'"');
-    for byte in digest.as_bytes() {
-        out.extend_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
-    }
+    out.extend_from_slice(&digest.digits());
     out.push(b'"');
 }
 

@@ -153,8 +153,8 @@ impl Session<'_> {
             return Ok(None);
         }
         let Some(record) = self.actions.store.action(action.key)? else { return Ok(None) };
-        let ports = &self.actions.workflow.stages[index].described.outputs;
-        let complete = ports.keys().all(|port| record.outputs.contains_key(port));
+        let mut ports = self.actions.workflow.stages[index].described.outputs();
+        let complete = ports.all(|(port, _)| record.outputs.contains_key(port));
         let readable = |digest: &Digest| self.actions.store.contains_artifact(*digest);
         Ok((complete && (!lost || record.outputs.values().all(readable))).then_some(record))
     }
@@ -194,7 +194,7 @@ impl Session<'_> {
         let run = || span.in_scope(|| stage.kind.run(&stage.config, &context));
         // What a stage leaves behind when it unwinds is dropped with it: artifacts not published, snapshots whole.
         let outputs = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| Err(panicked(payload.as_ref())))?;
-        for (port, meta) in &stage.described.outputs {
+        for (port, meta) in stage.described.outputs() {
             let made = outputs.get(port).ok_or_else(|| wrong(format!("did not give its output `{port}`")))?;
             let (made, declared) = (&made.manifest().artifact_type, meta.artifact_type.name());
             if made != declared {

@@ -24,7 +24,7 @@ pub fn run_report(workflow: &Workflow, store: &Store, summary: &Summary, command
     }
     let mut out = text::table(&["stage", "result", "time", "metrics", "why"], &rows(workflow, summary));
     for (stage, outcome) in ran(workflow, summary) {
-        if !stage.described.outputs.values().any(|meta| meta.artifact_type == ArtifactType::Evaluation) {
+        if !stage.described.outputs().any(|(_, meta)| meta.artifact_type == ArtifactType::Evaluation) {
             continue;
         }
         let Some(record) = outcome.key.map(|key| store.action(key)).transpose()?.flatten() else { continue };
@@ -82,7 +82,7 @@ fn ran<'a>(workflow: &'a Workflow, summary: &'a Summary) -> impl DoubleEndedIter
 /// The policy that most was done for: the last one that no other stage makes into a policy.
 fn last_policy<'a>(workflow: &'a Workflow, summary: &'a Summary) -> Option<&'a Stage> {
     let makes_policy = |stage: &Stage| {
-        let main = stage.kind.outputs().first().and_then(|port| stage.described.outputs.get(port.name));
+        let main = stage.kind.outputs().first().and_then(|port| stage.described.output(port.name));
         main.is_some_and(|meta| meta.artifact_type == ArtifactType::Policy)
     };
     stages(workflow, summary).rev().map(|(stage, _)| stage).find(|stage| makes_policy(stage))

@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, Metadata},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -28,7 +28,8 @@ const MAX_ACTIONS: usize = 512;
 /// What lookups need of an action.
 #[derive(Clone)]
 pub(crate) struct Summary {
-    pub outputs: BTreeMap<String, Digest>,
+    /// Shared, because a lookup hands it on.
+    pub outputs: Arc<BTreeMap<String, Digest>>,
     pub stage_hash: u64,
     pub workflow_hash: u64,
     pub started_at: f64,
@@ -170,7 +171,7 @@ impl From<ActionHead> for Summary {
     fn from(head: ActionHead) -> Self {
         let ActionHead { outputs, provenance, .. } = head;
         Self {
-            outputs,
+            outputs: outputs.into(),
             stage_hash: hash_texts(&[&provenance.stage, &provenance.kind]),
             workflow_hash: hash_texts(&[&provenance.workflow]),
             started_at: provenance.started_at,
@@ -184,7 +185,7 @@ impl Summary {
         bytes.extend_from_slice(&self.workflow_hash.to_be_bytes());
         bytes.extend_from_slice(&self.started_at.to_bits().to_be_bytes());
         bytes.push(u8::try_from(self.outputs.len()).ok()?);
-        for (port, digest) in &self.outputs {
+        for (port, digest) in &*self.outputs {
             bytes.push(u8::try_from(port.len()).ok()?);
             bytes.extend_from_slice(port.as_bytes());
             bytes.extend_from_slice(digest.as_bytes());
@@ -201,6 +202,6 @@ impl Summary {
             let port = std::str::from_utf8(reader.bytes(usize::from(length))?).ok()?;
             outputs.insert(port.to_owned(), reader.digest()?);
         }
-        Some(Self { outputs, stage_hash, workflow_hash, started_at })
+        Some(Self { outputs: outputs.into(), stage_hash, workflow_hash, started_at })
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -22,7 +22,7 @@ impl Store {
     }
 
     /// Outputs of the action recorded under `key`: port to artifact. Like [`Store::action`], for a fraction of the price.
-    pub fn outputs(&self, key: Digest) -> Result<Option<BTreeMap<String, Digest>>> {
+    pub fn outputs(&self, key: Digest) -> Result<Option<Arc<BTreeMap<String, Digest>>>> {
         Ok(self.action_summary(key)?.map(|summary| summary.outputs))
     }
 
@@ -98,7 +98,7 @@ impl Store {
         if let Some(map) = &mut *self.latest().0.lock().unwrap_or_else(PoisonError::into_inner) {
             let provenance = &record.provenance;
             let summary = Summary {
-                outputs: record.outputs.clone(),
+                outputs: record.outputs.clone().into(),
                 stage_hash: hash_texts(&[&provenance.stage, &provenance.kind]),
                 workflow_hash: hash_texts(&[&provenance.workflow]),
                 started_at: provenance.started_at,

@@ -83,9 +83,9 @@ pub(crate) fn header(root: &mut Table, registry: &Registry, errors: &mut Collect
         Some(Node { data: Data::Table(table), .. }) => table,
         Some(other) => {
             errors.add(other.span, WorkflowError::new("wrong_type", format!("`defaults` must be a table, found {}", other.found())));
-            Table::new()
+            Table::default()
         }
-        None => Table::new(),
+        None => Table::default(),
     };
     Header { name, edition, seed, defaults }
 }
@@ -152,7 +152,7 @@ fn stage(name: String, entry: Entry, registry: &Registry, errors: &mut Collector
         inputs: IndexMap::new(),
         inputs_broken: false,
         matrix: Vec::new(),
-        settings: Table::new(),
+        settings: Table::default(),
         broken: false,
     };
     let name = &declared.name;

@@ -4,10 +4,10 @@ use std::{
     thread,
 };
 
-use rlflow_api::{DataSource, DescribeContext, Description, InputMeta};
+use rlflow_api::{DataSource, DescribeContext, InputMeta};
 
 use super::{
-    Dag, Edge, LoadOptions, Place, Places, Stage, Workflow, WorkflowError, WorkflowErrors,
+    Dag, Described, Edge, LoadOptions, Place, Places, Stage, Workflow, WorkflowError, WorkflowErrors,
     declare::{self, Declared, Header},
     edges::{self, Wiring},
     error::Collector,
@@ -166,27 +166,21 @@ impl Loading<'_> {
 
     /// Describes every stage. Where a stage is wrong, what follows it is checked against the little that is known of
     /// its outputs, so that all errors are found at once and one cause gives one error.
-    fn describe(
-        &mut self,
-        declared: &[Declared],
-        stages: &[Expanded],
-        found: &[Option<Found>],
-        order: &[usize],
-    ) -> Vec<Option<Description>> {
-        let mut descriptions: Vec<Option<Description>> = (0..stages.len()).map(|_| None).collect();
+    fn describe(&mut self, declared: &[Declared], stages: &[Expanded], found: &[Option<Found>], order: &[usize]) -> Vec<Option<Described>> {
+        let mut descriptions: Vec<Option<Described>> = (0..stages.len()).map(|_| None).collect();
         for &index in order {
             let (expanded, stage) = (&stages[index], &declared[stages[index].base]);
             let Some(kind) = stage.kind else { continue };
             let found_here = found[index].as_ref().filter(|found| !found.broken);
             let Some((found_here, config)) = found_here.and_then(|found| Some((found, found.checked.config.as_ref()?))) else {
-                descriptions[index] = Some(edges::vague(kind, &expanded.name));
+                descriptions[index] = Some(edges::vague(kind, &expanded.name).into());
                 continue;
             };
             let mut inputs: BTreeMap<String, Vec<InputMeta>> = BTreeMap::new();
             let known = expanded.edges.iter().all(|edge| {
                 let Some((port, source)) = port_of(stage, declared, stages, edge) else { return false };
                 let Some(description) = &descriptions[edge.stage] else { return false };
-                let Some(meta) = description.outputs.get(port) else { return false };
+                let Some(meta) = description.output(port) else { return false };
                 let Some((name, _)) = stage.inputs.get_index(edge.input) else { return false };
                 // Only ports that name kinds read settings of what is connected; copying them for all would cost half of the loading.
                 let reads_settings = kind.inputs().iter().any(|known| known.name == name && !known.kinds.is_empty());
@@ -205,24 +199,24 @@ impl Loading<'_> {
                 true
             });
             if !known {
-                descriptions[index] = Some(edges::vague(kind, &expanded.name));
+                descriptions[index] = Some(edges::vague(kind, &expanded.name).into());
                 continue;
             }
             let spans = input_spans(stage, &expanded.edges);
             if !edges::check_metas(&expanded.name, kind, &inputs, &spans, &mut self.errors) {
-                descriptions[index] = Some(edges::vague(kind, &expanded.name));
+                descriptions[index] = Some(edges::vague(kind, &expanded.name).into());
                 continue;
             }
             let (ranks, zero) = edges::asked_placement(kind, config);
             let context = DescribeContext { stage: &expanded.name, inputs: &inputs, files: &found_here.files, ranks, zero };
             match edges::describe(kind, config, &context) {
-                Ok(description) => descriptions[index] = Some(description),
+                Ok(description) => descriptions[index] = Some(description.into()),
                 Err(problems) => {
                     for problem in &problems {
                         let (span, error) = problem_error(&expanded.name, stage.span, &found_here.checked.written, &spans, problem);
                         self.errors.add(span, error);
                     }
-                    descriptions[index] = Some(edges::vague(kind, &expanded.name));
+                    descriptions[index] = Some(edges::vague(kind, &expanded.name).into());
                 }
             }
         }
@@ -237,7 +231,7 @@ impl Loading<'_> {
         expansion: Expansion,
         seeds: Vec<u64>,
         found: Vec<Option<Found>>,
-        descriptions: Vec<Option<Description>>,
+        descriptions: Vec<Option<Described>>,
         dag: Dag,
         order: Vec<usize>,
     ) -> Workflow {

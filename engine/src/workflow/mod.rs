@@ -7,6 +7,7 @@
 
 mod dag;
 mod declare;
+mod described;
 mod edges;
 mod error;
 mod files;
@@ -27,6 +28,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use rlflow_api::{DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Problem};
 
 pub use dag::Dag;
+pub use described::Described;
 pub use error::{WorkflowError, WorkflowErrors};
 pub use identity::IdentitySettings;
 pub use load::load;
@@ -101,7 +103,7 @@ pub struct Stage {
     /// Data sources as the kind names them.
     pub file_patterns: Vec<DataSource>,
     /// What it will make, as far as planning knows.
-    pub described: Description,
+    pub described: Described,
     /// Settings that can change the result: all, normalised, less those marked as execution or as paths.
     pub identity_settings: IdentitySettings,
 }
@@ -153,7 +155,7 @@ impl Workflow {
                 stage: source.name.clone(),
                 port: edge.port.clone(),
                 kind: source.kind.name().to_owned(),
-                meta: source.described.outputs.get(&edge.port)?.clone(),
+                meta: source.described.output(&edge.port)?.clone(),
                 settings: source.config.settings().clone(),
             })
         };

@@ -29,8 +29,8 @@ pub(crate) enum Data {
     Table(Table),
 }
 
-/// Entries in the order of the file.
-pub(crate) type Table = IndexMap<String, Entry>;
+/// Entries in the order of the file. Ten thousand stages have a hundred thousand keys, and whoever writes the file may slow it down.
+pub(crate) type Table = IndexMap<String, Entry, foldhash::fast::RandomState>;
 
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {

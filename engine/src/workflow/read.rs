@@ -107,7 +107,7 @@ impl<'a> Reader<'a> {
     /// Lays `own` over what it includes.
     fn with_includes(&mut self, mut own: Table, folder: &Path) -> Table {
         let Some(include) = own.shift_remove("include") else { return own };
-        let mut merged = Table::new();
+        let mut merged = Table::default();
         let items = match include.node.data {
             Data::Array(items) => items,
             data => vec![super::node::Node { data, span: include.node.span }],

@@ -122,7 +122,7 @@ pub(crate) fn insert(table: &mut Table, steps: &[Step], entry: Entry) -> bool {
         return true;
     }
     let key = entry.key;
-    let empty = || Entry { key, node: Node::table(Table::new(), key) };
+    let empty = || Entry { key, node: Node::table(Table::default(), key) };
     let mut node = &mut table.entry(first.clone()).or_insert_with(empty).node;
     let mut rest = rest;
     while let [Step::Index(index), after @ ..] = rest {
@@ -136,7 +136,7 @@ pub(crate) fn insert(table: &mut Table, steps: &[Step], entry: Entry) -> bool {
         rest = after;
     }
     if node.as_table().is_none() {
-        *node = Node::table(Table::new(), key);
+        *node = Node::table(Table::default(), key);
     }
     match &mut node.data {
         Data::Table(inner) => insert(inner, rest, entry),

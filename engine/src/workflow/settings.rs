@@ -35,7 +35,7 @@ pub(crate) fn layers(header: &Header, declared: &[Declared], registry: &Registry
         let Some(shape) = registry.shape(kind.name()) else { continue };
         let mut under = match Node::from_json(&kind.edition_defaults(header.edition)).data {
             Data::Table(table) => table,
-            _ => Table::new(),
+            _ => Table::default(),
         };
         merge(&mut under, applicable(&shape, shape.root, &header.defaults, &mut used));
         layers.insert(kind.name(), Layer { shape, under });
@@ -61,7 +61,7 @@ pub(crate) fn layers(header: &Header, declared: &[Declared], registry: &Registry
 
 /// The part of `defaults` that `id` has settings for.
 fn applicable(shape: &SettingsShape, id: ShapeId, defaults: &Table, used: &mut HashSet<Span>) -> Table {
-    let mut found = Table::new();
+    let mut found = Table::default();
     for (key, entry) in defaults {
         let Some(field) = shape[id].fields.get(key) else { continue };
         match entry.node.as_table().filter(|_| !shape[*field].fields.is_empty()) {
@@ -153,7 +153,7 @@ pub(crate) fn check(stage: &str, span: Span, own: Table, kind: &'static dyn Kind
     findings.iter().rev().for_each(|finding| remove(&mut usable, finding));
     // Unknown keys change nothing about the rest; a wrong value leaves a gap that checks between settings must not see.
     let partial = findings.iter().any(|finding| finding.code != "unknown_key");
-    let config = match kind.parse(&usable) {
+    let mut config = match kind.parse(&usable) {
         Ok(config) => Some(config),
         Err(_) if !findings.is_empty() => None,
         Err(message) => {
@@ -162,11 +162,13 @@ pub(crate) fn check(stage: &str, span: Span, own: Table, kind: &'static dyn Kind
             None
         }
     };
-    let identity = match &config {
-        Some(config) if errors.is_empty() => IdentitySettings::of(&layer.shape, config.settings(), &kind.horizon(config)),
-        _ => IdentitySettings::default(),
-    };
-    if let Some(config) = &config {
+    let mut identity = IdentitySettings::default();
+    if let Some(config) = &mut config {
+        if errors.is_empty() {
+            identity = IdentitySettings::of(&layer.shape, config.settings(), &kind.horizon(config));
+        }
+        config.forget_settings();
+        let config = &*config;
         let between = if partial { Vec::new() } else { kind.check(config) };
         for problem in between.iter().chain(&device_problems(kind, config)) {
             errors.push(problem_error(stage, span, &written, &BTreeMap::new(), problem));

@@ -160,7 +160,7 @@ fn a_chain_is_read() {
     // Two ranks were asked for, and planning may ask again with four.
     assert_eq!(base.described.needs.parameter_bytes, 500);
     assert_eq!(workflow.describe(3, 4, 2).unwrap().needs.parameter_bytes, 250);
-    assert_eq!(base.described.outputs["model"].tokenizer.as_ref().unwrap().to_string(), "tokenizer.tokenizer");
+    assert_eq!(base.described.output("model").unwrap().tokenizer.as_ref().unwrap().to_string(), "tokenizer.tokenizer");
     let problem = rlflow_api::Problem::new("cannot_fit", "train.schedule", "it cannot fit").hint("buy more");
     assert_eq!((workflow.error(3, &problem).line, workflow.error(3, &problem).column), (25, 36));
     let problem = rlflow_api::Problem::new("cannot_fit", "inputs.tokenizer", "it cannot fit");
@@ -432,35 +432,4 @@ fn deep_and_large_files_are_bounded() {
     assert_eq!(folder.codes(CHAIN, &[&set]), ["bad_set"]);
     let axis = "a.".repeat(100_000) + "b";
     assert_eq!(folder.codes(&CHAIN.replace("beta = 1", &format!("matrix = {{ \"{axis}\" = [1] }}")), &[]), ["bad_matrix"]);
-}
-
-/// Prints how long ten thousand stages take: `cargo test --release -p rlflow-engine load_speed -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn load_speed() {
-    let folder = Folder::new();
-    for stages in [7, 1_000, 10_000] {
-        let mut text = String::from(
-            "seed = 1\n[defaults]\ndevice = \"cpu\"\n[stage.corpus]\nkind = \"corpus\"\nsources = [{ path = \"data/a.txt\" }]\n",
-        );
-        text += "[stage.tokenizer]\nkind = \"tokenizer\"\ninputs = { corpus = \"corpus\" }\n";
-        text += "[stage.s2]\nkind = \"pretrain\"\ninputs = { corpus = \"corpus\", tokenizer = \"tokenizer\" }\ntrain = { steps = 10 }\n";
-        text +=
-            "[stage.pairs]\nkind = \"preferences\"\ninputs = { tokenizer = \"tokenizer\" }\nsources = [{ path = \"data/pairs.jsonl\" }]\n";
-        for index in 3..stages - 1 {
-            let from = (index - 1 - index % 2).max(2);
-            text += &format!("[stage.s{index}]\nkind = \"dpo\"\ninputs = {{ model = \"s{from}\", data = \"pairs\" }}\nbeta = 0.{index}\n");
-            text += "train = { steps = 100, batch_size = 16, lr = 1e-4, schedule = \"linear\" }\n";
-        }
-        let path = folder.write("test.toml", &text);
-        let times: Vec<_> = (0..5)
-            .map(|_| {
-                let (start, registry) = (std::time::Instant::now(), registry());
-                let workflow = load(&path, &LoadOptions::default(), &registry).unwrap_or_else(|errors| panic!("{errors}"));
-                assert_eq!(workflow.stages.len(), stages);
-                start.elapsed()
-            })
-            .collect();
-        println!("{stages} stages, {} bytes: {times:?}", text.len());
-    }
 }

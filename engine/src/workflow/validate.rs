@@ -211,10 +211,10 @@ impl Checker<'_> {
     fn table(&mut self, id: ShapeId, table: &Table, span: Span, open: bool, out: &mut Vec<Finding>) {
         let shape = &self.shape[id];
         if !shape.types.is_empty() && !shape.types.contains(&Type::Object) {
-            return out.push(self.wrong_type(id, &Node::table(Table::new(), span)));
+            return out.push(self.wrong_type(id, &Node::table(Table::default(), span)));
         }
         if let Some(allowed) = &shape.allowed {
-            return out.push(self.not_allowed(&Node::table(Table::new(), span), allowed));
+            return out.push(self.not_allowed(&Node::table(Table::default(), span), allowed));
         }
         // Parts that speak about the same table leave unknown keys to their whole.
         let wrapper = self.shape.is_wrapper(id);
@@ -358,9 +358,9 @@ impl Checker<'_> {
             }
         }
         let Some(mut best) = best else { return };
-        let none_takes_tables = group.iter().all(|branch| !self.takes(*branch, &Data::Table(Table::new())));
+        let none_takes_tables = group.iter().all(|branch| !self.takes(*branch, &Data::Table(Table::default())));
         if none_takes_tables {
-            return out.push(self.wrong_type(id, &Node::table(Table::new(), span)));
+            return out.push(self.wrong_type(id, &Node::table(Table::default(), span)));
         }
         out.append(&mut best);
     }

@@ -1,4 +1,4 @@
-use std::{any::Any, collections::BTreeMap, path::Path};
+use std::{any::Any, collections::BTreeMap, path::Path, sync::OnceLock};
 
 use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -246,13 +246,20 @@ pub trait StageKind: Send + Sync + 'static {
 /// A parsed stage of some kind: its config, opaque to the engine.
 pub struct ErasedStage {
     config: Box<dyn Any + Send + Sync>,
-    settings: Value,
+    settings: OnceLock<Value>,
+    to_settings: fn(&Self) -> Value,
 }
 
 impl ErasedStage {
     /// Every setting with defaults filled in.
     pub fn settings(&self) -> &Value {
-        &self.settings
+        self.settings.get_or_init(|| (self.to_settings)(self))
+    }
+
+    /// Frees the memory of [`ErasedStage::settings`] until somebody asks for them again: few stages are asked, and of ten
+    /// thousand they take more than all the rest.
+    pub fn forget_settings(&mut self) {
+        self.settings = OnceLock::new();
     }
 }
 
@@ -324,7 +331,9 @@ impl<K: StageKind> Kind for K {
         let mut config = K::Config::deserialize(settings).map_err(|error| error.to_string())?;
         K::normalise(&mut config);
         let settings = serde_json::to_value(&config).map_err(|error| error.to_string())?;
-        Ok(ErasedStage { config: Box::new(config), settings })
+        // What serialised once does so again.
+        let to_settings = |stage: &ErasedStage| serde_json::to_value(self::config::<K>(stage)).unwrap_or_default();
+        Ok(ErasedStage { config: Box::new(config), settings: settings.into(), to_settings })
     }
 
     fn check(&self, stage: &ErasedStage) -> Vec<Problem> {
