@@ -1,6 +1,6 @@
 use clap::Args;
 
-use rlflow_engine::{metrics, text, thousands};
+use rlflow_engine::{metrics, record::missing_text, text, thousands};
 
 use crate::{
     common::{Common, WorkflowArgs},
@@ -40,6 +40,9 @@ impl Metrics {
                 None => String::new(),
             };
             print_text(&format!("{name}{of_what}\n"));
+            if let Some(missing) = missing_text(&workflow, name, &stage.missing) {
+                print_text(&format!("  {missing}\n"));
+            }
             let documented = workflow.stages[stage.stage].kind.metrics();
             let rows: Vec<Vec<String>> = stage
                 .finals()

@@ -1,7 +1,13 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use rlflow_engine::{action::find_stages, metrics::results, record::StageRecord, report::render, text, thousands};
+use rlflow_engine::{
+    action::find_stages,
+    metrics::results,
+    record::{StageRecord, missing_text},
+    report::render,
+    text, thousands,
+};
 use rlflow_store::{ActionRecord, Artifact, Digest, Store};
 
 use crate::{
@@ -58,7 +64,7 @@ impl Show {
                     format!("it has: {}", ports.join(", ")),
                 ));
             }
-            let reported = StageRecord::load(&store, &record.records)?;
+            let reported = StageRecord::load(&store, &record);
             let stage = &workflow.stages[stage];
             if common.json {
                 let describe = |artifact: &Option<Artifact>| artifact.as_ref().map_or(Value::Null, describe);
@@ -69,6 +75,7 @@ impl Show {
                         "name": stage.name, "kind": stage.kind.name(), "stale": stale, "key": record.key, "full_key": record.full_key,
                         "outputs": record.outputs, "artifacts": artifacts, "metrics": record.metrics, "provenance": record.provenance,
                         "samples": reported.samples, "tables": reported.tables, "values": reported.values,
+                        "missing": reported.missing,
                     })
                     .to_string(),
                 );
@@ -80,6 +87,9 @@ impl Show {
                     Some(artifact) => print_text(&self.artifact(port, artifact)?),
                     None => print_text(&format!("\n{port}: {digest} is not in the store any more; a run that needs it makes it again\n")),
                 }
+            }
+            if let Some(missing) = missing_text(&workflow, &stage.name, &reported.missing) {
+                print_text(&format!("\n{missing}\n"));
             }
             reported.tables.iter().for_each(|table| print_text(&format!("\n{}", render(table))));
             print_text(&self.samples(&reported));

@@ -9,7 +9,11 @@ use rlflow_api::Sample;
 use rlflow_store::{ActionRecord, Store};
 
 use crate::{
-    Host, Plan, Request, Result, Status, graph, metrics::results, record::StageRecord, report::main_metrics, settings, text,
+    Host, Plan, Request, Result, Status, graph,
+    metrics::results,
+    record::{StageRecord, missing_text},
+    report::main_metrics,
+    settings, text,
     workflow::Workflow,
 };
 
@@ -46,7 +50,7 @@ pub fn html_report(workflow: &Workflow, store: &Store, host: &Host, made_at: &st
     let all: Vec<usize> = (0..workflow.stages.len()).collect();
     let mut shown = Vec::new();
     for (index, stale, action) in results(workflow, store, host, &all)? {
-        let record = StageRecord::load(store, &action.records)?;
+        let record = StageRecord::load(store, &action);
         shown.push(Shown { name: workflow.stages[index].name.clone(), index, stale, action, record });
     }
     let mut out = String::new();
@@ -89,6 +93,11 @@ fn stages(workflow: &Workflow, statuses: &[&str], shown: &[Shown], out: &mut Str
         row(&[stage.name.clone(), stage.kind.name().into(), statuses[index].into(), time, metrics], "td", out);
     }
     out.push_str("</table>");
+    for stage in shown {
+        if let Some(missing) = missing_text(workflow, &stage.name, &stage.record.missing) {
+            let _ = write!(out, "<p>{}: {}</p>", escape(&stage.name), escape(&missing));
+        }
+    }
 }
 
 fn tables(shown: &[Shown], out: &mut String) {

@@ -32,7 +32,7 @@ pub fn tree(nodes: &[LineageNode]) -> String {
         let is_new = seen.insert(artifact);
         let adopted = if maker.adopted { ", adopted" } else { "" };
         let again = if is_new { "" } else { ", as above" };
-        let by = format!("{} ({}, rlflow {}{adopted})", maker.stage, maker.kind, maker.rlflow_version);
+        let by = format!("{} ({}{adopted})", maker.stage, versions(maker));
         let _ = writeln!(out, "{indent}{port}{kind} {} by {by}{again}", artifact.short());
         if is_new {
             details(maker, &indent, &mut out);
@@ -43,13 +43,22 @@ pub fn tree(nodes: &[LineageNode]) -> String {
     out
 }
 
+/// Kind and program that made an artifact, each with its version.
+fn versions(maker: &Maker) -> String {
+    let version = maker.kind_version.map(|version| format!(" {version}")).unwrap_or_default();
+    format!("{}{version}, rlflow {}", maker.kind, maker.rlflow_version)
+}
+
+/// Settings that are set, as `name=value`.
+fn written(maker: &Maker) -> Vec<String> {
+    let settings = settings::flatten(&maker.settings).into_iter().filter(|(_, value)| !value.is_null());
+    settings.map(|(name, value)| format!("{name}={}", settings::display(value))).collect()
+}
+
 /// Settings, numerics and files behind an artifact.
 fn details(maker: &Maker, indent: &str, out: &mut String) {
-    let settings = settings::flatten(&maker.settings);
-    let written =
-        settings.into_iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| format!("{name}={}", settings::display(value)));
     let mut line = String::new();
-    for setting in written {
+    for setting in written(maker) {
         if !line.is_empty() && text::width(&line) + text::width(&setting) >= SETTINGS_COLUMNS {
             let _ = writeln!(out, "{indent}   {line}");
             line.clear();
@@ -67,7 +76,7 @@ fn details(maker: &Maker, indent: &str, out: &mut String) {
     }
 }
 
-/// Where an artifact comes from, as a Mermaid flowchart.
+/// Where an artifact comes from, as a Mermaid flowchart. Settings stand in comments: in the boxes nothing else could be read.
 pub fn mermaid(nodes: &[LineageNode]) -> String {
     let mut out = String::from("flowchart TD\n");
     let label = |text: &str| text.replace('#', "#35;").replace('"', "#quot;");
@@ -75,11 +84,16 @@ pub fn mermaid(nodes: &[LineageNode]) -> String {
     for node in nodes {
         let id = node.artifact.short();
         let title = match &node.maker {
-            Some(maker) => format!("{}<br/>{} {id}", label(&maker.stage), label(node.artifact_type.as_deref().unwrap_or(&maker.port))),
+            Some(maker) => {
+                let made = label(node.artifact_type.as_deref().unwrap_or(&maker.port));
+                format!("{}<br/>{made} {id}<br/>{}", label(&maker.stage), label(&versions(maker)))
+            }
             None => id.clone(),
         };
         let _ = writeln!(out, "  a{id}[\"{title}\"]");
         let Some(maker) = &node.maker else { continue };
+        // A value may hold line breaks, which would end the comment.
+        let _ = writeln!(out, "  %% a{id}: {}", written(maker).join(" ").replace(['\n', '\r'], " "));
         for edge in &maker.inputs {
             let _ = writeln!(out, "  a{} -->|{}| a{id}", edge.artifact.short(), label(&edge.port));
         }

@@ -25,6 +25,8 @@ pub struct StageMetrics {
     pub unfinished: Option<Unfinished>,
     /// Metrics by step.
     pub series: Series,
+    /// Parts of the result's record that are lost or damaged.
+    pub missing: Vec<&'static str>,
 }
 
 impl StageMetrics {
@@ -71,10 +73,10 @@ pub fn metrics(workflow: &Workflow, store: &Store, host: &Host, stages: &[String
         let attempt = attempt.filter(|(attempt, _)| record.as_ref().is_none_or(|(_, record)| record.provenance.started_at < attempt.began));
         if let Some((attempt, series)) = attempt {
             let stale = keys.get(&stage).is_some_and(|key| *key != attempt.key);
-            all.push(StageMetrics { stage, stale, record: None, unfinished: Some(attempt), series });
+            all.push(StageMetrics { stage, stale, record: None, unfinished: Some(attempt), series, missing: Vec::new() });
         } else if let Some((stale, record)) = record {
-            let series = StageRecord::load(store, &record.records)?.series;
-            all.push(StageMetrics { stage, stale, record: Some(record), unfinished: None, series });
+            let StageRecord { series, missing, .. } = StageRecord::load(store, &record);
+            all.push(StageMetrics { stage, stale, record: Some(record), unfinished: None, series, missing });
         }
     }
     Ok(all)
@@ -108,6 +110,7 @@ pub fn to_json(workflow: &Workflow, metrics: &[StageMetrics]) -> Value {
         .map(|stage| {
             let value = json!({
                 "final": stage.finals(), "series": stage.series, "stale": stage.stale, "key": stage.key(), "unfinished": stage.unfinished,
+                "missing": stage.missing,
             });
             (workflow.stages[stage.stage].name.clone(), value)
         })

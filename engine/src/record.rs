@@ -9,9 +9,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use rlflow_api::{Reporter, Sample, StageError, StageEvent, Table};
-use rlflow_store::{Digest, Store};
+use rlflow_store::{ActionRecord, Digest, Store};
 
-use crate::{Result, event::Event, event::Events};
+use crate::{
+    Result,
+    event::{Event, Events},
+    workflow::Workflow,
+};
 
 /// Metric name to its (step, value) points.
 pub type Series = BTreeMap<String, Vec<(u64, f64)>>;
@@ -28,6 +32,9 @@ pub struct StageRecord {
     pub tables: Vec<Table>,
     /// Anything else, by name.
     pub values: BTreeMap<String, Value>,
+    /// Parts that were kept and cannot be read any more: lost, or damaged. They are empty.
+    #[serde(skip)]
+    pub missing: Vec<&'static str>,
 }
 
 /// Names of the blobs under which an action keeps its record.
@@ -66,24 +73,43 @@ impl StageRecord {
         parts.map(|(name, _, content)| Ok((name.to_owned(), store.put_blob(&content)?))).collect()
     }
 
-    /// Reads what [`StageRecord::store`] wrote. Parts that are missing or unreadable are empty.
-    pub fn load(store: &Store, records: &BTreeMap<String, Digest>) -> Result<Self> {
-        let read = |name: &str| -> Result<Option<_>> { Ok(records.get(name).map(|digest| store.blob(*digest)).transpose()?.flatten()) };
-        let mut record = Self::default();
-        if let Some(blob) = read(names::SERIES)? {
-            record.series = serde_json::from_slice(&blob).unwrap_or_default();
-        }
-        if let Some(blob) = read(names::SAMPLES)? {
-            record.samples = blob.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
-        }
-        if let Some(blob) = read(names::TABLES)? {
-            record.tables = serde_json::from_slice(&blob).unwrap_or_default();
-        }
-        if let Some(blob) = read(names::VALUES)? {
-            record.values = serde_json::from_slice(&blob).unwrap_or_default();
-        }
-        Ok(record)
+    /// Reads what [`StageRecord::store`] wrote for `action`. Losing a part of it costs no result, so that is said and no error.
+    pub fn load(store: &Store, action: &ActionRecord) -> Self {
+        let mut missing = Vec::new();
+        let mut record = Self {
+            series: part(store, action, names::SERIES, &mut missing, |bytes| serde_json::from_slice(bytes)),
+            samples: part(store, action, names::SAMPLES, &mut missing, |bytes| {
+                bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(serde_json::from_slice).collect()
+            }),
+            tables: part(store, action, names::TABLES, &mut missing, |bytes| serde_json::from_slice(bytes)),
+            values: part(store, action, names::VALUES, &mut missing, |bytes| serde_json::from_slice(bytes)),
+            missing: Vec::new(),
+        };
+        record.missing = missing;
+        record
     }
+}
+
+/// One part of a record; empty, and noted in `missing`, if it was kept and cannot be read.
+fn part<T: Default>(
+    store: &Store,
+    action: &ActionRecord,
+    name: &'static str,
+    missing: &mut Vec<&'static str>,
+    parse: impl FnOnce(&[u8]) -> serde_json::Result<T>,
+) -> T {
+    let Some(digest) = action.records.get(name) else { return T::default() };
+    let why = match store.blob(*digest) {
+        Ok(Some(blob)) => match parse(&blob) {
+            Ok(part) => return part,
+            Err(error) => error.to_string(),
+        },
+        Ok(None) => format!("blob {digest} is missing"),
+        Err(error) => error.to_string(),
+    };
+    tracing::warn!(stage = action.provenance.stage, "the {name} of a result cannot be read: {why}");
+    missing.push(name);
+    T::default()
 }
 
 /// What snapshots keep of a stage's record.
@@ -94,6 +120,12 @@ struct Kept {
     seconds: f64,
     /// Numerics profile that the work so far was done under.
     numerics: String,
+}
+
+/// What to say of parts of `stage`'s record that cannot be read. `None` if there are none.
+pub fn missing_text(workflow: &Workflow, stage: &str, missing: &[&str]) -> Option<String> {
+    let (parts, file) = (missing.join(", "), workflow.path.display());
+    (!missing.is_empty()).then(|| format!("lost or damaged: {parts} (`rlflow run {file} --force {stage}` makes it again)"))
 }
 
 /// Keeps a running stage's record and passes its events on.

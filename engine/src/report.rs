@@ -28,7 +28,7 @@ pub fn run_report(workflow: &Workflow, store: &Store, summary: &Summary, command
             continue;
         }
         let Some(record) = outcome.key.map(|key| store.action(key)).transpose()?.flatten() else { continue };
-        for table in StageRecord::load(store, &record.records)?.tables {
+        for table in StageRecord::load(store, &record).tables {
             let _ = write!(out, "\n{}", render(&table));
         }
     }

@@ -27,6 +27,8 @@ pub struct Maker {
     pub stage: String,
     /// Stage kind.
     pub kind: String,
+    /// The kind's implementation version, as it entered the key.
+    pub kind_version: Option<u64>,
     /// Workflow file.
     pub workflow: String,
     /// Version of rlflow.
@@ -104,6 +106,7 @@ impl Maker {
             port: port.to_owned(),
             stage: provenance.stage,
             kind: provenance.kind,
+            kind_version: action.full_key["version"].as_u64(),
             workflow: provenance.workflow,
             rlflow_version: provenance.rlflow_version,
             numerics: provenance.numerics,

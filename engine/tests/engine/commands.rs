@@ -129,17 +129,19 @@ fn lineage_reaches_the_raw_files() {
     assert!(tree.contains(&format!("file data.txt {digest}")), "{tree}");
     assert!(tree.starts_with("evaluation "));
     assert_eq!(tree.matches("as above").count(), 1, "the shared base is told once: {tree}");
-    let made_by = format!("by base (trainer, rlflow {})", env!("CARGO_PKG_VERSION"));
+    let made_by = format!("by base (trainer 1, rlflow {})", env!("CARGO_PKG_VERSION"));
     let trunk = tree.lines().position(|line| line.contains(&made_by)).unwrap();
     assert!(tree.lines().skip(trunk + 1).take(2).any(|line| line.contains("train.steps=20")), "{tree}");
     assert!(tree.contains("numerics test"));
     let mermaid = lineage::mermaid(&nodes);
     assert_eq!(mermaid.matches("-->").count(), 6, "{mermaid}");
     assert!(mermaid.contains(&format!("data.txt<br/>{}", digest.short())), "{mermaid}");
+    assert!(mermaid.contains(&format!("trainer 1, rlflow {}\"]", env!("CARGO_PKG_VERSION"))), "{mermaid}");
+    assert!(mermaid.lines().any(|line| line.starts_with("  %% a") && line.contains("train.steps=20")), "{mermaid}");
     let json = serde_json::json!(nodes);
     let raw = json.as_array().unwrap().iter().find(|node| node["maker"]["stage"] == "data").unwrap();
     assert_eq!(raw["maker"]["files"], serde_json::json!([["data.txt", digest]]));
-    assert_eq!(raw["maker"]["settings"]["keep"], 2);
+    assert_eq!((&raw["maker"]["settings"]["keep"], &raw["maker"]["kind_version"]), (&2.into(), &1.into()));
 }
 
 fn collect(world: &World) -> usize {

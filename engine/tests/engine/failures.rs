@@ -2,6 +2,7 @@
 
 use rlflow_api::CancelToken;
 use rlflow_engine::{Request, RunOptions, Status, event::StageStatus, history, metrics, report};
+use rlflow_store::{Digest, Store};
 
 use crate::world::{CHAIN, CancelAt, World, outcomes};
 
@@ -147,9 +148,13 @@ fn a_damaged_input_is_made_again_in_the_same_run() {
 }
 
 /// Flips a bit of an artifact's first blob.
-fn damage(store: &rlflow_store::Store, artifact: rlflow_store::Digest) {
+fn damage(store: &Store, artifact: Digest) {
     let artifact = store.open_artifact(artifact).unwrap().unwrap();
-    let name = artifact.manifest().entries[0].digest.to_string();
+    damage_blob(store, artifact.manifest().entries[0].digest);
+}
+
+fn damage_blob(store: &Store, digest: Digest) {
+    let name = digest.to_string();
     let path = store.folder().join("blobs").join(&name[..2]).join(&name);
     let mut content = std::fs::read(&path).unwrap();
     content[3] ^= 1;
@@ -174,6 +179,39 @@ fn what_a_repair_sets_aside_is_made_again_by_the_next_run() {
     assert_eq!(second.stages[last].outputs, first.stages[last].outputs);
     assert!(world.store().fsck(false).unwrap().problems.is_empty());
     assert!(world.planned().is_empty());
+}
+
+#[test]
+fn a_damaged_record_is_told_fails_nothing_and_can_be_made_again() {
+    let world = World::new(CHAIN);
+    let first = world.run();
+    let metrics = || metrics::metrics(&world.load(), &world.store(), &world.host, &["base".into()]).unwrap().remove(0);
+    let whole = metrics().series;
+    assert!(!whole.is_empty());
+    let key = first.stages[1].key.unwrap();
+    let blob = || world.store().action(key).unwrap().unwrap().records["series"];
+    let is_told = || {
+        let found = metrics();
+        assert_eq!((&found.missing[..], found.series.len(), found.finals()["loss"]), (&["series"][..], 0, whole["loss"].last().unwrap().1));
+        assert_eq!(metrics::to_json(&world.load(), &[found])["stages"]["base"]["missing"], serde_json::json!(["series"]));
+        let page = rlflow_engine::html::html_report(&world.load(), &world.store(), &world.host, "now").unwrap();
+        assert!(page.contains("lost or damaged: series"));
+        assert!(world.run().is_all_cached());
+    };
+    damage_blob(&world.store(), blob());
+    // Damaged when it is met, missing from then on.
+    (0..2).for_each(|_| is_told());
+    world.ran();
+    let forced = RunOptions { request: Request { force: vec!["base".into()], ..Request::default() }, ..RunOptions::default() };
+    assert_eq!(world.run_with(&[], &forced).stages[1].outputs, first.stages[1].outputs);
+    assert_eq!((metrics().series, metrics().missing.len()), (whole.clone(), 0));
+    // A repair finds it too, and then the next run makes it again.
+    damage_blob(&world.store(), blob());
+    assert!(!world.store().fsck(true).unwrap().is_clean());
+    world.ran();
+    world.run();
+    assert_eq!((world.ran(), metrics().series), (vec!["base".to_owned()], whole));
+    assert!(world.store().fsck(false).unwrap().is_clean());
 }
 
 #[test]
