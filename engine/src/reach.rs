@@ -80,6 +80,11 @@ impl<'a> Reach<'a> {
         }
     }
 
+    /// What a run that was killed had reached when it noted that last; nothing after one that ended.
+    pub fn left_running(&self) -> Result<Vec<Digest>> {
+        self.newest(Note::Running)
+    }
+
     /// Notes what a run has reached so far.
     pub fn record_running(&self, keys: &[Digest]) -> Result<()> {
         Ok(self.store.record_use(&self.name(Note::Running), keys)?)
@@ -100,9 +105,9 @@ impl<'a> Reach<'a> {
     }
 
     /// Notes which intermediate results a run used. Stages that were cached did not ask for theirs again, so what was
-    /// noted of stages that `still_uses` stays.
-    pub fn record_memos(&self, keys: &[Digest], still_uses: impl Fn(&str) -> bool) -> Result<()> {
-        let before = self.newest(Note::Memos)?;
+    /// noted of stages that `still_uses` stays. So does what a run noted in `left` before it was killed.
+    pub fn record_memos(&self, keys: &[Digest], left: &[Digest], still_uses: impl Fn(&str) -> bool) -> Result<()> {
+        let before = [&self.newest(Note::Memos)?, left].concat();
         let fresh: HashSet<Digest> = keys.iter().copied().collect();
         let stays = |key: &Digest| {
             let record = if fresh.contains(key) { None } else { self.store.action(*key).ok().flatten() };

@@ -155,8 +155,10 @@ struct Runner<'a> {
     /// Keys of what was started and has no result, and of its snapshots.
     unfinished: BTreeMap<usize, [Digest; 2]>,
     attempts: usize,
-    /// When what was reached was noted last.
-    noted: Option<Instant>,
+    /// When what was reached was noted last, and with how many intermediate results.
+    noted: Option<(Instant, usize)>,
+    /// What a run that was killed before this one had reached.
+    left: Vec<Digest>,
     stop: bool,
     /// Why nothing can be written, if so: said when something must be.
     read_only: Option<StoreError>,
@@ -179,6 +181,7 @@ impl<'a> Runner<'a> {
             unfinished: BTreeMap::new(),
             attempts: 0,
             noted: None,
+            left: Vec::new(),
             stop: false,
             read_only,
         }
@@ -293,6 +296,8 @@ impl<'a> Runner<'a> {
                     ..self.outcome(stage, status)
                 };
                 self.settle(stage, record.outputs.into(), outcome);
+                // Intermediate results of a stage that ended are asked for by nobody before its settings change.
+                self.record_running();
             }
             Attempt::Failed { error, seconds } => {
                 if !self.try_again(stage, action, &error)? {
@@ -359,12 +364,16 @@ impl<'a> Runner<'a> {
 
     /// Tells the store what this run builds on and made so far: it may take longer than a collection's grace.
     fn record_running(&mut self) {
-        if self.noted.is_some_and(|noted| noted.elapsed() < NOTE_EVERY) {
+        let memos = self.memo_keys();
+        if self.noted.is_some_and(|(noted, count)| noted.elapsed() < NOTE_EVERY && count == memos.len()) {
             return;
         }
-        self.noted = Some(Instant::now());
-        let keys = [self.reached(), self.memo_keys()].concat();
-        self.warn_of(self.session.actions.reach.record_running(&keys));
+        let reach = &self.session.actions.reach;
+        if self.noted.is_none() {
+            self.left = reach.left_running().unwrap_or_default();
+        }
+        self.noted = Some((Instant::now(), memos.len()));
+        self.warn_of(reach.record_running(&[self.reached(), memos].concat()));
     }
 
     /// Tells the store what this workflow reaches, so that `gc` keeps it.
@@ -381,7 +390,7 @@ impl<'a> Runner<'a> {
         if self.noted.is_some() {
             let memos = self.memo_keys();
             let did_not_run = names(&|outcome| !outcome.is_some_and(|outcome| did_run(outcome.status)));
-            self.warn_of(actions.reach.record_memos(&memos, |stage| did_not_run.contains(stage)));
+            self.warn_of(actions.reach.record_memos(&memos, &self.left, |stage| did_not_run.contains(stage)));
             self.warn_of(actions.reach.record_running(&[]));
         }
     }

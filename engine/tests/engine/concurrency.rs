@@ -6,6 +6,7 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
     thread,
+    time::Duration,
 };
 
 use rlflow_api::CancelToken;
@@ -13,6 +14,8 @@ use rlflow_engine::{
     RunOptions,
     event::{Event, StageStatus},
 };
+
+use rlflow_store::GcOptions;
 
 use crate::world::{CHAIN, Recorder, World};
 
@@ -132,6 +135,29 @@ fn two_processes_on_one_store_share_the_work() {
     ran.sort_unstable();
     assert_eq!(ran, ["a", "all", "b", "base", "data"]);
     assert!(world.run().is_all_cached());
+}
+
+#[test]
+fn a_collection_keeps_intermediate_results_of_a_run_that_was_killed() {
+    let world = World::new(&CHAIN.replace("beta = 0.1", "beta = 0.1\nmemo = true").replace("beta = 0.2", "beta = 0.2\nstep_ms = 50"));
+    let mut run = run_in_process(&world);
+    let has_begun = |stage: &str| std::fs::read_to_string(world.path("ran.txt")).is_ok_and(|ran| ran.lines().any(|line| line == stage));
+    while !has_begun("b") {
+        assert!(run.try_wait().unwrap().is_none(), "the run ended before it could be killed");
+        thread::yield_now();
+    }
+    run.kill().unwrap();
+    run.wait().unwrap();
+    let collect = || world.store().gc(&GcOptions { grace: Duration::ZERO, ..GcOptions::default() }).unwrap();
+    collect();
+    // The next run does not ask for it, as its stage is cached.
+    world.edit("step_ms = 50", "step_ms = 0");
+    assert_eq!(world.run().stages[2].status, StageStatus::Cached);
+    collect();
+    world.ran();
+    world.edit("memo = true", "memo = true\ntrain = { lr = 0.25 }");
+    world.run();
+    assert_eq!(world.ran(), ["a", "all"], "the intermediate result of `a` was collected");
 }
 
 #[test]
