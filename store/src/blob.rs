@@ -41,8 +41,10 @@ impl From<memmap2::Mmap> for Blob {
     }
 }
 
-/// From here on content is mapped rather than copied.
-const MAP_BYTES: u64 = 256 << 10;
+/// From here on content is mapped rather than copied. Reading a mapping of a file that somebody truncates, or on a disk that
+/// fails, ends the process by SIGBUS, which nothing can catch and go on; a copy that is too short does not fit its digest, which is
+/// an error like all damage. So only what would take much memory is mapped.
+const MAP_BYTES: u64 = 16 << 20;
 
 /// Content of a file that nobody changes in place. `None` if absent.
 pub(crate) fn load(path: &Path) -> Result<Option<Blob>> {

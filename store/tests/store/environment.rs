@@ -2,13 +2,16 @@
 
 use std::{
     fs,
-    os::unix::{fs::PermissionsExt, process::CommandExt},
+    os::unix::{
+        fs::PermissionsExt,
+        process::{CommandExt, ExitStatusExt},
+    },
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
-use rlflow_store::{GcOptions, LeaseOutcome, Store, StoreError};
+use rlflow_store::{Digest, GcOptions, LeaseOutcome, Store, StoreError};
 use serde_json::json;
 
 use crate::{
@@ -95,6 +98,58 @@ fn a_strict_umask_is_obeyed_and_does_no_harm() {
     let shard = fs::read_dir(folder.path().join("blobs")).unwrap().next().unwrap().unwrap().path();
     let blob = fs::read_dir(shard).unwrap().next().unwrap().unwrap();
     assert_eq!(blob.metadata().unwrap().permissions().mode() & 0o777, 0o400);
+}
+
+/// Not a test of its own: what the child of the test below runs.
+#[test]
+fn reading_child() {
+    let Some(folder) = std::env::var_os("RLFLOW_TEST_FOLDER") else { return };
+    let store = Store::open(Path::new(&folder)).unwrap();
+    let blobs = [SMALL, LARGE].map(|size| store.blob(Digest::of(&vec![7; size])).unwrap().unwrap());
+    fs::write(store.folder().join("tmp/read"), "").unwrap();
+    while !store.folder().join("tmp/cut").exists() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let sum = |blob: &[u8]| blob.iter().map(|byte| usize::from(*byte)).sum::<usize>();
+    assert_eq!(sum(&blobs[0]), 7 * SMALL);
+    println!("small is whole");
+    println!("large is {}", sum(&blobs[1]));
+}
+
+const SMALL: usize = 1 << 20;
+/// Large enough to be mapped.
+const LARGE: usize = (16 << 20) + 1;
+
+#[test]
+fn truncating_what_somebody_reads_ends_that_process_at_worst_and_is_never_served() {
+    let folder = fast_folder();
+    let path = folder.path().join("store");
+    let store = Store::open(&path).unwrap();
+    let digests = [SMALL, LARGE].map(|size| store.put_blob(&vec![7; size]).unwrap());
+    let process = child("environment::reading_child", &path).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    while !path.join("tmp/read").exists() {
+        assert!(start.elapsed() < Duration::from_secs(60), "the child reads nothing");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    for digest in digests {
+        let name = digest.to_string();
+        let blob = path.join("blobs").join(&name[..2]).join(&name);
+        fs::set_permissions(&blob, fs::Permissions::from_mode(0o644)).unwrap();
+        fs::OpenOptions::new().write(true).open(&blob).unwrap().set_len(4096).unwrap();
+    }
+    fs::write(path.join("tmp/cut"), "").unwrap();
+    let output = process.wait_with_output().unwrap();
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(stdout.contains("small is whole") && !stdout.contains("large is"), "{stdout}");
+    // SIGBUS is 7 on most Linux machines and 10 elsewhere.
+    assert!(matches!(output.status.signal(), Some(7 | 10)), "{:?}", output.status);
+    for digest in digests {
+        assert!(matches!(store.blob(digest), Err(StoreError::Damaged { .. })));
+        assert!(store.blob(digest).unwrap().is_none());
+    }
+    assert_eq!(store.put_blob(&vec![7; LARGE]).unwrap(), digests[1]);
+    assert_eq!(store.blob(digests[1]).unwrap().unwrap().len(), LARGE);
 }
 
 /// Not a test of its own: what the child of the test below runs.
