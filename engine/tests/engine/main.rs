@@ -3,8 +3,12 @@
 mod commands;
 mod concurrency;
 mod failures;
+mod fuzz;
+mod hostile;
 mod identity;
 mod kinds;
+#[path = "../../../store/tests/store/mounted.rs"]
+mod mounted;
 mod reruns;
 mod vary;
 mod world;

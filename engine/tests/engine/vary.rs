@@ -9,6 +9,7 @@ use std::{
 
 use rlflow_engine::{
     Registry,
+    docs::{KeyEntry, Place, key_table, kinds_markdown},
     settings::flatten,
     workflow::{LoadOptions, Workflow, load},
 };
@@ -87,9 +88,31 @@ pub fn vary(workflow: &Workflow, file: &Path, registry: &Registry) -> Vec<Varied
     varied
 }
 
+/// Checks that the table of what enters a key, and the documentation, have every setting of every kind at its place.
+pub fn check_key_table(registry: &Registry) -> Vec<KeyEntry> {
+    let table = key_table(registry);
+    let documented = kinds_markdown(registry);
+    for kind in registry.iter() {
+        let place = |mark| match mark {
+            Mark::Identity => Place::Key,
+            Mark::Execution => Place::Execution,
+            Mark::Path => Place::Path,
+        };
+        let settings = every_setting(&kind.schema().to_value()).into_iter();
+        let expected: BTreeMap<String, Place> = settings.map(|(setting, mark)| (setting, place(mark))).collect();
+        let entries = table.iter().filter(|entry| entry.kind == kind.name());
+        let listed: BTreeMap<String, Place> = entries.map(|entry| (entry.setting.clone(), entry.place)).collect();
+        assert_eq!(listed, expected, "{}", kind.name());
+        for (setting, place) in listed {
+            let is_row = |line: &&str| line.starts_with(&format!("| `{setting}` |")) && line.contains(&format!("| {} |", place.name()));
+            assert!(documented.lines().any(|line| is_row(&line)), "{}: `{setting}` is not documented as {}", kind.name(), place.name());
+        }
+    }
+    table
+}
+
 /// Every setting that a kind's schema names, tables and lists of tables with what is in them, and its mark.
-#[allow(dead_code)]
-pub fn every_setting(schema: &Value) -> BTreeMap<String, Mark> {
+fn every_setting(schema: &Value) -> BTreeMap<String, Mark> {
     let mut found = BTreeMap::new();
     list_settings(schema, schema, "", None, 0, &mut found);
     found

@@ -16,7 +16,10 @@ use std::{
 
 use rlflow_store::{Artifact, Digest, Result, Store, StoreError};
 
-use crate::support::{Mounted, fast_store, new_store};
+use crate::{
+    mounted::Mounted,
+    support::{fast_store, new_store},
+};
 
 /// Larger than what a store rather hashes again than waits for.
 const LARGE: u64 = 33 << 20;

@@ -4,7 +4,7 @@ use rlflow_store::{Store, StoreError};
 
 use crate::{
     crash::{STAGES, run_child, verify},
-    support::Mounted,
+    mounted::Mounted,
 };
 
 /// KiB by which the disk grows between two runs; smaller steps meet more writes, but the record of each run takes 4.
