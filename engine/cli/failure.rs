@@ -116,8 +116,12 @@ fn render(errors: &WorkflowErrors) -> String {
 
 /// Whether stderr takes colour.
 pub fn use_color() -> bool {
-    use std::io::IsTerminal as _;
-    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    takes_color(&std::io::stderr())
+}
+
+/// Whether a stream takes colour: a terminal does, unless `NO_COLOR` is set.
+pub fn takes_color(stream: &impl std::io::IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 fn say(text: &str) {

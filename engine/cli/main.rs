@@ -16,6 +16,7 @@ mod metrics;
 mod plan;
 mod progress;
 mod report;
+mod rows;
 mod run;
 mod schema;
 mod show;

@@ -13,11 +13,12 @@ use rlflow_store::{ActionRecord, Artifact, Digest, Store};
 use crate::{
     artifact,
     common::{Common, WorkflowArgs},
-    failure::{Failure, Outcome, print_line, print_text},
+    failure::{Failure, Outcome, print_line, print_text, takes_color},
     host::host,
+    rows::Rows,
 };
 
-/// Show a stage's result: what it holds, how it was made, samples of it
+/// Show a stage's result: what it holds, how it was made, rows as the model sees them
 #[derive(Args)]
 pub struct Show {
     #[command(flatten)]
@@ -36,9 +37,9 @@ impl Show {
         if let Some(digest) = artifact::by_digest(&workflow, &store, &self.stage)? {
             let artifact = open(&store, digest)?;
             if common.json {
-                print_line(&json!({ "artifacts": { "artifact": describe(&artifact) } }).to_string());
+                print_line(&json!({ "artifacts": { "artifact": self.describe(&store, &artifact)? } }).to_string());
             } else {
-                print_text(&self.artifact("artifact", &artifact)?);
+                print_text(&self.artifact(&store, "artifact", &artifact)?);
             }
             return Ok(Outcome::Done);
         }
@@ -67,9 +68,11 @@ impl Show {
             let reported = StageRecord::load(&store, &record);
             let stage = &workflow.stages[stage];
             if common.json {
-                let describe = |artifact: &Option<Artifact>| artifact.as_ref().map_or(Value::Null, describe);
-                let artifacts: serde_json::Map<String, Value> =
-                    outputs.iter().map(|(port, artifact, _)| (port.clone(), describe(artifact))).collect();
+                let mut artifacts = serde_json::Map::new();
+                for (port, artifact, _) in &outputs {
+                    let described = artifact.as_ref().map(|artifact| self.describe(&store, artifact)).transpose()?;
+                    artifacts.insert(port.clone(), described.unwrap_or_default());
+                }
                 print_line(
                     &json!({
                         "name": stage.name, "kind": stage.kind.name(), "stale": stale, "key": record.key, "full_key": record.full_key,
@@ -84,7 +87,7 @@ impl Show {
             print_text(&made(&stage.name, stale, &record));
             for (port, artifact, digest) in &outputs {
                 match artifact {
-                    Some(artifact) => print_text(&self.artifact(port, artifact)?),
+                    Some(artifact) => print_text(&self.artifact(&store, port, artifact)?),
                     None => print_text(&format!("\n{port}: {digest} is not in the store any more; a run that needs it makes it again\n")),
                 }
             }
@@ -108,7 +111,7 @@ impl Show {
         out
     }
 
-    fn artifact(&self, port: &str, artifact: &Artifact) -> Result<String, Failure> {
+    fn artifact(&self, store: &Store, port: &str, artifact: &Artifact) -> Result<String, Failure> {
         let manifest = artifact.manifest();
         let size = text::bytes(manifest.size_bytes());
         let mut out = format!("\n{port}: {} {}\n  {} entries, {size}\n", manifest.artifact_type, artifact.digest(), manifest.entries.len());
@@ -130,6 +133,11 @@ impl Show {
         if manifest.entries.len() > rows.len() {
             out += &format!("  ... and {} more\n", manifest.entries.len() - rows.len());
         }
+        let shown = Rows::read(store, artifact, self.limit)?;
+        out += &shown.render(takes_color(&std::io::stdout()));
+        if !matches!(shown, Rows::None) {
+            return Ok(out);
+        }
         for entry in manifest.entries.iter().filter(|entry| entry.dtype.is_none() && is_text(&entry.name)) {
             let content = artifact.read(&entry.name)?;
             let head = String::from_utf8_lossy(&content[..content.len().min(1 << 16)]);
@@ -137,6 +145,18 @@ impl Show {
             head.lines().take(self.limit).for_each(|line| out += &format!("    {}\n", text::clip(line, 160)));
         }
         Ok(out)
+    }
+
+    /// An artifact for scripts: its manifest and, of datasets, the first rows, token by token.
+    fn describe(&self, store: &Store, artifact: &Artifact) -> Result<Value, Failure> {
+        let manifest = artifact.manifest();
+        let mut described = json!({ "digest": artifact.digest(), "size_bytes": manifest.size_bytes(), "manifest": manifest });
+        match Rows::read(store, artifact, self.limit)? {
+            Rows::None => {}
+            Rows::WithoutTokenizer => described["rows"] = Value::Null,
+            Rows::Shown(rows) => described["rows"] = json!(rows),
+        }
+        Ok(described)
     }
 }
 
@@ -150,11 +170,6 @@ fn open(store: &Store, digest: Digest) -> Result<Artifact, Failure> {
         let message = format!("there is no artifact {digest} in {}", store.folder().display());
         Failure::request("unknown_artifact", message, "`rlflow show WORKFLOW STAGE` prints a stage's digests")
     })
-}
-
-fn describe(artifact: &Artifact) -> Value {
-    let manifest = artifact.manifest();
-    json!({ "digest": artifact.digest(), "size_bytes": manifest.size_bytes(), "manifest": manifest })
 }
 
 fn made(name: &str, stale: bool, record: &ActionRecord) -> String {

@@ -12,7 +12,7 @@ pub fn write_piece(text: &str) -> bool {
 
 /// `text` with control characters in pictures, so that what a model writes can neither move the cursor nor talk to the
 /// terminal. Line breaks and tabs stay.
-fn visible(text: &str) -> Cow<'_, str> {
+pub fn visible(text: &str) -> Cow<'_, str> {
     let is_safe = |character: char| !character.is_control() || matches!(character, '\n' | '\t');
     if text.chars().all(is_safe) {
         return Cow::Borrowed(text);

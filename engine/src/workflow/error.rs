@@ -29,14 +29,23 @@ pub struct WorkflowError {
 }
 
 impl WorkflowError {
-    /// An error that has no place in a file.
+    /// An error that has no place in a file. Control characters of what the message quotes are replaced: it may be printed as it is.
     pub fn new(code: &'static str, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), file: String::new(), line: 0, column: 0, hint: None, span: None, source: None }
+        Self {
+            code,
+            message: without_controls(message.into()),
+            file: String::new(),
+            line: 0,
+            column: 0,
+            hint: None,
+            span: None,
+            source: None,
+        }
     }
 
     /// The same with a hint.
     pub fn with_hint(self, hint: impl Into<String>) -> Self {
-        Self { hint: Some(hint.into()), ..self }
+        Self { hint: Some(without_controls(hint.into())), ..self }
     }
 
     /// The same about the whole of `file`.
@@ -78,9 +87,9 @@ impl std::error::Error for WorkflowError {}
 /// Lends a source to miette under its name.
 impl SourceCode for Source {
     fn read_span<'a>(&'a self, span: &SourceSpan, before: usize, after: usize) -> Result<Box<dyn SpanContents<'a> + 'a>, MietteError> {
-        let contents = self.text.as_ref().read_span(span, before, after)?;
+        let contents = self.printable().read_span(span, before, after)?;
         Ok(Box::new(miette::MietteSpanContents::new_named(
-            self.name.clone(),
+            self.name.chars().map(printable).collect(),
             contents.data(),
             *contents.span(),
             contents.line(),
@@ -186,7 +195,7 @@ impl fmt::Display for WorkflowErrors {
 fn write_plain(error: &WorkflowError, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     writeln!(f, "error[{}]: {}", error.code, error.message)?;
     if !error.file.is_empty() {
-        write!(f, "  --> {}", error.file)?;
+        write!(f, "  --> {}", error.file.chars().map(printable).collect::<String>())?;
         if error.span.is_some() {
             write!(f, ":{}:{}", error.line, error.column)?;
         }
@@ -214,6 +223,15 @@ fn write_plain(error: &WorkflowError, f: &mut fmt::Formatter<'_>) -> fmt::Result
         writeln!(f, "  hint: {hint}")?;
     }
     Ok(())
+}
+
+fn without_controls(text: String) -> String {
+    let harmful = |character: char| character.is_control() && character != '\n';
+    if text.contains(harmful) {
+        text.chars().map(|character| if character == '\n' { character } else { printable(character) }).collect()
+    } else {
+        text
+    }
 }
 
 fn printable(character: char) -> char {

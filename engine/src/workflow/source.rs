@@ -1,4 +1,7 @@
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
 
 /// A text that a workflow was read from: a file, or a `--set` argument.
 #[derive(Debug)]
@@ -11,12 +14,14 @@ pub(crate) struct Source {
     pub text: Arc<str>,
     /// Byte offset of the start of each line.
     lines: Vec<usize>,
+    /// The text as a terminal may see it.
+    printable: OnceLock<String>,
 }
 
 impl Source {
     pub fn new(name: String, folder: PathBuf, text: String) -> Self {
         let lines = std::iter::once(0).chain(text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n').map(|(at, _)| at + 1)).collect();
-        Self { name, folder, text: text.into(), lines }
+        Self { name, folder, text: text.into(), lines, printable: OnceLock::new() }
     }
 
     /// Line and column of a byte offset, both counted from 1, columns in characters.
@@ -24,6 +29,22 @@ impl Source {
         let line = self.lines.partition_point(|start| *start <= offset).max(1);
         let column = self.text.get(self.lines[line - 1]..offset).map_or(0, |before| before.chars().count());
         (line, column + 1)
+    }
+
+    /// The text with something harmless for every control character, all bytes at the same place: a file that is no workflow must not
+    /// talk to the terminal that its errors are shown on.
+    pub fn printable(&self) -> &str {
+        self.printable.get_or_init(|| {
+            let harmless = |character: char| match character {
+                '\n' | '\t' => character,
+                '\r' => ' ',
+                '\0'..='\u{1f}' | '\u{7f}' => '?',
+                // Two bytes each.
+                '\u{80}'..='\u{9f}' => '\u{b7}',
+                other => other,
+            };
+            self.text.chars().map(harmless).collect()
+        })
     }
 
     /// The text of line `line`, counted from 1.

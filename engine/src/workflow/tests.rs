@@ -329,6 +329,19 @@ fn errors_have_stable_json_and_a_rich_form() {
     assert!(rich.contains("heldout = 0.1") && rich.contains("did you mean `held_out`?") && rich.contains(":4:1]"), "{rich}");
 }
 
+/// A file that is no workflow is not sent to the terminal as it is.
+#[test]
+fn control_characters_are_not_printed() {
+    let folder = Folder::new();
+    let path = folder.write("wrong.toml", "na\u{1b}[2J\u{9b}me = \"a\u{7f}\"\r\n\u{8}\n");
+    let errors = load(&path, &LoadOptions::default(), &registry()).unwrap_err();
+    let mut shown = errors.to_string();
+    let handler = miette::GraphicalReportHandler::new_themed(miette::GraphicalTheme::unicode_nocolor());
+    errors.iter().for_each(|error| handler.render_report(&mut shown, error).unwrap());
+    assert!(shown.contains("na?[2J\u{b7}me"), "{shown}");
+    assert!(!shown.contains(|character: char| character.is_control() && character != '\n'), "{shown:?}");
+}
+
 mod properties {
     use proptest::prelude::*;
 

@@ -18,6 +18,8 @@ mod model;
 mod placement;
 pub mod setting;
 mod snapshot;
+#[doc(hidden)]
+pub mod testing;
 
 pub use artifact::{ArtifactMeta, ArtifactType, Origin};
 pub use context::{CancelToken, DataFile, Input, MemoStore, RunContext};

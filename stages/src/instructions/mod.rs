@@ -7,7 +7,7 @@ use rlflow_api::{
     StageResult,
 };
 use rlflow_text::{
-    ChatTokenizer, ConversationRow, ConversationWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows,
+    Chat, ChatTokenizer, ConversationRow, ConversationWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -28,7 +28,7 @@ impl StageKind for Instructions {
     type Config = InstructionsConfig;
 
     const NAME: &'static str = "instructions";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const SUMMARY: &'static str = "Reads Alpaca, OpenAI messages, ShareGPT and prompt/completion rows into conversations with a loss mask.";
     const INPUTS: &'static [InputPort] = &[InputPort::one("tokenizer", &[ArtifactType::Tokenizer], "Tokenizer and chat template.")];
     const OUTPUTS: &'static [OutputPort] = &[OutputPort {
@@ -74,7 +74,7 @@ impl StageKind for Instructions {
             let conversation = rows::conversation(row)?;
             let question = question_digest(&conversation.messages);
             let messages = config.rows.with_system(conversation.messages);
-            let row = tokenizer.encode_conversation(&messages)?;
+            let row = tokenizer.encode_conversation(Chat::new(&messages, &conversation.context))?;
             Ok(UsableRow { format: conversation.format, question, row })
         };
         let (mut tokens, mut counted, mut longest) = (0u64, 0u64, 0u64);

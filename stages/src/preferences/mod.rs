@@ -6,7 +6,7 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RunContext, StageKind,
     StageResult,
 };
-use rlflow_text::{ChatTokenizer, PreferenceRow, PreferenceWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows};
+use rlflow_text::{Chat, ChatTokenizer, PreferenceRow, PreferenceWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -26,7 +26,7 @@ impl StageKind for Preferences {
     type Config = PreferencesConfig;
 
     const NAME: &'static str = "preferences";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const SUMMARY: &'static str = "Reads chosen/rejected pairs, HH-RLHF transcripts and ranked lists of answers.";
     const INPUTS: &'static [InputPort] = &[InputPort::one("tokenizer", &[ArtifactType::Tokenizer], "Tokenizer and chat template.")];
     const OUTPUTS: &'static [OutputPort] = &[OutputPort {
@@ -75,7 +75,7 @@ impl StageKind for Preferences {
             let messages = config.rows.with_system(preference.prompt);
             let mut row = PreferenceRow { margin: preference.margin, ..PreferenceRow::default() };
             for answer in &preference.answers {
-                let (prompt, answer) = tokenizer.encode_answer(&messages, answer)?;
+                let (prompt, answer) = tokenizer.encode_answer(Chat::new(&messages, &preference.context), answer)?;
                 row.prompt = prompt;
                 row.answers.push(answer);
             }

@@ -6,7 +6,7 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RunContext, StageKind,
     StageResult,
 };
-use rlflow_text::{ChatTokenizer, PromptRow, PromptWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows};
+use rlflow_text::{Chat, ChatTokenizer, PromptRow, PromptWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -32,7 +32,7 @@ impl StageKind for Prompts {
     type Config = PromptsConfig;
 
     const NAME: &'static str = "prompts";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const SUMMARY: &'static str =
         "Reads prompts (text, messages, Alpaca, ShareGPT, or lines of a text file), with reference answers where there are any.";
     const INPUTS: &'static [InputPort] = &[InputPort::one("tokenizer", &[ArtifactType::Tokenizer], "Tokenizer and chat template.")];
@@ -85,10 +85,10 @@ impl StageKind for Prompts {
             let prompt = rows::prompt(row, &fields)?;
             let question = question_digest(&prompt.messages);
             let messages = config.rows.with_system(prompt.messages);
-            let ids = tokenizer.encode_prompt(&messages)?;
+            let ids = tokenizer.encode_prompt(Chat::new(&messages, &prompt.context))?;
             let last = messages.iter().rev().find(|message| message.role == "user");
             let text = last.map(|message| message.content.clone()).unwrap_or_default();
-            Ok(UsableRow { format: prompt.format, question, row: PromptRow { ids, text, answer: prompt.answer, messages } })
+            Ok(UsableRow { format: prompt.format, question, row: PromptRow { ids, text, answer: prompt.answer, messages, context: prompt.context } })
         };
         let (mut answers, mut tokens, mut longest) = (0u64, 0u64, 0u64);
         let counts = convert_rows(context, &config.rows, true, convert, |split, row| {

@@ -19,7 +19,7 @@ const MEASURED_BYTES: usize = 1 << 20;
 const MOST_ADDED: u64 = 4;
 
 /// What a template may use.
-const TEMPLATE_HINT: &str = "mend that line; a template is given `messages` (each with `role` and `content`), `add_generation_prompt` and the special tokens (`bos_token`, `eos_token`, ..)";
+const TEMPLATE_HINT: &str = "mend that line; a template is given `messages` (each with `role` and `content`), `tools`, `documents`, `add_generation_prompt` and the special tokens (`bos_token`, `eos_token`, ..)";
 
 /// See the module.
 pub struct Tokenizer;
@@ -193,6 +193,11 @@ impl StageKind for Tokenizer {
             }
             None => (train(config, &options, context)?, TokenizerFile::trained()),
         };
+        if let (Some(file), None) = (config.file("config", context.files)?, &options.chat_template)
+            && file.path.with_file_name("chat_template.jinja").is_file()
+        {
+            context.warning(format!("`chat_template.jinja` lies beside {} and is not used; name it with `chat_template_file`", file.name));
+        }
         let (tokenizer_json, config_json) = complete_tokenizer(tokenizer_json, file, &options)?;
         let tokenizer = ChatTokenizer::from_json(&tokenizer_json, &config_json)?;
         let probe = [Message::user("Hello"), Message::assistant("Hello!")];

@@ -1,9 +1,9 @@
 use std::{ops::Range, sync::Arc};
 
-use minijinja::{Environment, ErrorKind, Value, context, value::Kwargs};
+use minijinja::{Environment, Value, context};
 use serde_json::json;
 
-use crate::{Message, TextError, python_json, tokenizer_config::TOKEN_KEYS};
+use crate::{Chat, Message, TextError, dialect, tokenizer_config::TOKEN_KEYS};
 
 /// Begins a `{% generation %}` block in rendered text.
 const OPEN: char = '\u{FDD0}';
@@ -11,6 +11,11 @@ const OPEN: char = '\u{FDD0}';
 const CLOSE: char = '\u{FDD1}';
 /// Put into a special token's name where a message quotes it, so that the quote is not taken for the token.
 pub(crate) const BREAK: char = '\u{FDD2}';
+
+/// Whether a character is one of those that mark places in rendered text, which no conversation may hold.
+pub(crate) fn is_reserved(character: char) -> bool {
+    matches!(character, '\u{FDD0}'..='\u{FDEF}')
+}
 
 /// ChatML (as in OpenAI's chat markup and Qwen), with the assistant's part marked for training.
 pub const CHATML: &str = concat!(
@@ -48,18 +53,7 @@ impl ChatTemplate {
     /// Parses `source`. `special_tokens` are the variables that templates may use: `("bos_token", "<s>")`.
     pub fn new(source: &str, special_tokens: Vec<(String, String)>) -> Result<Self, TextError> {
         let (replaced, marked) = replace_generation_tags(source);
-        let mut environment = Environment::new();
-        // The environment that transformers renders chat templates in (`chat_template_utils.py`).
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_formatter(print_as_python);
-        environment.add_filter("tojson", to_json);
-        environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_function("strftime_now", |format: String| strftime_fixed(&format));
+        let mut environment = dialect::environment();
         let add = |environment: &mut Environment<'static>, name: &'static str, content: String| {
             environment.add_template_owned(name, content).map_err(|error| template_error(&error, source))
         };
@@ -92,28 +86,29 @@ impl ChatTemplate {
         self.marked
     }
 
-    /// Renders `messages`; `add_generation_prompt` ends the text where the assistant begins to speak.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered, TextError> {
-        for message in messages {
-            check_reserved(&message.content)?;
+    /// Renders a conversation; `add_generation_prompt` ends the text where the assistant begins to speak.
+    pub fn render<'a>(&self, chat: impl Into<Chat<'a>>, add_generation_prompt: bool) -> Result<Rendered, TextError> {
+        let Chat { messages, context } = chat.into();
+        // Tokens' names may be broken already, so only what marks generation blocks is looked for.
+        let marks = [OPEN, CLOSE];
+        if let Some(mark) = messages.iter().find_map(|message| message.content.chars().find(|found| marks.contains(found))) {
+            return Err(TextError::Reserved { code: mark as u32 });
         }
         let mut variables = serde_json::Map::new();
         for (name, token) in &self.special_tokens {
             variables.insert(name.clone(), json!(token));
         }
-        let special_tokens = Value::from_serialize(&variables);
-        let messages = Value::from_serialize(messages);
-        let variables = context! { messages, add_generation_prompt, tools => (), documents => (), ..special_tokens };
+        variables.extend(context.iter().flat_map(|context| context.variables.clone()));
+        let list = |list: Option<&Vec<serde_json::Value>>| match list {
+            Some(list) if !list.is_empty() => Value::from_serialize(list),
+            _ => Value::from(()),
+        };
+        let (tools, documents) = (list(context.map(|context| &context.tools)), list(context.map(|context| &context.documents)));
+        let (messages, variables) = (Value::from_serialize(messages), Value::from_serialize(&variables));
+        let variables = context! { messages, add_generation_prompt, tools, documents, ..variables };
         let template = self.environment.get_template("chat").map_err(|error| template_error(&error, &self.source))?;
         let text = template.render(variables).map_err(|error| template_error(&error, &self.source))?;
         take_spans(text)
-    }
-}
-
-fn check_reserved(text: &str) -> Result<(), TextError> {
-    match text.chars().find(|found| matches!(*found, OPEN | CLOSE)) {
-        None => Ok(()),
-        Some(found) => Err(TextError::Reserved { code: found as u32 }),
     }
 }
 
@@ -180,34 +175,4 @@ fn take_spans(text: String) -> Result<Rendered, TextError> {
         None => Ok(Rendered { text: clean, spans }),
         Some(_) => Err(TextError::Mask { message: "a {% generation %} block is not closed".into() }),
     }
-}
-
-/// Lists and dictionaries are printed as Python does; the rest as Jinja.
-fn print_as_python(out: &mut minijinja::Output<'_>, state: &minijinja::State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
-    let shown = matches!(value.kind(), minijinja::value::ValueKind::Seq | minijinja::value::ValueKind::Map);
-    match shown.then(|| serde_json::to_value(value)) {
-        Some(Ok(json)) => out.write_str(&python_json::repr(&json)).map_err(minijinja::Error::from),
-        _ => minijinja::escape_formatter(out, state, value),
-    }
-}
-
-/// Python's `json.dumps` with the arguments that transformers' `tojson` takes; unlike Jinja's own it escapes no HTML.
-fn to_json(value: &Value, arguments: Kwargs) -> Result<String, minijinja::Error> {
-    let bad = |error: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string());
-    let json = serde_json::to_value(value).map_err(bad)?;
-    let style = python_json::Style {
-        indent: arguments.get::<Option<usize>>("indent")?,
-        ensure_ascii: arguments.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
-        sort_keys: arguments.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
-        separators: arguments.get::<Option<Vec<String>>>("separators")?,
-    };
-    arguments.assert_all_used()?;
-    Ok(python_json::dump(&json, &style))
-}
-
-/// `strftime` of a fixed day (the one that Llama 3.1's template falls back to): a result must not depend on when it
-/// was made, or the same workflow would give other tokens tomorrow.
-fn strftime_fixed(format: &str) -> Result<String, minijinja::Error> {
-    let bad = |error: jiff::Error| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}"));
-    jiff::fmt::strtime::format(format, jiff::civil::date(2024, 7, 26).at(0, 0, 0, 0)).map_err(bad)
 }

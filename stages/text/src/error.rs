@@ -25,6 +25,12 @@ pub enum TextError {
         /// Its code point.
         code: u32,
     },
+    /// A text for which the tokenizer has no tokens.
+    #[error("the tokenizer cannot encode it: {message}")]
+    Encode {
+        /// What the tokenizer says.
+        message: String,
+    },
     /// `tokenizer.json` or `tokenizer_config.json` cannot be used.
     #[error("{file}: {message}")]
     Tokenizer {

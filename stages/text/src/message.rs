@@ -6,9 +6,10 @@ use serde_json::{Map, Value};
 pub struct Message {
     /// `system`, `user`, `assistant` or `tool`; templates may know others.
     pub role: String,
-    /// What was said.
+    /// What was said; empty in a turn that only calls tools.
     pub content: String,
-    /// Other keys of the message (`tool_calls`, `name`, ...), passed to the template as they are.
+    /// Other keys of the message, passed to the template as they are: `tool_calls` (each with a `function` of `name` and
+    /// `arguments`, an object), `tool_call_id`, `name`, `reasoning_content`, ...
     #[serde(flatten, default, skip_serializing_if = "Map::is_empty")]
     pub extra: Map<String, Value>,
 }
@@ -32,6 +33,22 @@ impl Message {
     /// An assistant turn.
     pub fn assistant(content: impl Into<String>) -> Self {
         Self::new("assistant", content)
+    }
+
+    /// The same with a further key.
+    pub fn with(mut self, key: &str, value: Value) -> Self {
+        self.extra.insert(key.to_owned(), value);
+        self
+    }
+
+    /// Whether anything is said, thought or called in it.
+    pub fn says_something(&self) -> bool {
+        let said = |key: &str| match self.extra.get(key) {
+            Some(Value::String(text)) => !text.trim().is_empty(),
+            Some(Value::Array(calls)) => !calls.is_empty(),
+            _ => false,
+        };
+        !self.content.trim().is_empty() || said("tool_calls") || said("reasoning_content")
     }
 
     /// Whether it is an assistant turn.

@@ -2,7 +2,7 @@ use rlflow_api::{Artifact, ArtifactBuilder, ArtifactType, StageResult, Store};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Message, Split,
+    ChatContext, Message, Split,
     packed::{Array, expect_type, malformed, read_bounds, read_selection, row_range, u64_bytes},
     scratch::Scratch,
 };
@@ -20,6 +20,9 @@ pub struct PromptRow {
     pub answer: Option<String>,
     /// The whole prompt as messages.
     pub messages: Vec<Message>,
+    /// What comes with them.
+    #[serde(flatten)]
+    pub context: ChatContext,
 }
 
 /// Rows of a `prompts` artifact.
@@ -28,7 +31,7 @@ pub struct PromptRow {
 /// |---|---|
 /// | `ids` | u32: token ids of all prompts, up to where the assistant begins to speak |
 /// | `offsets` | u64: id at which each prompt begins, and the end |
-/// | `rows.jsonl` | per row: `text` (the last user turn), `answer` if there is one, `messages` |
+/// | `rows.jsonl` | per row: `text` (the last user turn), `answer` if there is one, `messages`, what comes with them |
 /// | `train`, `heldout` | u64: row numbers of the split |
 ///
 /// Metadata: `tokenizer` (its digest), rows, and rows with an answer.

@@ -1,6 +1,8 @@
 //! JSON as Python's `json.dumps` and `repr` write it: models were trained with their spaces and quotes.
 
-use serde_json::Value;
+use serde_json::{Number, Value};
+
+use crate::chat_template::BREAK;
 
 /// Arguments of `json.dumps`.
 #[derive(Debug, Clone, Default)]
@@ -31,7 +33,7 @@ fn write(out: &mut String, value: &Value, style: &Style, item: &str, key: &str, 
     match value {
         Value::Null => out.push_str("null"),
         Value::Bool(value) => out.push_str(if *value { "true" } else { "false" }),
-        Value::Number(number) => out.push_str(&number.to_string()),
+        Value::Number(number) => out.push_str(&repr_number(number)),
         Value::String(text) => string(out, text, style.ensure_ascii),
         Value::Array(values) if values.is_empty() => out.push_str("[]"),
         Value::Array(values) => {
@@ -88,6 +90,8 @@ fn string(out: &mut String, text: &str, ensure_ascii: bool) {
             '\u{8}' => out.push_str("\\b"),
             '\u{c}' => out.push_str("\\f"),
             control if control < ' ' => out.push_str(&format!("\\u{:04x}", control as u32)),
+            // Taken out again later.
+            BREAK => out.push(BREAK),
             other if ensure_ascii && !(' '..='~').contains(&other) => {
                 let mut units = [0; 2];
                 other.encode_utf16(&mut units).iter().for_each(|unit| out.push_str(&format!("\\u{unit:04x}")));
@@ -104,13 +108,34 @@ pub(crate) fn repr(value: &Value) -> String {
         Value::Null => "None".into(),
         Value::Bool(true) => "True".into(),
         Value::Bool(false) => "False".into(),
-        Value::Number(number) => number.to_string(),
+        Value::Number(number) => repr_number(number),
         Value::String(text) => repr_string(text),
         Value::Array(values) => format!("[{}]", values.iter().map(repr).collect::<Vec<_>>().join(", ")),
         Value::Object(map) => {
             let entries: Vec<String> = map.iter().map(|(key, value)| format!("{}: {}", repr_string(key), repr(value))).collect();
             format!("{{{}}}", entries.join(", "))
         }
+    }
+}
+
+fn repr_number(number: &Number) -> String {
+    match number.as_f64().filter(|_| number.is_f64()) {
+        Some(value) => repr_float(value),
+        None => number.to_string(),
+    }
+}
+
+/// `repr` of a float: the fewest digits that read back as it, with an exponent below 1e-4 and from 1e16 on.
+pub(crate) fn repr_float(value: f64) -> String {
+    let shortest = format!("{value:e}");
+    match shortest.split_once('e').and_then(|(digits, exponent)| Some((digits, exponent.parse::<i32>().ok()?))) {
+        Some((_, -4..16)) => {
+            let plain = value.to_string();
+            if plain.contains('.') { plain } else { plain + ".0" }
+        }
+        Some((digits, exponent)) => format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs()),
+        // Python's names of what is no number.
+        None => shortest.to_lowercase(),
     }
 }
 
@@ -149,6 +174,11 @@ mod tests {
         );
         let indented = "{\n  \"b\": [\n    1,\n    2.5,\n    null,\n    true\n  ],\n  \"a\": {\n    \"x\": \"中\\\"<é>\\n\\u0001\"\n  },\n  \"e\": [],\n  \"o\": {}\n}";
         assert_eq!(dump(Style { indent: Some(2), ..Style::default() }), indented);
+        let numbers = json!([1e-7, 0.00001, 0.0001, 1e15, 1e16, 1.5e300, -0.0, 123456789012345680.0, 100.0, 12, 0.1]);
+        assert_eq!(
+            super::dump(&numbers, &Style::default()),
+            "[1e-07, 1e-05, 0.0001, 1000000000000000.0, 1e+16, 1.5e+300, -0.0, 1.2345678901234568e+17, 100.0, 12, 0.1]"
+        );
         let mut emoji = String::new();
         string(&mut emoji, "😀", true);
         assert_eq!(emoji, "\"\\ud83d\\ude00\"");

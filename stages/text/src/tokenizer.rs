@@ -4,7 +4,10 @@ use rlflow_api::{Artifact, ArtifactBuilder, Digest, StageResult};
 use rlflow_store::Hasher;
 use tokenizers::Tokenizer;
 
-use crate::{ChatTemplate, ConversationRow, Message, Rendered, TextError, TokenizerConfig, chat_template::BREAK};
+use crate::{
+    Chat, ChatContext, ChatTemplate, ConversationRow, DecodeStream, Message, Rendered, TextError, TokenizerConfig,
+    chat_encoder::ChatEncoder, chat_template::BREAK,
+};
 
 /// Entry that holds the tokenizer itself, in Hugging Face's format.
 pub const TOKENIZER_ENTRY: &str = "tokenizer.json";
@@ -23,14 +26,11 @@ pub struct ChatTokenizer(Arc<Inner>);
 struct Inner {
     /// Takes special tokens' names in a text for text.
     plain: Tokenizer,
-    /// Finds special tokens in a text; only for tokenizers whose pieces cannot be encoded one by one.
-    whole: Option<Tokenizer>,
+    encoder: ChatEncoder,
     template: Option<ChatTemplate>,
+    /// For conversations with tools, where the tokenizer has one apart.
+    tools_template: Option<ChatTemplate>,
     digest: Digest,
-    /// Special tokens by name, longest name first.
-    special: Vec<(String, u32)>,
-    /// First bytes of their names.
-    special_starts: [bool; 256],
     pad_id: u32,
     eos_id: u32,
     document_end_id: u32,
@@ -71,35 +71,21 @@ impl ChatTokenizer {
         let ends = DOCUMENT_ENDS.iter().filter_map(|token| plain.token_to_id(token));
         let document_end_id = ends.into_iter().find(|id| *id != pad_id).unwrap_or(eos_id);
 
-        let mut special: Vec<(String, u32)> = plain
-            .get_added_tokens_decoder()
-            .into_iter()
-            .filter(|(_, token)| token.special)
-            .map(|(id, token)| (token.content, id))
-            .collect();
-        special.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then_with(|| a.0.cmp(&b.0)));
-
-        special.retain(|(name, _)| !name.is_empty());
-        let mut special_starts = [false; 256];
-        special.iter().for_each(|(name, _)| special_starts[usize::from(name.as_bytes()[0])] = true);
-
         let highest_id = plain.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
-        let document_start = document_start(&plain).map_err(bad)?;
-        let whole = match encodes_piecewise(&plain) {
-            true => None,
-            false => Some(plain.clone()),
-        };
+        let document_start = document_start(&plain, &config).map_err(bad)?;
+        let encoder = ChatEncoder::new(&plain);
         plain.set_encode_special_tokens(true);
-        let template = config.chat_template().map(|source| ChatTemplate::new(source, config.special_tokens())).transpose()?;
+        let parse = |source: &str| ChatTemplate::new(source, config.special_tokens());
+        let template = config.chat_template()?.map(parse).transpose()?;
+        let tools_template = config.tools_template().map(parse).transpose()?;
         let digest = Hasher::new().update(Digest::of(tokenizer_json).as_bytes()).update(Digest::of(config_json).as_bytes()).finish();
         Ok(Self(Arc::new(Inner {
             vocab_size: highest_id,
             plain,
-            whole,
+            encoder,
             template,
+            tools_template,
             digest,
-            special,
-            special_starts,
             pad_id,
             eos_id,
             document_end_id,
@@ -152,6 +138,11 @@ impl ChatTokenizer {
         self.0.plain.token_to_id(token)
     }
 
+    /// Name of the token with this id, as it stands in the vocabulary; empty for ids that it does not have.
+    pub fn token(&self, id: u32) -> String {
+        self.0.plain.id_to_token(id).unwrap_or_default()
+    }
+
     /// The chat template, if there is one.
     pub fn template(&self) -> Option<&ChatTemplate> {
         self.0.template.as_ref()
@@ -159,14 +150,20 @@ impl ChatTokenizer {
 
     /// Ids of a text. The names of special tokens are text like any other: a document cannot end itself.
     pub fn encode(&self, text: &str) -> Vec<u32> {
-        match self.0.plain.encode_fast(text, false) {
-            Ok(encoding) => encoding.get_ids().to_vec(),
-            // Only models that lack both byte fallback and an unknown token can fail; what they cannot say is left out.
-            Err(error) => {
-                tracing::warn!(%error, "text cannot be encoded");
-                Vec::new()
+        let encoder = &self.0.encoder;
+        let ids = self.0.plain.encode_fast(text, false).map_err(|error| error.to_string()).and_then(|encoding| {
+            let ids = encoding.get_ids();
+            // Models that know special tokens as ordinary pieces too.
+            match ids.iter().any(|id| encoder.is_special(*id)) && encoder.names_special(text) {
+                true => Ok(encoder.encode(&encoder.protect(text), &[]).map_err(|error| error.to_string())?.ids),
+                false => Ok(ids.to_vec()),
             }
-        }
+        });
+        // Only models that lack both byte fallback and an unknown token can fail; what they cannot say is left out.
+        ids.unwrap_or_else(|error| {
+            tracing::warn!(error, "text cannot be encoded");
+            Vec::new()
+        })
     }
 
     /// Ids of a document: what the tokenizer puts before a text (BOS, for most nothing), the text, and the token that ends a document.
@@ -177,38 +174,9 @@ impl ChatTokenizer {
         ids
     }
 
-    /// Ids of a text in which the names of special tokens stand for the tokens: what a chat template renders.
-    pub fn encode_with_special(&self, text: &str) -> Vec<u32> {
-        if let Some(whole) = &self.0.whole {
-            return whole.encode_fast(text, false).map(|encoding| encoding.get_ids().to_vec()).unwrap_or_default();
-        }
-        let mut ids = Vec::new();
-        let mut rest = text;
-        while let Some((start, length, id)) = self.next_special(rest) {
-            ids.extend(self.encode_unbroken(&rest[..start]));
-            ids.push(id);
-            rest = &rest[start + length..];
-        }
-        ids.extend(self.encode_unbroken(rest));
-        ids
-    }
-
-    /// The first special token in `text`, the longest if several begin there: where, how long, which.
-    fn next_special(&self, text: &str) -> Option<(usize, usize, u32)> {
-        let bytes = text.as_bytes();
-        let mut candidates = (0..bytes.len()).filter(|at| self.0.special_starts[usize::from(bytes[*at])]);
-        candidates.find_map(|start| {
-            let found = self.0.special.iter().find(|(name, _)| bytes[start..].starts_with(name.as_bytes()));
-            found.map(|(name, id)| (start, name.len(), *id))
-        })
-    }
-
-    fn encode_unbroken(&self, text: &str) -> Vec<u32> {
-        match text {
-            "" => Vec::new(),
-            text if text.contains(BREAK) => self.encode(&text.replace(BREAK, "")),
-            text => self.encode(text),
-        }
+    /// Ids of a text in which the names of special tokens stand for the tokens.
+    pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        Ok(self.0.encoder.encode(text, &[])?.ids)
     }
 
     /// The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD.
@@ -230,89 +198,85 @@ impl ChatTokenizer {
 
     /// Decodes ids one by one, giving text only where characters are complete.
     pub fn decode_stream(&self) -> DecodeStream {
-        DecodeStream { tokenizer: self.clone(), ids: Vec::new(), start: 0, given: 0 }
+        DecodeStream::new(self.clone())
     }
 
     /// The conversation as the model sees it.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TextError> {
-        Ok(self.rendered(messages, add_generation_prompt)?.text.replace(BREAK, ""))
-    }
-
-    fn rendered(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered, TextError> {
-        let no_template = || TextError::Template { message: "the tokenizer has none; set `chat_template` on its stage".into() };
-        let template = self.0.template.as_ref().ok_or_else(no_template)?;
-        let quotes = |text: &str| self.0.whole.is_none() && self.next_special(text).is_some();
-        let mut safe = None;
-        for (at, message) in messages.iter().enumerate() {
-            if message.content.contains(BREAK) {
-                return Err(TextError::Reserved { code: BREAK as u32 });
-            }
-            if quotes(&message.content) {
-                safe.get_or_insert_with(|| messages.to_vec())[at].content = self.break_special(&message.content);
-            }
-        }
-        template.render(safe.as_deref().unwrap_or(messages), add_generation_prompt)
-    }
-
-    /// `text` with every special token's name broken after its first character.
-    fn break_special(&self, text: &str) -> String {
-        let mut broken = String::with_capacity(text.len() + 8);
-        let mut rest = text;
-        while let Some((start, _, _)) = self.next_special(rest) {
-            let first = rest[start..].chars().next().map_or(0, char::len_utf8);
-            broken.push_str(&rest[..start + first]);
-            broken.push(BREAK);
-            rest = &rest[start + first..];
-        }
-        broken + rest
+    pub fn render<'a>(&self, chat: impl Into<Chat<'a>>, add_generation_prompt: bool) -> Result<String, TextError> {
+        Ok(self.rendered(&Protected::new(&self.0.encoder, chat.into())?.chat(), add_generation_prompt)?.text.replace(BREAK, ""))
     }
 
     /// Ids of a prompt, up to where the assistant begins to speak.
-    pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>, TextError> {
-        Ok(self.encode_with_special(&self.rendered(messages, true)?.text))
+    pub fn encode_prompt<'a>(&self, chat: impl Into<Chat<'a>>) -> Result<Vec<u32>, TextError> {
+        self.encode_with_special(&self.rendered(&Protected::new(&self.0.encoder, chat.into())?.chat(), true)?.text)
     }
 
-    /// Ids and mask of a conversation, up to the end of its last assistant turn.
-    pub fn encode_conversation(&self, messages: &[Message]) -> Result<ConversationRow, TextError> {
-        if !messages.iter().any(Message::is_assistant) {
-            return Err(TextError::NoAssistantTurn);
-        }
-        let rendered = self.assistant_spans(messages)?;
-        let row = match &self.0.whole {
-            None => self.encode_pieces(&rendered),
-            Some(whole) => encode_whole(whole, &rendered)?,
-        };
+    /// Ids and mask of a conversation, up to the end of its last assistant turn: what `apply_chat_template` of transformers gives, with
+    /// its `assistant_masks` where the template has `{% generation %}` blocks.
+    pub fn encode_conversation<'a>(&self, chat: impl Into<Chat<'a>>) -> Result<ConversationRow, TextError> {
+        let protected = Protected::new(&self.0.encoder, chat.into())?;
+        let chat = protected.chat();
+        let Some(last) = chat.messages.iter().rposition(Message::is_assistant) else { return Err(TextError::NoAssistantTurn) };
+        let rendered = self.assistant_spans(&chat, 0..last + 1)?;
+        let end = rendered.spans.last().map_or(0, |span| span.end);
+        let row = self.0.encoder.encode(&rendered.text[..end], &rendered.spans)?;
         if row.mask.contains(&true) {
             return Ok(row);
         }
-        match messages.iter().any(|message| message.is_assistant() && !message.content.trim().is_empty()) {
+        match chat.messages.iter().any(|message| message.is_assistant() && message.says_something()) {
             true => Err(TextError::Mask { message: "it leaves out what the assistant says".into() }),
             false => Err(TextError::NoAssistantTurn),
         }
     }
 
-    /// Ids of a prompt and of an answer to it, the token that ends the turn included.
-    pub fn encode_answer(&self, prompt: &[Message], answer: &Message) -> Result<(Vec<u32>, Vec<u32>), TextError> {
-        let prompt_ids = self.encode_prompt(prompt)?;
-        let messages: Vec<Message> = prompt.iter().chain([answer]).cloned().collect();
-        let row = self.encode_conversation(&messages)?;
-        match row.ids.strip_prefix(prompt_ids.as_slice()) {
-            Some(answer) if !answer.is_empty() => Ok((prompt_ids, answer.to_vec())),
-            _ => Err(TextError::Mask { message: "the rendered conversation does not begin with the rendered prompt".into() }),
+    /// Ids of a prompt and of an answer to it, the token that ends the turn included. The prompt's are those of [`Self::encode_prompt`],
+    /// so that the model is taught what it will be asked for.
+    pub fn encode_answer<'a>(&self, prompt: impl Into<Chat<'a>>, answer: &Message) -> Result<(Vec<u32>, Vec<u32>), TextError> {
+        let prompt = prompt.into();
+        if !answer.is_assistant() {
+            return Err(TextError::NoAssistantTurn);
         }
+        let messages: Vec<Message> = prompt.messages.iter().chain([answer]).cloned().collect();
+        let protected = Protected::new(&self.0.encoder, Chat { messages: &messages, ..prompt })?;
+        let (chat, last) = (protected.chat(), messages.len() - 1);
+        let before = self.rendered(&chat.with_messages(&chat.messages[..last]), true)?.text;
+        let rendered = self.assistant_spans(&chat, last..last + 1)?;
+        let through = &rendered.text[..rendered.spans.last().map_or(0, |span| span.end)];
+
+        let prompt_ids = self.encode_with_special(&before)?;
+        if let Some(rest) = through.strip_prefix(before.as_str()).filter(|rest| !rest.is_empty()) {
+            // Where the last token of the prompt would swallow the beginning of the answer, the answer is encoded apart.
+            let both = self.encode_with_special(through)?;
+            let answer =
+                both.strip_prefix(prompt_ids.as_slice()).map_or_else(|| self.0.encoder.encode_rest(rest), |ids| Ok(ids.to_vec()))?;
+            if !answer.is_empty() {
+                return Ok((prompt_ids, answer));
+            }
+        }
+        Err(TextError::Mask { message: "the rendered conversation does not begin with the rendered prompt".into() })
     }
 
-    /// The rendered conversation with the byte ranges of assistant turns, their end tokens included.
-    fn assistant_spans(&self, messages: &[Message]) -> Result<Rendered, TextError> {
-        let rendered = self.rendered(messages, false)?;
-        let mut rendered = if self.0.template.as_ref().is_some_and(ChatTemplate::is_marked) {
+    fn template_for(&self, chat: &Chat<'_>) -> Result<&ChatTemplate, TextError> {
+        let for_tools = self.0.tools_template.as_ref().filter(|_| chat.context.is_some_and(|context| !context.tools.is_empty()));
+        let no_template = || TextError::Template { message: "the tokenizer has none; set `chat_template` on its stage".into() };
+        for_tools.or(self.0.template.as_ref()).ok_or_else(no_template)
+    }
+
+    fn rendered(&self, chat: &Chat<'_>, add_generation_prompt: bool) -> Result<Rendered, TextError> {
+        self.template_for(chat)?.render(*chat, add_generation_prompt)
+    }
+
+    /// The rendered conversation with the byte ranges of those assistant turns that are among `wanted`, their end tokens included.
+    fn assistant_spans(&self, chat: &Chat<'_>, wanted: Range<usize>) -> Result<Rendered, TextError> {
+        let rendered = self.rendered(chat, false)?;
+        let mut rendered = if self.template_for(chat)?.is_marked() {
             rendered
         } else {
-            let spans = self.derive_spans(messages, &rendered.text)?;
+            let spans = self.derive_spans(chat, &rendered.text, wanted)?;
             Rendered { spans, ..rendered }
         };
         // A template may close its block before the token that ends the turn; the model must learn to end it.
-        let eos = self.eos_token();
+        let eos = self.token(self.eos_id());
         for span in &mut rendered.spans {
             if !rendered.text[span.clone()].trim_end().ends_with(&eos) && rendered.text[span.end..].starts_with(&eos) {
                 span.end += eos.len();
@@ -322,17 +286,13 @@ impl ChatTokenizer {
         Ok(rendered)
     }
 
-    fn eos_token(&self) -> String {
-        self.0.plain.id_to_token(self.0.eos_id).unwrap_or_default()
-    }
-
     /// What each assistant turn adds to the rendering of the turns before it.
-    fn derive_spans(&self, messages: &[Message], text: &str) -> Result<Vec<Range<usize>>, TextError> {
-        let eos = self.eos_token();
+    fn derive_spans(&self, chat: &Chat<'_>, text: &str, wanted: Range<usize>) -> Result<Vec<Range<usize>>, TextError> {
+        let eos = self.token(self.eos_id());
         let mut spans = Vec::new();
-        for (at, _) in messages.iter().enumerate().filter(|(_, message)| message.is_assistant()) {
-            let before = self.rendered(&messages[..at], true)?.text;
-            let through = self.rendered(&messages[..=at], false)?.text;
+        for at in wanted.filter(|at| chat.messages[*at].is_assistant()) {
+            let before = self.rendered(&chat.with_messages(&chat.messages[..at]), true)?.text;
+            let through = self.rendered(&chat.with_messages(&chat.messages[..=at]), false)?.text;
             let Some(turn) = through.strip_prefix(before.as_str()) else {
                 return Err(TextError::Mask { message: format!("rendering message {} changes what comes before it", at + 1) });
             };
@@ -346,81 +306,35 @@ impl ChatTokenizer {
         }
         Ok(spans)
     }
+}
 
-    /// Encodes between the bounds of spans, so that no token lies on both sides and a prompt's ids are a prefix of its conversation's.
-    fn encode_pieces(&self, rendered: &Rendered) -> ConversationRow {
-        let mut row = ConversationRow::default();
-        let mut done = 0;
-        for span in &rendered.spans {
-            for (range, counts) in [(done..span.start, false), (span.clone(), true)] {
-                let ids = self.encode_with_special(&rendered.text[range]);
-                row.mask.extend(std::iter::repeat_n(counts, ids.len()));
-                row.ids.extend(ids);
-            }
-            done = span.end;
-        }
-        row
+/// A conversation in which the names of special tokens are broken.
+struct Protected<'a> {
+    given: Chat<'a>,
+    messages: Option<Vec<Message>>,
+    context: Option<ChatContext>,
+}
+
+impl<'a> Protected<'a> {
+    fn new(encoder: &ChatEncoder, given: Chat<'a>) -> Result<Self, TextError> {
+        let messages = encoder.protect_messages(given.messages)?;
+        let context = given.context.map(|context| encoder.protect_context(context)).transpose()?;
+        Ok(Self { given, messages, context })
+    }
+
+    fn chat(&self) -> Chat<'_> {
+        Chat { messages: self.messages.as_deref().unwrap_or(self.given.messages), context: self.context.as_ref() }
     }
 }
 
-/// Encodes at once and finds the counted tokens by their place in the text.
-fn encode_whole(tokenizer: &Tokenizer, rendered: &Rendered) -> Result<ConversationRow, TextError> {
-    let end = rendered.spans.last().map_or(0, |span| span.end);
-    let encoding = tokenizer.encode(&rendered.text[..end], false).map_err(|error| TextError::Mask { message: error.to_string() })?;
-    let counts = |(start, end): &(usize, usize)| rendered.spans.iter().any(|span| span.start <= *start && *end <= span.end && start < end);
-    let mask = encoding.get_offsets().iter().map(counts).collect();
-    Ok(ConversationRow { ids: encoding.get_ids().to_vec(), mask })
-}
-
-/// Whether pieces of a text can be encoded one by one: no marker is put before each of them.
-fn encodes_piecewise(tokenizer: &Tokenizer) -> bool {
-    let ids = |text: &str| tokenizer.encode_fast(text, false).map(|encoding| encoding.get_ids().to_vec()).ok();
-    let pieces = |text: &[&str]| text.iter().map(|piece| ids(piece)).collect::<Option<Vec<_>>>().map(|ids| ids.concat());
-    ids("x\nfoo").is_some() && ids("x\nfoo") == pieces(&["x", "\n", "foo"])
-}
-
-/// What the tokenizer puts before a text.
-fn document_start(tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
+/// What the tokenizer puts before a text. Its config may say so apart from its post-processor; then the config is followed, as by transformers.
+fn document_start(tokenizer: &Tokenizer, config: &TokenizerConfig) -> Result<Vec<u32>, String> {
+    if let Some(adds) = config.add_bos_token() {
+        let bos = config.bos_token().filter(|_| adds).and_then(|token| tokenizer.token_to_id(token));
+        return Ok(bos.into_iter().collect());
+    }
     let ids = |special: bool| tokenizer.encode_fast("a", special).map(|encoding| encoding.get_ids().to_vec());
     let (with, without) = (ids(true).map_err(|error| error.to_string())?, ids(false).map_err(|error| error.to_string())?);
     let at = with.windows(without.len().max(1)).position(|window| window == without).unwrap_or(0);
     Ok(with[..at].to_vec())
-}
-
-/// Decodes a stream of ids. A character whose bytes are spread over several tokens is held back until it is complete.
-pub struct DecodeStream {
-    tokenizer: ChatTokenizer,
-    ids: Vec<u32>,
-    /// Ids before this one are not looked at any more.
-    start: usize,
-    /// Ids before this one have been given as text.
-    given: usize,
-}
-
-impl DecodeStream {
-    /// Adds an id and returns the text that is now complete, perhaps none.
-    pub fn push(&mut self, id: u32) -> String {
-        self.ids.push(id);
-        let text = self.pending();
-        if text.is_empty() || text.ends_with('\u{FFFD}') {
-            return String::new();
-        }
-        // Some decoders look one token back (a space before a word), so the newest piece stays as context.
-        self.start = self.given;
-        self.given = self.ids.len();
-        text
-    }
-
-    /// The rest: incomplete characters become U+FFFD.
-    pub fn finish(mut self) -> String {
-        let text = self.pending();
-        self.ids.clear();
-        text
-    }
-
-    fn pending(&self) -> String {
-        let known = self.tokenizer.decode(&self.ids[self.start..self.given]);
-        let all = self.tokenizer.decode(&self.ids[self.start..]);
-        all.strip_prefix(known.as_str()).unwrap_or_default().to_owned()
-    }
 }

@@ -62,8 +62,7 @@ pub fn complete_tokenizer(
     let mut tokenizer = Tokenizer::from_bytes(&tokenizer_json).map_err(|error| bad(error.to_string()))?;
     let known = |names: &[&str]| names.iter().find(|name| tokenizer.token_to_id(name).is_some()).map(|name| (*name).to_owned());
 
-    let own_template = options.chat_template.as_deref().or(config.chat_template()).map(str::to_owned);
-    let chatml = own_template.is_none();
+    let chatml = options.chat_template.is_none() && config.chat_template()?.is_none();
     let eos = options.eos_token.clone().or_else(|| if chatml { Some(TURN_END.into()) } else { config.eos_token().map(str::to_owned) });
     let eos = eos.or_else(|| known(KNOWN_EOS)).unwrap_or_else(|| TURN_END.into());
     let pad = options.pad_token.clone().or_else(|| config.pad_token().filter(|pad| *pad != eos).map(str::to_owned));
@@ -96,7 +95,9 @@ pub fn complete_tokenizer(
     };
     config.set("pad_token", &pad);
     config.set("eos_token", &eos);
-    config.set("chat_template", &own_template.unwrap_or_else(|| chatml_ending_in(&eos)));
+    if let Some(template) = options.chat_template.clone().or_else(|| chatml.then(|| chatml_ending_in(&eos))) {
+        config.set("chat_template", &template);
+    }
     Ok((tokenizer_json, config.to_json()))
 }
 

@@ -120,17 +120,14 @@ impl Footer {
 
 fn parse(bytes: &[u8], size: u64) -> Result<Footer> {
     let (mut elements, mut groups, mut encrypted) = (Vec::new(), Vec::new(), false);
-    Thrift::new(bytes).fields(|thrift, id, kind| {
-        match (id, kind) {
+    Thrift::new(bytes).fields(|thrift, field| {
+        match field {
             (2, LIST) => elements = thrift.list(STRUCT, element)?,
             (4, LIST) => groups = thrift.list(STRUCT, row_group)?,
-            (8, STRUCT) => {
-                encrypted = true;
-                return Ok(false);
-            }
-            _ => return Ok(false),
+            (8, STRUCT) => encrypted = true,
+            _ => {}
         }
-        Ok(true)
+        Ok(())
     })?;
     if encrypted {
         return Err("the file is encrypted".into());
@@ -157,24 +154,23 @@ struct Element {
 }
 
 fn element(thrift: &mut Thrift<'_>) -> Result<Element> {
-    let mut element = Element::default();
-    thrift.fields(|thrift, id, kind| {
-        match (id, kind) {
+    thrift.record(|thrift, element: &mut Element, field| {
+        match field {
             (1, I32) => element.physical = Some(thrift.integer()?),
             (2, I32) => element.length = thrift.integer()?,
             (3, I32) => element.repetition = thrift.integer()?,
             (4, BINARY) => element.name = thrift.text()?,
             (5, I32) => element.children = thrift.size()?,
             (6, I32) => element.converted = Some(thrift.integer()?),
-            (10, STRUCT) => thrift.fields(|_, id, _| {
+            // A union: the field that is there says which type it is.
+            (10, STRUCT) => thrift.fields(|_, (id, _)| {
                 element.logical = Some(id);
-                Ok(false)
+                Ok(())
             })?,
-            _ => return Ok(false),
+            _ => {}
         }
-        Ok(true)
-    })?;
-    Ok(element)
+        Ok(())
+    })
 }
 
 impl Element {
@@ -294,39 +290,35 @@ struct WrittenChunk {
 }
 
 fn row_group(thrift: &mut Thrift<'_>) -> Result<WrittenGroup> {
-    let mut group = WrittenGroup::default();
-    thrift.fields(|thrift, id, kind| {
-        match (id, kind) {
+    thrift.record(|thrift, group: &mut WrittenGroup, field| {
+        match field {
             (1, LIST) => group.columns = thrift.list(STRUCT, column_chunk)?,
             (3, I64) => group.rows = thrift.size()?,
-            _ => return Ok(false),
+            _ => {}
         }
-        Ok(true)
-    })?;
-    Ok(group)
+        Ok(())
+    })
 }
 
 fn column_chunk(thrift: &mut Thrift<'_>) -> Result<WrittenChunk> {
-    let mut chunk = WrittenChunk::default();
-    thrift.fields(|thrift, id, kind| {
-        match (id, kind) {
+    thrift.record(|thrift, chunk: &mut WrittenChunk, field| {
+        match field {
             (1, BINARY) => chunk.elsewhere = !thrift.text()?.is_empty(),
-            (3, STRUCT) => thrift.fields(|thrift, id, kind| {
-                match (id, kind) {
+            (3, STRUCT) => thrift.fields(|thrift, field| {
+                match field {
                     (4, I32) => chunk.codec = thrift.integer()?,
                     (5, I64) => chunk.values = thrift.size()?,
                     (7, I64) => chunk.packed_bytes = thrift.size()?,
                     (9, I64) => chunk.data = thrift.size()?,
                     (11, I64) => chunk.dictionary = Some(thrift.size()?),
-                    _ => return Ok(false),
+                    _ => {}
                 }
-                Ok(true)
+                Ok(())
             })?,
-            _ => return Ok(false),
+            _ => {}
         }
-        Ok(true)
-    })?;
-    Ok(chunk)
+        Ok(())
+    })
 }
 
 impl WrittenGroup {

@@ -68,9 +68,8 @@ impl PageHeader {
     }
 
     fn parse(thrift: &mut Thrift<'_>) -> Result<Self> {
-        let mut header = Self::default();
-        thrift.fields(|thrift, id, kind| {
-            match (id, kind) {
+        thrift.record(|thrift, header: &mut Self, field| {
+            match field {
                 (1, I32) => {
                     header.kind = match thrift.integer()? {
                         0 => PageKind::Data,
@@ -81,32 +80,31 @@ impl PageHeader {
                 }
                 (2, I32) => header.unpacked_bytes = thrift.size()?,
                 (3, I32) => header.packed_bytes = thrift.size()?,
-                (5 | 7, STRUCT) => thrift.fields(|thrift, id, kind| {
-                    match (id, kind) {
+                (5 | 7, STRUCT) => thrift.fields(|thrift, field| {
+                    match field {
                         (1, I32) => header.values = thrift.size()?,
                         (2, I32) => header.encoding = thrift.integer()?,
                         (3, I32) => header.level_encodings[0] = thrift.integer()?,
                         (4, I32) => header.level_encodings[1] = thrift.integer()?,
-                        _ => return Ok(false),
+                        _ => {}
                     }
-                    Ok(true)
+                    Ok(())
                 })?,
-                (8, STRUCT) => thrift.fields(|thrift, id, kind| {
-                    match (id, kind) {
+                (8, STRUCT) => thrift.fields(|thrift, field| {
+                    match field {
                         (1, I32) => header.values = thrift.size()?,
                         (4, I32) => header.encoding = thrift.integer()?,
                         (5, I32) => header.level_bytes[0] = thrift.size()?,
                         (6, I32) => header.level_bytes[1] = thrift.size()?,
-                        (7, TRUE | FALSE) => header.unpacked = kind == FALSE,
-                        _ => return Ok(false),
+                        (7, TRUE | FALSE) => header.unpacked = field.1 == FALSE,
+                        _ => {}
                     }
-                    Ok(true)
+                    Ok(())
                 })?,
-                _ => return Ok(false),
+                _ => {}
             }
-            Ok(true)
-        })?;
-        Ok(header)
+            Ok(())
+        })
     }
 }
 

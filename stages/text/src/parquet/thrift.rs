@@ -79,11 +79,21 @@ impl<'a> Thrift<'a> {
         Ok(String::from_utf8_lossy(self.take(length)?).into_owned())
     }
 
-    /// Calls `read` for every field of a struct with its id and type; it says whether it read the value.
-    pub fn fields(&mut self, mut read: impl FnMut(&mut Self, i64, Kind) -> Result<bool>) -> Result<()> {
+    /// A struct: calls `read` for every field, known by its id and type, to put it into the result. What it leaves unread is skipped.
+    pub fn record<T: Default>(&mut self, mut read: impl FnMut(&mut Self, &mut T, (i64, Kind)) -> Result<()>) -> Result<T> {
+        let mut record = T::default();
+        self.fields(|thrift, field| read(thrift, &mut record, field))?;
+        Ok(record)
+    }
+
+    /// The same for a struct whose fields go elsewhere.
+    pub fn fields(&mut self, mut read: impl FnMut(&mut Self, (i64, Kind)) -> Result<()>) -> Result<()> {
         let mut id = 0;
         while let Some(kind) = self.field(&mut id)? {
-            if !read(self, id, kind)? {
+            let before = self.at;
+            read(self, (id, kind))?;
+            // Every value takes a byte or more, but for truth values, which there is nothing to skip of.
+            if self.at == before {
                 self.skip(kind, MAX_DEPTH)?;
             }
         }

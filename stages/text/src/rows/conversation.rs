@@ -1,7 +1,7 @@
 use serde_json::{Map, Value};
 
-use super::turns::{alpaca_prompt, content_text, field_names, messages, object, text_field, with_system};
-use crate::Message;
+use super::turns::{alpaca_prompt, content_text, context, field_names, messages, object, text_field, with_system};
+use crate::{ChatContext, Message};
 
 /// A conversation to learn from.
 #[derive(Debug, Clone, PartialEq)]
@@ -10,6 +10,8 @@ pub struct Conversation {
     pub format: &'static str,
     /// Its turns; at least one is the assistant's and not empty.
     pub messages: Vec<Message>,
+    /// What comes with them.
+    pub context: ChatContext,
 }
 
 /// Reads a row in the format that its fields show:
@@ -21,15 +23,16 @@ pub struct Conversation {
 /// | `alpaca` | `instruction`, `input`, `output`, `system`, `history`: [[question, answer]] |
 /// | `prompt_completion` | `prompt` and `completion` (or `response`), text or messages |
 /// | `question_answer` | `question` and `answer` |
+///
+/// Beside any of them may stand what templates are given with the turns: `tools`, `documents` and `chat_template_kwargs`.
 pub fn conversation(row: &Value) -> Result<Conversation, String> {
     let row = object(row)?;
     let (format, messages) = turns(row)?;
-    let answered =
-        messages.iter().any(|message| message.is_assistant() && (!message.content.trim().is_empty() || !message.extra.is_empty()));
+    let answered = messages.iter().any(|message| message.is_assistant() && message.says_something());
     match (messages.is_empty(), answered) {
         (true, _) => Err("the conversation is empty".into()),
         (false, false) => Err("no assistant turn with content".into()),
-        (false, true) => Ok(Conversation { format, messages }),
+        (false, true) => Ok(Conversation { format, messages, context: context(row)? }),
     }
 }
 
@@ -99,12 +102,19 @@ mod tests {
         let row = json!({"messages": [
             {"role": "developer", "content": "S"},
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-            {"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]},
+            {"role": "assistant", "content": null, "name": null, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}]},
             {"role": "tool", "content": "r", "tool_call_id": "1"},
-            {"role": "assistant", "content": "done"},
-        ]});
+            {"role": "assistant", "content": "done", "reasoning": "e\u{301}"},
+        ], "tools": "[{\"name\": \"f\"}]", "documents": null, "chat_template_kwargs": {"enable_thinking": false}});
         let read = conversation(&row).unwrap();
-        assert_eq!(read.messages[2].extra["tool_calls"], json!([{"id": "1"}]));
+        let call = json!({"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}});
+        assert_eq!(Value::Object(read.messages[2].extra.clone()), json!({"tool_calls": [call]}));
+        assert_eq!(
+            Value::Object(read.messages[4].extra.clone()),
+            json!({"reasoning": "e\u{301}", "reasoning_content": "\u{e9}", "thinking": "\u{e9}"})
+        );
+        assert_eq!((read.context.tools, read.context.documents), (vec![json!({"name": "f"})], Vec::new()));
+        assert_eq!(read.context.variables["enable_thinking"], json!(false));
         let expected = [("system", "S"), ("user", "ab"), ("assistant", ""), ("tool", "r"), ("assistant", "done")];
         assert_eq!(pairs(row), ("messages", expected.map(|(role, content)| turn(role, content)).to_vec()));
         let image = json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]});
@@ -112,6 +122,37 @@ mod tests {
         assert!(conversation(&json!({"messages": [{"role": "user"}]})).unwrap_err().contains("no `content`"));
         assert!(conversation(&json!({"messages": [{"role": "user", "content": "x"}]})).unwrap_err().contains("no assistant turn"));
         assert!(conversation(&json!({"messages": []})).unwrap_err().contains("empty"));
+    }
+
+    #[test]
+    fn calls_of_tools() {
+        let calling = |assistant: Value| conversation(&json!({"messages": [{"role": "user", "content": "q"}, assistant]}));
+        let calls = |assistant: Value| calling(assistant).unwrap().messages[1].extra["tool_calls"].clone();
+        let expected = json!([{"type": "function", "function": {"name": "f", "arguments": {}}}]);
+        assert_eq!(calls(json!({"role": "assistant", "tool_calls": [{"name": "f", "arguments": ""}]})), expected);
+        assert_eq!(calls(json!({"role": "assistant", "content": "", "function_call": {"name": "f"}})), expected);
+        assert_eq!(calls(json!({"from": "function_call", "value": "{\"name\": \"f\", \"arguments\": {}}"})), expected);
+        let said = calling(json!({"from": "function_call", "value": "not JSON"})).unwrap();
+        assert_eq!((said.messages[1].content.as_str(), said.messages[1].extra.len()), ("not JSON", 0));
+        for (call, wrong) in [
+            (json!([{"function": {"arguments": {}}}]), "no `name`"),
+            (json!([{"function": {"name": "f", "arguments": "{"}}]), "`arguments`"),
+            (json!([{"function": 3}]), "`function`"),
+            (json!({"name": "f"}), "expected an array"),
+        ] {
+            let reason = calling(json!({"role": "assistant", "tool_calls": call})).unwrap_err();
+            assert!(reason.contains(wrong), "{reason}");
+        }
+        // Empty lists are no calls.
+        assert!(calling(json!({"role": "assistant", "content": "", "tool_calls": []})).unwrap_err().contains("no assistant turn"));
+        let tool = json!({"messages": [{"role": "tool", "content": {"a": [1]}}, {"role": "assistant", "content": "x"}], "functions": [{"name": "f"}]});
+        let read = conversation(&tool).unwrap();
+        assert_eq!(read.messages[0].content, "{\"a\": [1]}");
+        assert_eq!(read.context.tools, [json!({"type": "function", "function": {"name": "f"}})]);
+        for (tools, wrong) in [(json!("x"), "not JSON"), (json!({"a": 1}), "an object"), (json!([1]), "a number")] {
+            let row = json!({"prompt": "q", "completion": "a", "tools": tools});
+            assert!(conversation(&row).unwrap_err().contains(wrong));
+        }
     }
 
     #[test]

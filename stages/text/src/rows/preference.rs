@@ -4,9 +4,9 @@ use serde_json::{Map, Value};
 
 use super::{
     transcript::{is_transcript, turns as transcript_turns},
-    turns::{alpaca_prompt, content_text, field_names, message, messages, object, with_system},
+    turns::{alpaca_prompt, content_text, context, field_names, message, messages, object, with_system},
 };
-use crate::{Message, documents::kind_of};
+use crate::{ChatContext, Message, documents::kind_of};
 
 /// A prompt with answers.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +15,8 @@ pub struct Preference {
     pub format: &'static str,
     /// What is answered.
     pub prompt: Vec<Message>,
+    /// What comes with it: `tools`, `documents`, `chat_template_kwargs`.
+    pub context: ChatContext,
     /// At least two different answers, best first.
     pub answers: Vec<Message>,
     /// By how much the first answer is better than the second, where the row says so.
@@ -42,13 +44,13 @@ pub fn preference(row: &Value) -> Result<Preference, String> {
     if prompt.is_empty() {
         return Err("the prompt is empty".into());
     }
-    if answers.iter().any(|answer| answer.content.trim().is_empty() && answer.extra.is_empty()) {
+    if answers.iter().any(|answer| !answer.says_something()) {
         return Err("an answer is empty".into());
     }
     if answers.windows(2).any(|pair| pair[0] == pair[1]) {
         return Err("two answers are the same".into());
     }
-    Ok(Preference { format, prompt: with_system(row, prompt)?, answers, margin: margin(row)? })
+    Ok(Preference { format, prompt: with_system(row, prompt)?, context: context(row)?, answers, margin: margin(row)? })
 }
 
 type Parts = (&'static str, Vec<Message>, Vec<Message>);
@@ -185,7 +187,8 @@ mod tests {
 
     fn expected(format: &'static str, prompt: &[(&str, &str)], answers: &[&str], margin: Option<f32>) -> Preference {
         let prompt = prompt.iter().map(|(role, content)| Message::new(*role, *content)).collect();
-        Preference { format, prompt, answers: answers.iter().map(|answer| Message::assistant(*answer)).collect(), margin }
+        let answers = answers.iter().map(|answer| Message::assistant(*answer)).collect();
+        Preference { format, prompt, context: ChatContext::default(), answers, margin }
     }
 
     #[test]
@@ -213,6 +216,10 @@ mod tests {
         assert_eq!(preference(&json!({"chosen": [user, good], "rejected": [user, bad]})), Ok(pair.clone()));
         assert_eq!(preference(&json!({"prompt": "q", "chosen": [user, good], "rejected": [user, bad]})), Ok(pair.clone()));
         assert_eq!(preference(&json!({"prompt": [user], "chosen": [good], "rejected": [bad]})), Ok(pair));
+        let call = json!({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]});
+        let read = preference(&json!({"chosen": [user, call], "rejected": [user, bad], "tools": [{"name": "f"}]})).unwrap();
+        assert_eq!(read.answers[0].extra["tool_calls"], json!([{"function": {"name": "f", "arguments": {}}}]));
+        assert_eq!(read.context.tools, [json!({"name": "f"})]);
         let other = preference(&json!({"prompt": "other", "chosen": [user, good], "rejected": [user, bad]}));
         assert!(other.unwrap_err().contains("not how `chosen` and `rejected` begin"));
         let late = preference(&json!({"chosen": [user, good, user, good], "rejected": [user, bad, user, bad]}));

@@ -2,9 +2,9 @@ use serde_json::{Map, Value};
 
 use super::{
     preference::{preference, prompt_of},
-    turns::{content_text, field_names, normal, object, with_system},
+    turns::{content_text, context, field_names, normal, object, with_system},
 };
-use crate::{Message, documents::kind_of};
+use crate::{ChatContext, Message, documents::kind_of};
 
 /// Something to answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -13,6 +13,8 @@ pub struct Prompt {
     pub format: &'static str,
     /// The turns, up to where the assistant is to speak.
     pub messages: Vec<Message>,
+    /// What comes with them: `tools`, `documents`, `chat_template_kwargs`.
+    pub context: ChatContext,
     /// The right answer, where the row has one.
     pub answer: Option<String>,
 }
@@ -50,14 +52,17 @@ pub fn prompt(row: &Value, fields: &PromptFields) -> Result<Prompt, String> {
     if !messages.iter().any(|message| message.role == "user" && !message.content.trim().is_empty()) {
         return Err("no user turn with content".into());
     }
-    Ok(Prompt { format, messages, answer: answer(row, fields)? })
+    Ok(Prompt { format, messages, context: context(row)?, answer: answer(row, fields)? })
 }
 
 /// A line of plain text: one user turn.
 pub fn text_prompt(text: &str) -> Result<Prompt, String> {
     match text.trim() {
         "" => Err("the prompt is empty".into()),
-        text => Ok(Prompt { format: "text", messages: vec![Message::user(normal(text))], answer: None }),
+        text => {
+            let messages = vec![Message::user(normal(text))];
+            Ok(Prompt { format: "text", messages, context: ChatContext::default(), answer: None })
+        }
     }
 }
 
@@ -103,7 +108,7 @@ mod tests {
 
     fn expected(format: &'static str, messages: &[(&str, &str)], answer: Option<&str>) -> Result<Prompt, String> {
         let messages = messages.iter().map(|(role, content)| Message::new(*role, *content)).collect();
-        Ok(Prompt { format, messages, answer: answer.map(str::to_owned) })
+        Ok(Prompt { format, messages, context: ChatContext::default(), answer: answer.map(str::to_owned) })
     }
 
     #[test]

@@ -1,11 +1,8 @@
 //! Data files of every format: what is read of them, and what is said of those that are damaged.
 
-use std::{collections::BTreeMap, fs, io::Write, path::PathBuf, sync::Mutex};
+use std::{fs, io::Write, ops::Deref, path::Path};
 
-use rlflow_api::{
-    Artifact, ArtifactType, CancelToken, DataFile, Digest, Input, MemoStore, Placement, Reporter, RunContext, Snapshots, StageError,
-    StageEvent, StageResult, Store,
-};
+use rlflow_api::{ArtifactType, DataFile, RunContext, StageError, testing};
 use rlflow_text::{
     BpeOptions, ChatTemplate, ChatTokenizer, CorpusOptions, CorpusSource, Flow, RowCounts, RowError, RowSettings, Split, TextDataset,
     TextSplit, TokenizerConfig, TokenizerOptions, UsableRow, build_corpus, complete_tokenizer, convert_rows, question_digest,
@@ -13,45 +10,24 @@ use rlflow_text::{
 };
 use serde_json::{Value, json};
 
-/// Keeps warnings.
-#[derive(Default)]
-struct Warnings(Mutex<Vec<String>>);
-
-impl Reporter for Warnings {
-    fn report(&self, event: StageEvent) {
-        if let StageEvent::Warning { text } = event {
-            self.0.lock().unwrap().push(text);
-        }
-    }
-}
-
-struct NoMemos;
-
-impl MemoStore for NoMemos {
-    fn get(&self, _: &Value) -> StageResult<Option<Artifact>> {
-        Ok(None)
-    }
-
-    fn put(&self, _: &Value, _: &Artifact) -> StageResult<()> {
-        Ok(())
-    }
-}
-
 /// A folder with data files.
 struct Bench {
-    folder: tempfile::TempDir,
-    warnings: Warnings,
+    _folder: tempfile::TempDir,
+    bench: testing::Bench,
+}
+
+impl Deref for Bench {
+    type Target = testing::Bench;
+
+    fn deref(&self) -> &testing::Bench {
+        &self.bench
+    }
 }
 
 impl Bench {
     fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), warnings: Warnings::default() }
-    }
-
-    fn write(&self, name: &str, content: impl AsRef<[u8]>) -> DataFile {
-        let path = self.folder.path().join(name);
-        fs::write(&path, &content).unwrap();
-        DataFile { name: name.into(), path, digest: Digest::of(content.as_ref()), size_bytes: content.as_ref().len() as u64 }
+        let folder = tempfile::tempdir().unwrap();
+        Self { bench: testing::Bench::new(folder.path()).unwrap(), _folder: folder }
     }
 
     fn rows(&self, name: &str, content: impl AsRef<[u8]>) -> Result<Vec<(u64, Value)>, Told> {
@@ -69,27 +45,15 @@ impl Bench {
     }
 
     fn with_context<T>(&self, files: &[Vec<DataFile>], work: impl FnOnce(&RunContext<'_>) -> T) -> T {
-        let store = Store::open(&self.folder.path().join("store")).unwrap();
-        let mut tokenizer = store.artifact(ArtifactType::Tokenizer.name());
+        let mut tokenizer = self.store.artifact(ArtifactType::Tokenizer.name());
         tokenizer.put("note", b"only its stage's name matters here").unwrap();
-        let (stage, kind, artifact) = ("words".into(), "tokenizer".into(), tokenizer.publish().unwrap());
-        let input = Input { stage, kind, artifact, settings: json!({}), placement: Placement::default() };
-        work(&RunContext {
-            stage: "test",
-            store: &store,
-            seed: 1,
-            inputs: &BTreeMap::from([("tokenizer".to_owned(), vec![input])]),
-            files,
-            placement: &Placement::default(),
-            snapshots: &Snapshots::new(store.snapshots(Digest::of(b"test")), Vec::new()),
-            reporter: &self.warnings,
-            cancel: &CancelToken::default(),
-            memos: &NoMemos,
-        })
+        self.bench.with_context("test", 1, &[("tokenizer", &tokenizer.publish().unwrap())], files, work)
     }
 
     fn warnings(&self) -> Vec<String> {
-        std::mem::take(&mut self.warnings.0.lock().unwrap())
+        let warnings = self.bench.warnings();
+        self.take_events();
+        warnings
     }
 
     /// Reads prompts as the stage does, with a tokenizer of this chat template. Returns the prompts of both splits.
@@ -157,9 +121,7 @@ fn zst(content: &[u8]) -> Vec<u8> {
 }
 
 fn fixture(name: &str) -> DataFile {
-    let path = PathBuf::from("tests/parquet").join(name);
-    let content = fs::read(&path).unwrap();
-    DataFile { name: name.into(), path, digest: Digest::of(&content), size_bytes: content.len() as u64 }
+    testing::data_file(&Path::new("tests/parquet").join(name))
 }
 
 fn values(rows: Vec<(u64, Value)>) -> Vec<Value> {
@@ -434,8 +396,8 @@ fn a_template_that_cannot_be_rendered_is_told_before_any_row() {
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "line 1 of the template"),
     ] {
         let told = bench.prompts(settings.clone(), &files, Some(template)).unwrap_err();
-        assert!(told.text.starts_with("the chat template of `words` cannot be used: ") && told.text.contains(reason), "{told:?}");
-        assert!(told.text.contains("| mend the chat template that comes with `words`") && !told.text.contains("a.jsonl"), "{told:?}");
+        assert!(told.text.starts_with("the chat template of `tokenizer` cannot be used: ") && told.text.contains(reason), "{told:?}");
+        assert!(told.text.contains("| mend the chat template that comes with `tokenizer`") && !told.text.contains("a.jsonl"), "{told:?}");
         assert!(ChatTemplate::check(template).unwrap_err().to_string().contains(reason), "{template}");
     }
     assert!(ChatTemplate::check("a\n{% for %}").unwrap_err().to_string().contains("line 2 of the template: `{% for %}`"));
@@ -453,7 +415,7 @@ fn a_template_that_cannot_be_rendered_is_told_before_any_row() {
     let files = [vec![bench.write("b.jsonl", "{\"prompt\": \"a long question\"}\n{\"prompt\": \"another one\"}\n")]];
     let short = "{% if messages[-1].content | length > 9 %}{{ raise_exception('Too long') }}{% endif %}{{ messages[-1].content }}";
     let told = bench.prompts(settings.clone(), &files, Some(short)).unwrap_err();
-    assert!(told.text.starts_with("the chat template of `words` refuses all of 2 rows: Too long (line 1"), "{told:?}");
+    assert!(told.text.starts_with("the chat template of `tokenizer` refuses all of 2 rows: Too long (line 1"), "{told:?}");
     // Where it takes some, the others are unusable rows.
     let files = [vec![bench.write("b.jsonl", "{\"prompt\": \"a long question\"}\n{\"prompt\": \"short\"}\n")]];
     let (counts, _) = bench.prompts(settings, &files, Some(short)).unwrap();

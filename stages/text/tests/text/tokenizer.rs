@@ -92,7 +92,7 @@ fn names_of_special_tokens_in_a_text_are_text() {
     let ids = tokenizer.encode(text);
     assert!(!ids.contains(&0) && !ids.contains(&2), "a document must not be able to end itself");
     assert_eq!(tokenizer.decode(&ids), text);
-    assert_eq!(tokenizer.encode_with_special(text).iter().filter(|id| [0, 2].contains(*id)).count(), 2);
+    assert_eq!(tokenizer.encode_with_special(text).unwrap().iter().filter(|id| [0, 2].contains(*id)).count(), 2);
 
     // Nor can a message: only the two turns that were really made end.
     let quoting = [Message::user("say <|im_end|> and <|im_start|>system"), Message::assistant("<|im_end|>")];
@@ -198,55 +198,6 @@ fn a_template_may_refuse() {
     assert_eq!(tokenizer.encode_conversation(&chat()[..2]), Err(TextError::NoAssistantTurn));
     let reserved = [Message::user("\u{FDD0}"), Message::assistant("x")];
     assert_eq!(tokenizer.encode_conversation(&reserved), Err(TextError::Reserved { code: 0xFDD0 }));
-}
-
-/// What transformers' environment offers and published templates use. Expected texts, the date apart, were printed by `chat_templates.py`.
-#[test]
-fn dialect_of_hugging_face() {
-    let render = |source: &str| {
-        let template = ChatTemplate::new(source, vec![("bos_token".into(), "<s>".into())]).unwrap();
-        template.render(&chat(), true).unwrap().text
-    };
-    assert_eq!(render("{{ bos_token }}{% if tools is not none and tools %}T{% endif %}{{ documents is none }}"), "<s>True");
-    assert_eq!(render("{{ messages[1] | tojson }}"), r#"{"role": "user", "content": "Hello"}"#);
-    assert_eq!(render("{{ {'a': '<é>', 'b': [1, true]} | tojson }}"), r#"{"a": "<é>", "b": [1, true]}"#);
-    assert_eq!(render("{{ [1, 2] | tojson(indent=2) }}"), "[\n  1,\n  2\n]");
-    assert_eq!(
-        render(
-            "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{% if loop.index0 > 2 %}{% break %}{% endif %}{{ m.role }},{% endfor %}"
-        ),
-        "system,assistant,"
-    );
-    assert_eq!(render("{{ ' x '.strip() }}{{ 'a,b'.split(',')[-1] }}{{ 'AbC'.lower() }}{{ 'abc'.startswith('ab') }}"), "xbabcTrue");
-    assert_eq!(
-        render("{{ messages[0]['content'] | trim }}{{ messages | length }}{{ messages[1:] | map(attribute='role') | list | length }}"),
-        "Be brief54"
-    );
-    assert_eq!(render("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"), "5");
-    assert_eq!(
-        render("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(1) }}{{ messages[0].content is string }}{{ messages[0].x is defined }}"),
-        "[1]TrueFalse"
-    );
-    // trim_blocks and lstrip_blocks.
-    assert_eq!(render("a\n  {% if true %}\nb\n  {% endif %}\nc"), "a\nb\nc");
-    assert_eq!(
-        render("{{ messages[0].nothing }}|{{ nothing }}|{{ none }}|{{ 1.0 }}|{{ [1, 'a', none, true] }}|{{ {'k': 'v'} }}"),
-        "||None|1.0|[1, 'a', None, True]|{'k': 'v'}"
-    );
-    assert_eq!(
-        render("{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ m.content.replace('l', 'L') }}{% endfor %}"),
-        "1HeLLo212 + 30?"
-    );
-    assert_eq!(
-        render("{{ messages[-1].content.strip().split('4') | last }}{{ 'x' ~ 1 }}{{ 'a' in 'abc' }}{{ 'role' in messages[0] }}"),
-        "2x1TrueTrue"
-    );
-    assert_eq!(
-        render("{%- for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{{ messages[0].get('nope', 'd') }}"),
-        "role=system;content=Be brief;d"
-    );
-    // A day that never changes: a result must not depend on when it was made.
-    assert_eq!(render("{{ strftime_now('%d %b %Y') }}"), "26 Jul 2024");
 }
 
 #[test]
@@ -361,4 +312,103 @@ fn streams_hold_back_incomplete_characters() {
     let mut stream = tokenizer.decode_stream();
     assert_eq!(stream.push(ids[1]), "");
     assert_eq!(stream.finish(), "\u{FFFD}");
+}
+
+/// WordPiece, Unigram and BPE with the normalizers, splits and decoders that published models have, against the libraries
+/// tokenizers and transformers (`tests/fixtures/make/tokenizers_of_all_kinds.py`).
+#[test]
+fn tokenizers_of_every_kind() {
+    let mut lines = String::new();
+    let packed = std::fs::read("../../tests/fixtures/tokenizers.jsonl.gz").unwrap();
+    std::io::Read::read_to_string(&mut flate2::read::GzDecoder::new(packed.as_slice()), &mut lines).unwrap();
+    let mut names = Vec::new();
+    for line in lines.lines().skip(1) {
+        let recorded: serde_json::Value = serde_json::from_str(line).unwrap();
+        let name = recorded["name"].as_str().unwrap().to_owned();
+        let ids = |value: &serde_json::Value| serde_json::from_value::<Vec<u32>>(value.clone()).unwrap();
+        let json = recorded["tokenizer"].as_str().unwrap().as_bytes();
+        let config = recorded["config"].to_string();
+        let tokenizer = ChatTokenizer::from_json(json, config.as_bytes()).unwrap();
+        let end = tokenizer.document_end_id();
+        for text in recorded["texts"].as_array().unwrap() {
+            let (given, expected) = (text["given"].as_str().unwrap(), ids(&text["ids"]));
+            assert_eq!(tokenizer.encode(given), expected, "{name}: {given:?}");
+            assert_eq!(tokenizer.encode_document(given), [ids(&text["start"]), expected.clone(), vec![end]].concat(), "{name}");
+            assert_eq!(tokenizer.decode_all(&expected), text["text"].as_str().unwrap(), "{name}");
+            let mut stream = tokenizer.decode_stream();
+            let streamed: String = expected.iter().map(|id| stream.push(*id)).collect::<String>() + &stream.finish();
+            assert_eq!(streamed, tokenizer.decode(&expected), "{name}");
+        }
+        for chat in recorded["chats"].as_array().unwrap() {
+            let messages: Vec<Message> = serde_json::from_value(chat["messages"].clone()).unwrap();
+            let row = tokenizer.encode_conversation(&messages).unwrap();
+            assert_eq!(row.ids, ids(&chat["ids"]), "{name}: {messages:?}");
+            let ranges: Vec<(usize, usize)> = serde_json::from_value(chat["ranges"].clone()).unwrap();
+            let counted = |at: usize| ranges.iter().any(|(start, end)| (*start..*end).contains(&at));
+            assert_eq!(row.mask, (0..row.ids.len()).map(counted).collect::<Vec<_>>(), "{name}: {messages:?}");
+            // The prompt is what generation starts from, and both together say what the conversation says.
+            let (answer, before) = messages.split_last().unwrap();
+            let (prompt, answer_ids) = tokenizer.encode_answer(before, answer).unwrap();
+            assert_eq!(prompt, tokenizer.encode_prompt(before).unwrap(), "{name}");
+            assert_eq!(tokenizer.decode_all(&[prompt, answer_ids].concat()), tokenizer.decode_all(&row.ids), "{name}: {messages:?}");
+        }
+        // Nobody but the template ends a turn, also where the model knows the token as an ordinary piece.
+        let eos = tokenizer.eos_id();
+        let quoting = format!("a {} b", tokenizer.token(eos));
+        let row = tokenizer.encode_conversation(&[Message::user(&quoting), Message::assistant(&quoting)]).unwrap();
+        assert_eq!(row.ids.iter().filter(|id| **id == eos).count(), 1, "{name}: {:?}", tokenizer.decode_all(&row.ids));
+        assert_eq!(row.ids.last(), Some(&eos), "{name}");
+        assert!(!tokenizer.encode(&quoting).contains(&eos), "{name}");
+        names.push(name);
+    }
+    assert_eq!(names, ["wordpiece", "unigram", "llama2", "llama2_first", "llama3", "gpt2", "clip"]);
+}
+
+#[test]
+fn special_names_are_text_wherever_they_stand() {
+    let tokenizer = templated(
+        &CHATML.replace("{{- message.content +", "{{- message.content + message.tool_calls|default([])|tojson(ensure_ascii=true) +"),
+    );
+    let calls = serde_json::json!([{"function": {"name": "f", "arguments": {"<|im_start|>": ["<|im_end|>", 1]}}}]);
+    let row = tokenizer.encode_conversation(&[Message::user("q"), Message::assistant("").with("tool_calls", calls)]).unwrap();
+    let turns = ["<|im_start|>", "<|im_end|>"].map(|name| tokenizer.token_to_id(name).unwrap());
+    assert_eq!(row.ids.iter().filter(|id| turns.contains(id)).count(), 4);
+    assert!(tokenizer.decode_all(&row.ids).ends_with(r#""arguments": {"<|im_start|>": ["<|im_end|>", 1]}}}]<|im_end|>"#));
+    let hidden = Message::assistant("x").with("note", serde_json::json!({"a\u{FDD3}": 1}));
+    assert_eq!(tokenizer.encode_conversation(&[hidden]), Err(TextError::Reserved { code: 0xFDD3 }));
+}
+
+#[test]
+fn templates_by_name_and_bos_as_the_config_says() {
+    let bare =
+        train_bpe(TEXTS.iter().copied(), &BpeOptions { special_tokens: vec!["</s>".into(), "<s>".into(), "<pad>".into()], ..options() })
+            .unwrap();
+    let config = |more: &str| format!(r#"{{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"{more}}}"#);
+    let load = |more: &str| ChatTokenizer::from_json(&bare, config(more).as_bytes());
+    let named =
+        r#", "chat_template": [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with {{ tools|length }}"}]"#;
+    for templates in [named, r#", "chat_template": {"default": "plain", "tool_use": "with {{ tools|length }}"}"#] {
+        let tokenizer = load(templates).unwrap();
+        let context = rlflow_text::ChatContext { tools: vec![serde_json::json!({"name": "f"})], ..Default::default() };
+        assert_eq!(tokenizer.render(&chat(), false).unwrap(), "plain");
+        assert_eq!(tokenizer.render(rlflow_text::Chat::new(&chat(), &context), false).unwrap(), "with 1");
+    }
+    let error = load(r#", "chat_template": [{"name": "rag", "template": "x"}]"#).err().unwrap().to_string();
+    assert!(error.contains("`default`") && error.contains("rag"), "{error}");
+    let ids = |more: &str| load(more).unwrap().encode_document("a");
+    let plain = ids("");
+    assert_eq!(ids(r#", "add_bos_token": true"#), [vec![1], plain.clone()].concat());
+    assert_eq!(ids(r#", "add_bos_token": false"#), plain);
+
+    // A directory's files: what stands in `chat_template.jinja` wins, and the map of special tokens fills gaps.
+    let files: [(&str, &[u8]); 4] = [
+        ("tokenizer_config.json", br#"{"eos_token": "</s>", "chat_template": "old"}"#),
+        ("special_tokens_map.json", br#"{"eos_token": "<s>", "pad_token": {"content": "<pad>"}}"#),
+        ("chat_template.jinja", b"new"),
+        ("additional_chat_templates/tool_use.jinja", b"tools"),
+    ];
+    let config = TokenizerConfig::of_files(files).unwrap();
+    assert_eq!((config.eos_token(), config.pad_token()), (Some("</s>"), Some("<pad>")));
+    assert_eq!((config.chat_template().unwrap(), config.tools_template()), (Some("new"), Some("tools")));
+    assert!(TokenizerConfig::of_files([("chat_template.jinja", &b"\xff"[..])]).unwrap_err().to_string().contains("chat_template.jinja"));
 }
