@@ -181,6 +181,55 @@ fn results_can_be_looked_at() {
     assert!(stdout(&world.rlflow(&["completions", "bash"])).contains("rlflow"));
 }
 
+/// Rows of data sets as the model sees them: calls of tools included, what counts in the loss between marks.
+#[test]
+fn show_tells_what_counts() {
+    let world = World::new();
+    let stages = "\n[stage.chats]\nkind = \"instructions\"\ninputs = { tokenizer = \"tokenizer\" }\nsources = [{ path = \"chats.jsonl\" }]\nheldout = 0\n\
+                  [stage.pairs]\nkind = \"preferences\"\ninputs = { tokenizer = \"tokenizer\" }\nsources = [{ path = \"pairs.csv\" }]\nheldout = 0\n\
+                  [stage.asks]\nkind = \"prompts\"\ninputs = { tokenizer = \"tokenizer\" }\nsources = [{ path = \"asks.txt\" }]\nheldout = 0\n";
+    let template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}\
+                    {% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}{{ '<|im_end|>' }}{% endgeneration %}{% else %}\
+                    {{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    fs::write(world.path("chat.jinja"), template).unwrap();
+    let special = "chat_template_file = \"chat.jinja\"\nspecial_tokens = [\"<|im_start|>\"]\n";
+    fs::write(world.path("flow.toml"), format!("{WORKFLOW}{special}{stages}")).unwrap();
+    let call = r#"{"type": "function", "function": {"name": "add", "arguments": "{\"a\": 1}"}}"#;
+    let row = format!(
+        r#"{{"messages": [{{"role": "user", "content": "Sum?\u001b[2J"}}, {{"role": "assistant", "content": null, "tool_calls": [{call}]}},
+        {{"role": "tool", "content": "3"}}, {{"role": "assistant", "content": "Three"}}]}}"#
+    );
+    fs::write(world.path("chats.jsonl"), row.replace('\n', " ")).unwrap();
+    fs::write(world.path("pairs.csv"), "prompt,chosen,rejected,margin\nHi,Hello,No,0.5\n").unwrap();
+    fs::write(world.path("asks.txt"), "Who?\n").unwrap();
+    let output = world.rlflow(&["run", "flow.toml", "-q"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+
+    let chats = stdout(&world.rlflow(&["show", "flow.toml", "chats"]));
+    let call = "⟦{\"name\": \"add\", \"arguments\": {\"a\": 1}}<|im_end|>⟧";
+    let expected = format!(
+        "       <|im_start|>user\n       Sum?␛[2J<|im_end|><|im_start|>assistant\n       {call}<|im_start|>tool\n       \
+         3<|im_end|><|im_start|>assistant\n       ⟦Three<|im_end|>⟧\n"
+    );
+    assert!(chats.contains(&expected) && !chats.contains('\u{1b}'), "{chats}");
+    let chats = &world.json(&["show", "flow.toml", "chats", "--json"])["artifacts"]["conversations"]["rows"][0]["parts"][0];
+    let list = |name: &str| chats[name].as_array().unwrap().clone();
+    let (tokens, ids, counted) = (list("tokens"), list("ids"), list("counted"));
+    assert!(tokens.len() == ids.len() && ids.len() == counted.len() && tokens[0] == "<|im_start|>");
+    assert_eq!(counted.iter().zip(&tokens).rfind(|(counts, _)| **counts == true).unwrap().1, "<|im_end|>");
+    assert_eq!(chats["name"], "conversation");
+
+    let pairs = &world.json(&["show", "flow.toml", "pairs", "--json"])["artifacts"]["preferences"]["rows"][0];
+    let part = |at: usize| (pairs["parts"][at]["name"].as_str().unwrap(), pairs["parts"][at]["text"].as_str().unwrap());
+    assert_eq!(part(0), ("prompt", "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n"));
+    assert_eq!((part(1), part(2), &pairs["margin"]), (("chosen", "Hello<|im_end|>"), ("rejected", "No<|im_end|>"), &0.5.into()));
+    assert_eq!(pairs["parts"][0]["counted"][0], false);
+    let asks = stdout(&world.rlflow(&["show", "flow.toml", "asks"]));
+    assert!(asks.contains("1. train\n     prompt, ") && asks.contains("Who?<|im_end|>") && !asks.contains('⟦'), "{asks}");
+    let corpus = stdout(&world.rlflow(&["show", "flow.toml", "corpus", "-n", "1"]));
+    assert!(corpus.contains("1. train\n     document\n       Line "), "{corpus}");
+}
+
 #[test]
 fn the_store_can_be_elsewhere() {
     let world = World::new();

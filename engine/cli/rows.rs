@@ -53,7 +53,8 @@ impl Rows {
         let mut out = format!("\n  rows as the model sees them{legend}:\n");
         for (at, row) in rows.iter().enumerate() {
             let margin = row.margin.map(|margin| format!(", margin {margin}")).unwrap_or_default();
-            let answer = row.answer.as_ref().map(|answer| format!(", answer: {}", rlflow_engine::text::clip(answer, 80))).unwrap_or_default();
+            let answer =
+                row.answer.as_ref().map(|answer| format!(", answer: {}", rlflow_engine::text::clip(answer, 80))).unwrap_or_default();
             out += &format!("  {}. {}{margin}{answer}\n", at + 1, row.split);
             row.parts.iter().for_each(|part| out += &shown(part, [begin, end]));
         }

@@ -1,85 +1,36 @@
 //! The kinds that read data: from files to typed artifacts.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    io::Write,
-    path::{Path, PathBuf},
-    sync::Mutex,
-};
+use std::{collections::BTreeMap, fs, io::Write, ops::Deref, path::PathBuf};
 
-use rlflow_api::{
-    Artifact, CancelToken, DataFile, DescribeContext, Digest, Input, Kind, MemoStore, Placement, Reporter, RunContext, Snapshots,
-    StageError, StageEvent, StageResult, Store, StoreError,
-};
+use rlflow_api::{Artifact, DataFile, DescribeContext, Digest, Kind, RunContext, StageError, StageEvent, StageResult, StoreError, testing};
 use rlflow_text::{
     ChatTokenizer, ConversationDataset, PreferenceDataset, PromptDataset, Split, TextDataset, TokenDataset, tokenize_corpus,
 };
 use serde_json::{Value, json};
 
-/// Keeps what a stage reports.
-#[derive(Default)]
-struct Record(Mutex<Vec<StageEvent>>);
-
-impl Reporter for Record {
-    fn report(&self, event: StageEvent) {
-        self.0.lock().unwrap().push(event);
-    }
-}
-
-/// Keeps intermediate results, and how often one was made.
-#[derive(Default)]
-struct Memos(Mutex<Vec<(Value, Artifact)>>);
-
-impl MemoStore for Memos {
-    fn get(&self, key: &Value) -> StageResult<Option<Artifact>> {
-        Ok(self.0.lock().unwrap().iter().find(|(known, _)| known == key).map(|(_, artifact)| artifact.clone()))
-    }
-
-    fn put(&self, key: &Value, artifact: &Artifact) -> StageResult<()> {
-        self.0.lock().unwrap().push((key.clone(), artifact.clone()));
-        Ok(())
-    }
-}
-
 /// A folder with data and a store.
 struct Bench {
-    folder: tempfile::TempDir,
-    store: Store,
-    record: Record,
-    memos: Memos,
-    cancel: CancelToken,
+    _folder: tempfile::TempDir,
+    bench: testing::Bench,
+}
+
+impl Deref for Bench {
+    type Target = testing::Bench;
+
+    fn deref(&self) -> &testing::Bench {
+        &self.bench
+    }
 }
 
 impl Bench {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(&folder.path().join("store")).unwrap();
-        Self { folder, store, record: Record::default(), memos: Memos::default(), cancel: CancelToken::default() }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
-        fs::write(self.path(name), content).unwrap();
+        Self { bench: testing::Bench::new(folder.path()).unwrap(), _folder: folder }
     }
 
     fn write_rows(&self, name: &str, rows: &[Value]) {
         let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
         self.write(name, lines.join("\n"));
-    }
-
-    fn data_file(&self, path: &Path) -> DataFile {
-        let content = fs::read(path).unwrap();
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        DataFile { name, path: path.to_owned(), digest: Digest::of(&content), size_bytes: content.len() as u64 }
-    }
-
-    fn input(&self, kind: &str, artifact: &Artifact) -> Vec<Input> {
-        let (stage, kind, artifact) = (kind.to_owned(), kind.to_owned(), artifact.clone());
-        vec![Input { stage, kind, artifact, settings: json!({}), placement: Placement::default() }]
     }
 
     fn with_context<T>(
@@ -89,21 +40,7 @@ impl Bench {
         files: &[Vec<DataFile>],
         work: impl FnOnce(&RunContext<'_>) -> T,
     ) -> T {
-        let inputs: BTreeMap<String, Vec<Input>> =
-            inputs.iter().map(|(port, artifact)| ((*port).into(), self.input(port, artifact))).collect();
-        let snapshots = Snapshots::new(self.store.snapshots(Digest::of(b"test")), Vec::new());
-        work(&RunContext {
-            stage: "test",
-            store: &self.store,
-            seed,
-            inputs: &inputs,
-            files,
-            placement: &Placement::default(),
-            snapshots: &snapshots,
-            reporter: &self.record,
-            cancel: &self.cancel,
-            memos: &self.memos,
-        })
+        self.bench.with_context("test", seed, inputs, files, work)
     }
 
     /// Runs a kind and returns its only output. Paths in its settings name files of the folder.
@@ -115,7 +52,7 @@ impl Bench {
         let stage = kind.parse(&settings).unwrap();
         assert!(kind.check(&stage).is_empty(), "{:?}", kind.check(&stage));
         let files: Vec<Vec<DataFile>> =
-            kind.data_sources(&stage).iter().map(|source| vec![self.data_file(&self.path(&source.pattern))]).collect();
+            kind.data_sources(&stage).iter().map(|source| vec![testing::data_file(&self.path(&source.pattern))]).collect();
         let outputs = self.with_context(seed, inputs, &files, |context| kind.run(&stage, context))?;
         assert_eq!(outputs.len(), 1);
         Ok(outputs.into_values().next().unwrap())
@@ -127,21 +64,11 @@ impl Bench {
 
     /// Last value of every metric since the last call.
     fn metrics(&self) -> BTreeMap<String, f64> {
-        let events = std::mem::take(&mut *self.record.0.lock().unwrap());
-        let metrics = events.into_iter().filter_map(|event| match event {
+        let metrics = self.take_events().into_iter().filter_map(|event| match event {
             StageEvent::Metrics { values, .. } => Some(values),
             _ => None,
         });
         metrics.flatten().collect()
-    }
-
-    fn warnings(&self) -> Vec<String> {
-        let events = self.record.0.lock().unwrap();
-        let text = events.iter().filter_map(|event| match event {
-            StageEvent::Warning { text } => Some(text.clone()),
-            _ => None,
-        });
-        text.collect()
     }
 
     fn tokenizer(&self) -> Artifact {
@@ -349,7 +276,7 @@ fn a_file_that_changed_after_planning_is_not_used() {
     bench.write("a.jsonl", "{\"text\": \"a\"}\n");
     let kind = kind("corpus");
     let stage = kind.parse(&json!({"sources": [{"path": "a.jsonl"}]})).unwrap();
-    let files = [vec![bench.data_file(&bench.path("a.jsonl"))]];
+    let files = [vec![testing::data_file(&bench.path("a.jsonl"))]];
     // Even where the new content is broken: that it changed explains more.
     for content in ["{\"text\": \"b\"}\n", "{\"text\": "] {
         bench.write("a.jsonl", content);
@@ -424,7 +351,7 @@ fn a_tokenised_corpus_has_every_document_with_its_end() {
     let corpus = bench.corpus(json!({"sources": [{"path": "a.txt", "epochs": 1.5}], "heldout": 0.1})).unwrap();
     let tokenise = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        bench.memos.0.lock().unwrap().clear();
+        bench.clear_memos();
         pool.install(|| bench.with_context(1, &[], &[], |context| tokenize_corpus(context, &corpus, &tokenizer)).unwrap())
     };
     let tokens = tokenise(1);
@@ -439,9 +366,9 @@ fn a_tokenised_corpus_has_every_document_with_its_end() {
         assert_eq!(ids.total_tokens(), (0..ids.len()).map(|index| ids.document(index).len() as u64).sum::<u64>());
         assert_eq!(tokens.manifest().metadata["tokens"][split.entry()], ids.total_tokens());
     }
-    assert_eq!(bench.memos.0.lock().unwrap().len(), 1);
+    assert_eq!(bench.memos(), 1);
     bench.with_context(1, &[], &[], |context| tokenize_corpus(context, &corpus, &tokenizer)).unwrap();
-    assert_eq!(bench.memos.0.lock().unwrap().len(), 1, "kept, not made again");
+    assert_eq!(bench.memos(), 1, "kept, not made again");
     assert!(TokenDataset::load(&corpus, Split::Train).is_err_and(|error| error.to_string().contains("expected `tokens`")));
 }
 

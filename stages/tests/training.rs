@@ -3,14 +3,11 @@
 
 mod fixtures;
 
-use std::{collections::BTreeMap, sync::Mutex};
+use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use fixtures::{Fixture, close, number, numbers};
-use rlflow_api::{
-    Artifact, ArtifactType, CancelToken, Digest, Input, MemoStore, ModelConfig, Placement, Reporter, RunContext, Snapshots, StageEvent,
-    StageResult, Store,
-};
+use rlflow_api::{Artifact, ArtifactType, ModelConfig, RunContext, StageEvent, testing};
 use rlflow_model::{
     CheckpointInfo, Decoder, Gradients, Head, HeadView, Optimizer, OptimizerSettings, PackedBatch, Parameters, checkpoint,
     parameters::{self, host},
@@ -28,37 +25,10 @@ const RELATIVE: f64 = 1e-4;
 const ABSOLUTE: f64 = 1e-5;
 const WEIGHTS: f64 = 2e-5;
 
-/// Keeps the metrics that a stage reports: name to one value per step.
-#[derive(Default)]
-struct Series(Mutex<BTreeMap<String, Vec<f64>>>);
-
-impl Reporter for Series {
-    fn report(&self, event: StageEvent) {
-        let StageEvent::Metrics { step, values } = event else { return };
-        let mut series = self.0.lock().unwrap();
-        for (name, value) in values.into_iter().filter(|_| step > 0) {
-            series.entry(name).or_default().push(value);
-        }
-    }
-}
-
-/// Makes everything anew.
-struct NoMemos;
-
-impl MemoStore for NoMemos {
-    fn get(&self, _: &Value) -> StageResult<Option<Artifact>> {
-        Ok(None)
-    }
-
-    fn put(&self, _: &Value, _: &Artifact) -> StageResult<()> {
-        Ok(())
-    }
-}
-
 /// A store with a fixture's rows and weights in it.
 struct Bench {
     _folder: tempfile::TempDir,
-    store: Store,
+    stage: testing::Bench,
     fixture: Fixture,
     config: ModelConfig,
 }
@@ -71,9 +41,9 @@ struct Trained {
 impl Bench {
     fn new(fixture: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(&folder.path().join("store")).unwrap();
+        let stage = testing::Bench::new(folder.path()).unwrap();
         let config = serde_json::from_value(Fixture::open("llama_tiny_gqa").json["config"].clone()).unwrap();
-        Self { _folder: folder, store, fixture: Fixture::open(fixture), config }
+        Self { _folder: folder, stage, fixture: Fixture::open(fixture), config }
     }
 
     /// A model; `weight` says which fixture and which tensor of it a weight is.
@@ -92,7 +62,7 @@ impl Bench {
     fn model<'a>(&self, artifact_type: ArtifactType, head: Head, weight: impl Fn(&str) -> (&'a Fixture, String)) -> Artifact {
         let decoder = self.decoder(head, weight);
         let info = CheckpointInfo { model: self.config.clone(), head, tokenizer: "fixture".into(), role: None };
-        let mut builder = self.store.artifact(artifact_type.name());
+        let mut builder = self.stage.store.artifact(artifact_type.name());
         checkpoint::save(&decoder, &mut builder, &info).unwrap();
         builder.publish().unwrap()
     }
@@ -113,24 +83,24 @@ impl Bench {
     }
 
     fn conversations(&self) -> Artifact {
-        let mut writer = ConversationWriter::new(&self.store).unwrap();
+        let mut writer = ConversationWriter::new(&self.stage.store).unwrap();
         for (ids, prompt_len) in self.recorded("chosen") {
             let mask = (0..ids.len()).map(|at| at >= prompt_len).collect();
             writer.push(Split::Train, &ConversationRow { ids, mask }).unwrap();
         }
-        let mut builder = self.store.artifact(ArtifactType::Conversations.name());
+        let mut builder = self.stage.store.artifact(ArtifactType::Conversations.name());
         writer.finish(&mut builder).unwrap();
         builder.publish().unwrap()
     }
 
     fn preferences(&self) -> Artifact {
-        let mut writer = PreferenceWriter::new(&self.store).unwrap();
+        let mut writer = PreferenceWriter::new(&self.stage.store).unwrap();
         for ((chosen, prompt_len), (rejected, other_len)) in self.recorded("chosen").into_iter().zip(self.recorded("rejected")) {
             assert_eq!(chosen[..prompt_len], rejected[..other_len]);
             let answers = vec![chosen[prompt_len..].to_vec(), rejected[prompt_len..].to_vec()];
             writer.push(Split::Train, &PreferenceRow { prompt: chosen[..prompt_len].to_vec(), answers, margin: None }).unwrap();
         }
-        let mut builder = self.store.artifact(ArtifactType::Preferences.name());
+        let mut builder = self.stage.store.artifact(ArtifactType::Preferences.name());
         writer.finish(&mut builder).unwrap();
         builder.publish().unwrap()
     }
@@ -145,25 +115,16 @@ impl Bench {
         let kind = rlflow_stages::kinds().into_iter().find(|known| known.name() == kind).unwrap();
         let stage = kind.parse(&settings).unwrap();
         assert!(kind.check(&stage).is_empty(), "{:?}", kind.check(&stage));
-        let input = |artifact: &Artifact| {
-            let artifact = artifact.clone();
-            vec![Input { stage: "made".into(), kind: "made".into(), artifact, settings: json!({}), placement: Placement::default() }]
-        };
-        let series = Series::default();
-        let context = RunContext {
-            stage: "test",
-            store: &self.store,
-            seed: 1,
-            inputs: &inputs.iter().map(|(port, artifact)| ((*port).into(), input(artifact))).collect(),
-            files: &[],
-            placement: &Placement::default(),
-            snapshots: &Snapshots::new(self.store.snapshots(Digest::of(settings.to_string().as_bytes())), Vec::new()),
-            reporter: &series,
-            cancel: &CancelToken::default(),
-            memos: &NoMemos,
-        };
-        let mut outputs = kind.run(&stage, &context).unwrap();
-        Trained { model: outputs.remove("model").unwrap(), series: series.0.into_inner().unwrap() }
+        // Everything is made anew.
+        self.stage.clear_memos();
+        let run = |context: &RunContext<'_>| kind.run(&stage, context);
+        let mut outputs = self.stage.with_context(&settings.to_string(), 1, inputs, &[], run).unwrap();
+        let mut series: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        for event in self.stage.take_events() {
+            let StageEvent::Metrics { step: 1.., values } = event else { continue };
+            values.into_iter().for_each(|(name, value)| series.entry(name).or_default().push(value));
+        }
+        Trained { model: outputs.remove("model").unwrap(), series }
     }
 
     /// Compares metrics (ours and TRL's name) of every step, and the weights at the end.

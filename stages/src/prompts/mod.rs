@@ -88,7 +88,11 @@ impl StageKind for Prompts {
             let ids = tokenizer.encode_prompt(Chat::new(&messages, &prompt.context))?;
             let last = messages.iter().rev().find(|message| message.role == "user");
             let text = last.map(|message| message.content.clone()).unwrap_or_default();
-            Ok(UsableRow { format: prompt.format, question, row: PromptRow { ids, text, answer: prompt.answer, messages, context: prompt.context } })
+            Ok(UsableRow {
+                format: prompt.format,
+                question,
+                row: PromptRow { ids, text, answer: prompt.answer, messages, context: prompt.context },
+            })
         };
         let (mut answers, mut tokens, mut longest) = (0u64, 0u64, 0u64);
         let counts = convert_rows(context, &config.rows, true, convert, |split, row| {
