@@ -63,7 +63,7 @@ impl ChatModel {
 
     fn encode(&self, prompt: &Prompt<'_>) -> StageResult<Vec<u32>> {
         match prompt {
-            Prompt::Messages(messages) => self.tokenizer.encode_prompt(messages).map_err(|error| StageError::invalid(error.to_string())),
+            Prompt::Messages(messages) => self.tokenizer.encode_prompt(*messages).map_err(|error| StageError::invalid(error.to_string())),
             Prompt::Text(text) => Ok(self.tokenizer.encode(text)),
         }
     }
