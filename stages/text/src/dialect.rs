@@ -21,7 +21,7 @@ pub(crate) fn environment() -> Environment<'static> {
         None => minijinja::escape_formatter(out, state, value),
     });
     environment.add_filter("tojson", to_json);
-    environment.add_filter("string", |value: &Value| printed(value).map_or_else(|| value.to_string(), |text| text));
+    environment.add_filter("string", |value: &Value| printed(value).unwrap_or_else(|| value.to_string()));
     // minijinja says that nothing can be iterated over.
     environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok() || value.kind() == ValueKind::String);
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
