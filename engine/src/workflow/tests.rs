@@ -334,7 +334,7 @@ fn errors_have_stable_json_and_a_rich_form() {
 fn control_characters_are_not_printed() {
     let folder = Folder::new();
     let path = folder.write("wrong.toml", "na\u{1b}[2J\u{9b}me = \"a\u{7f}\"\r\n\u{8}\n");
-    let errors = load(&path, &LoadOptions::default(), &registry()).unwrap_err();
+    let errors = load(&path, &LoadOptions::default(), &registry()).err().unwrap();
     let mut shown = errors.to_string();
     let handler = miette::GraphicalReportHandler::new_themed(miette::GraphicalTheme::unicode_nocolor());
     errors.iter().for_each(|error| handler.render_report(&mut shown, error).unwrap());
