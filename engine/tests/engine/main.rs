@@ -3,6 +3,8 @@
 mod commands;
 mod concurrency;
 mod failures;
+#[path = "../../../store/tests/store/forks.rs"]
+mod forks;
 mod fuzz;
 mod hostile;
 mod identity;

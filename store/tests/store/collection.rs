@@ -9,7 +9,10 @@ use std::{
 use rlflow_store::{Artifact, Digest, Dtype, GcOptions, Retain, SnapshotLimit, Store};
 use serde_json::json;
 
-use crate::support::{action, fast_store, key};
+use crate::{
+    forks::no_forks,
+    support::{action, fast_store, key},
+};
 
 const ONLY_NEWEST: SnapshotLimit = SnapshotLimit { newest: 1, bytes: u64::MAX };
 
@@ -88,6 +91,7 @@ fn a_size_limit_gives_up_the_oldest_results_first() {
 
 #[test]
 fn superseded_snapshots_free_their_tensors_but_never_shared_ones() {
+    let _alone = no_forks();
     let (_folder, store) = fast_store();
     let final_tensor = vec![9; 5_000];
     let mut builder = store.artifact("policy");
@@ -132,6 +136,7 @@ fn an_unpublished_artifact_survives_a_collection_beside_it() {
 
 #[test]
 fn runs_go_when_they_are_old_or_many_but_not_those_behind_kept_results() {
+    let _alone = no_forks();
     let (_folder, store) = fast_store();
     let begin = |name: &str| {
         let folder = store.folder().join("runs").join(name);

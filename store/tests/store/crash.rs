@@ -10,7 +10,10 @@ use std::{
 use rlflow_store::{Digest, Dtype, FAULT_POINTS, GcOptions, LeaseOutcome, Result, Retain, SnapshotLimit, Store};
 use serde_json::json;
 
-use crate::support::{action, fast_folder, holder, key};
+use crate::{
+    forks::{output, spawn},
+    support::{action, fast_folder, holder, key},
+};
 
 pub const STAGES: [&str; 3] = ["tokenizer", "base", "sft"];
 
@@ -113,7 +116,7 @@ pub fn run_child(folder: &Path, fault: Option<&str>) -> Output {
     if let Some(fault) = fault {
         command.env("RLFLOW_FAULT", fault);
     }
-    command.output().unwrap()
+    output(&mut command).unwrap()
 }
 
 #[test]
@@ -173,7 +176,7 @@ fn processes_that_overlap_share_the_work_beside_a_collection() {
         let spawn = || {
             let mut command = Command::new(std::env::current_exe().unwrap());
             command.args(["crash::child", "--exact", "--nocapture"]).env("RLFLOW_TEST_CHILD", &path).env_remove("RLFLOW_FAULT");
-            command.stdout(std::process::Stdio::piped()).spawn().unwrap()
+            spawn(command.stdout(std::process::Stdio::piped())).unwrap()
         };
         let mut children: Vec<_> = (0..4).map(|_| spawn()).collect();
         while children.iter_mut().any(|child| child.try_wait().unwrap().is_none()) {

@@ -16,6 +16,7 @@ use serde_json::json;
 
 use crate::{
     crash::verify,
+    forks::{output, spawn},
     support::{action, fast_folder, holder, key},
 };
 
@@ -77,7 +78,7 @@ fn a_read_only_store_serves_hits() {
         // Permissions do not bind root.
         command.uid(65534).gid(65534);
     }
-    match command.output() {
+    match output(&mut command) {
         Ok(output) => {
             let stdout = String::from_utf8_lossy(&output.stdout);
             assert!(stdout.contains("read-only store served"), "{stdout}{}", String::from_utf8_lossy(&output.stderr));
@@ -92,7 +93,7 @@ fn a_strict_umask_is_obeyed_and_does_no_harm() {
     let folder = fast_folder();
     let mut command = Command::new("sh");
     command.args(["-c", "umask 077; exec \"$0\" crash::child --exact"]).arg(std::env::current_exe().unwrap());
-    let output = command.env("RLFLOW_TEST_CHILD", folder.path()).env_remove("RLFLOW_FAULT").output().unwrap();
+    let output = output(command.env("RLFLOW_TEST_CHILD", folder.path()).env_remove("RLFLOW_FAULT")).unwrap();
     assert!(output.status.success());
     assert_eq!(verify(folder.path()), 3);
     let shard = fs::read_dir(folder.path().join("blobs")).unwrap().next().unwrap().unwrap().path();
@@ -126,7 +127,7 @@ fn truncating_what_somebody_reads_ends_that_process_at_worst_and_is_never_served
     let path = folder.path().join("store");
     let store = Store::open(&path).unwrap();
     let digests = [SMALL, LARGE].map(|size| store.put_blob(&vec![7; size]).unwrap());
-    let process = child("environment::reading_child", &path).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let process = spawn(child("environment::reading_child", &path).stdout(Stdio::piped()).stderr(Stdio::null())).unwrap();
     let start = Instant::now();
     while !path.join("tmp/read").exists() {
         assert!(start.elapsed() < Duration::from_secs(60), "the child reads nothing");
@@ -168,7 +169,7 @@ fn what_a_killed_process_held_is_free_at_once() {
     let folder = fast_folder();
     let path = folder.path().join("store");
     let store = Store::open(&path).unwrap();
-    let mut process = child("environment::holding_child", &path).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut process = spawn(child("environment::holding_child", &path).stdout(Stdio::null()).stderr(Stdio::null())).unwrap();
     let start = Instant::now();
     while !path.join("tmp/held").exists() {
         assert!(start.elapsed() < Duration::from_secs(60) && process.try_wait().unwrap().is_none(), "the child holds nothing");

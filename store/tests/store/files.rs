@@ -17,6 +17,7 @@ use std::{
 use rlflow_store::{Artifact, Digest, Result, Store, StoreError};
 
 use crate::{
+    forks::{no_forks, quiet_status},
     mounted::Mounted,
     support::{fast_store, new_store},
 };
@@ -37,6 +38,7 @@ fn put_file(store: &Store, path: &Path) -> Result<(Artifact, fs::Metadata)> {
 
 #[test]
 fn a_touched_file_is_hashed_once_more_and_never_again() {
+    let _alone = no_forks();
     let (folder, store) = new_store();
     let path = folder.path().join("data.txt");
     let file = File::create(&path).unwrap();
@@ -147,7 +149,7 @@ fn a_reflink_shares_its_extents() {
     };
     const SIZE: u64 = 32 << 20;
     let used = || {
-        assert!(Command::new("sync").arg("-f").arg(disk.path()).status().unwrap().success());
+        assert!(quiet_status(Command::new("sync").arg("-f").arg(disk.path())).unwrap().success());
         let found = rustix::fs::statvfs(disk.path()).unwrap();
         (found.f_blocks - found.f_bfree) * found.f_frsize
     };

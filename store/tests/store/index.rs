@@ -20,7 +20,10 @@ use tracing::{
     span::{Attributes, Id, Record},
 };
 
-use crate::support::{action, fast_store, key};
+use crate::{
+    forks::no_forks,
+    support::{action, fast_store, key},
+};
 
 const STAGES: usize = 40;
 
@@ -56,6 +59,8 @@ fn answers(path: &Path, with_index: bool) -> Answers {
 
 /// Everything that lookups say, and what the store found wrong with its index.
 fn ask(path: &Path, with_index: bool) -> (Answers, Option<String>) {
+    // A store that does not get the index's lock answers from files.
+    let _alone = no_forks();
     let store = Store::open(path).unwrap();
     if with_index {
         store.expect_lookups(100_000);
@@ -218,6 +223,7 @@ fn damage_is_set_aside_and_the_index_filled_again() {
 #[test]
 fn it_is_believed_only_about_the_files_that_it_was_filled_from() {
     let (_folder, path) = filled();
+    let _alone = no_forks();
     let store = Store::open(&path).unwrap();
     store.expect_lookups(100_000);
     let other = Store::open(&path).unwrap();

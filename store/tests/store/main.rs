@@ -5,6 +5,7 @@ mod crash;
 mod damage;
 mod environment;
 mod files;
+mod forks;
 mod full_disk;
 mod fuzz;
 mod index;

@@ -1,11 +1,10 @@
 //! File systems that are really full, read-only or can make reflinks. The engine's tests use them too.
 
-use std::{
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{path::Path, process::Command};
 
 use tempfile::TempDir;
+
+use super::forks::quiet_status;
 
 /// A file system of its own, unmounted when dropped. `None` where this user may not mount one.
 pub struct Mounted(TempDir);
@@ -53,5 +52,5 @@ impl Drop for Mounted {
 }
 
 fn quiet(command: &mut Command) -> bool {
-    command.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+    quiet_status(command).is_ok_and(|status| status.success())
 }
