@@ -73,6 +73,7 @@ fn sources_of(sources: &[FileSource]) -> Vec<DataSource> {
         setting: format!("sources[{index}].path"),
         pattern: source.path.clone(),
         directory: false,
+            endings: &[],
     };
     sources.iter().enumerate().map(source).collect()
 }
@@ -290,6 +291,7 @@ impl StageKind for Pretrain {
             rope_scaling: None,
             norm_eps: 1e-5,
             tie_embeddings: true,
+            style: Default::default(),
         };
         let mut described = describing("model", ArtifactMeta { model: Some(model), ..meta(ArtifactType::Policy, tokenizer) });
         described.needs.parameter_bytes = 1000 / context.ranks as u64;
@@ -369,7 +371,7 @@ impl StageKind for Import {
     const DRAWS: bool = false;
 
     fn data_sources(config: &ImportConfig) -> Vec<DataSource> {
-        vec![DataSource { setting: "path".into(), pattern: config.path.to_string_lossy().into_owned(), directory: true }]
+        vec![DataSource { setting: "path".into(), pattern: config.path.to_string_lossy().into_owned(), directory: true, endings: &[] }]
     }
 
     fn describe(config: &ImportConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {

@@ -1,6 +1,7 @@
 //! Stage kinds of rlflow.
 //!
-//! Data: [`corpus`], [`tokenizer`], [`instructions`], [`preferences`], [`prompts`]. Training: [`pretrain`], [`sft`],
+//! Data: [`corpus`], [`tokenizer`], [`instructions`], [`preferences`], [`prompts`]. Checkpoints from elsewhere: [`import`], and out again:
+//! [`export`]. Training: [`pretrain`], [`sft`],
 //! [`reward_model`], [`ppo`] with its four roles, [`dpo`]. And [`eval`]. What trainers share stands in [`train`], their maths in
 //! [`losses`].
 
@@ -9,6 +10,8 @@ pub mod corpus;
 mod devices;
 pub mod dpo;
 pub mod eval;
+pub mod export;
+pub mod import;
 pub mod instructions;
 pub mod language;
 pub mod losses;
@@ -32,6 +35,7 @@ pub fn kinds() -> Vec<&'static dyn Kind> {
     vec![
         &corpus::Corpus,
         &tokenizer::Tokenizer,
+        &import::Import,
         &pretrain::Pretrain,
         &instructions::Instructions,
         &preferences::Preferences,

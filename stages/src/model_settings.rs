@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 /// Shape of a network.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ModelSettings {
-    /// Family: `llama` (pre-norm decoder with RMSNorm, SwiGLU, and rotary or ALiBi positions).
+    /// Family: `llama` (pre-norm decoder with RMSNorm and SwiGLU), `mistral` (the same), `qwen2` (with biases on queries, keys and
+    /// values), `qwen3` (with RMSNorm on the queries and keys of each head) or `gpt2` (LayerNorm, GELU, biases, learned positions).
     #[serde(default)]
     pub architecture: Architecture,
     /// Width of the residual stream.
@@ -23,21 +24,21 @@ pub struct ModelSettings {
     #[serde(default)]
     #[schemars(range(min = 1, max = 1_000))]
     pub kv_heads: Option<usize>,
-    /// Width of the feed-forward layer. Default: 8/3 of `hidden_size`, rounded up to 64.
+    /// Width of the feed-forward layer. Default: 8/3 of `hidden_size`, rounded up to 64; with `gpt2` 4 times `hidden_size`.
     #[serde(default)]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub intermediate_size: Option<usize>,
     /// Longest sequence.
     #[schemars(extend("x-unit" = "tokens"), range(min = 8, max = 1_000_000))]
     pub context: usize,
-    /// How positions enter: `rope` or `alibi`.
+    /// How positions enter: `rope`, `alibi` or `learned`. Default: `rope`, with `gpt2` `learned`.
     #[serde(default)]
-    pub positions: Positions,
+    pub positions: Option<Positions>,
     /// Base of the rotary frequencies.
     #[serde(default = "rope_theta")]
     #[schemars(range(min = 1.0))]
     pub rope_theta: f64,
-    /// Epsilon of RMSNorm.
+    /// Epsilon of the norms.
     #[serde(default = "norm_eps")]
     #[schemars(range(min = 0.0, max = 1.0))]
     pub norm_eps: f64,
@@ -66,15 +67,34 @@ fn init_std() -> f64 {
 impl ModelSettings {
     /// Fills in what depends on other settings.
     pub fn normalise(&mut self) {
-        self.kv_heads.get_or_insert(self.heads);
-        self.intermediate_size.get_or_insert((self.hidden_size * 8 / 3).next_multiple_of(64));
+        self.kv_heads = Some(self.kv_heads());
+        self.intermediate_size = Some(self.intermediate_size());
+        self.positions = Some(self.positions());
+    }
+
+    fn kv_heads(&self) -> usize {
+        self.kv_heads.unwrap_or(self.heads)
+    }
+
+    fn intermediate_size(&self) -> usize {
+        self.intermediate_size.unwrap_or(match self.architecture {
+            Architecture::Gpt2 => 4 * self.hidden_size,
+            _ => (self.hidden_size * 8 / 3).next_multiple_of(64),
+        })
+    }
+
+    fn positions(&self) -> Positions {
+        self.positions.unwrap_or(match self.architecture {
+            Architecture::Gpt2 => Positions::Learned,
+            _ => Positions::Rope,
+        })
     }
 
     /// Problems between settings; `prefix` is the table's name.
     pub fn check(&self, prefix: &str) -> Vec<Problem> {
         let mut problems = Vec::new();
         let Self { hidden_size, heads, .. } = *self;
-        let kv_heads = self.kv_heads.unwrap_or(heads);
+        let kv_heads = self.kv_heads();
         if heads == 0 || kv_heads == 0 {
             return problems;
         }
@@ -84,7 +104,7 @@ impl ModelSettings {
             problems.push(
                 Problem::new("heads_do_not_divide", format!("{prefix}.heads"), message).hint(format!("{} would", divisors.join(", "))),
             );
-        } else if self.positions == Positions::Rope && hidden_size / heads % 2 != 0 {
+        } else if self.positions() == Positions::Rope && hidden_size / heads % 2 != 0 {
             let message = format!("rotary positions turn pairs, and heads of width {} are odd", hidden_size / heads);
             problems.push(Problem::new("odd_head_width", format!("{prefix}.heads"), message));
         }
@@ -101,17 +121,18 @@ impl ModelSettings {
             architecture: self.architecture,
             vocab_size,
             hidden_size: self.hidden_size,
-            intermediate_size: self.intermediate_size.unwrap_or((self.hidden_size * 8 / 3).next_multiple_of(64)),
+            intermediate_size: self.intermediate_size(),
             layers: self.layers,
             heads: self.heads,
-            kv_heads: self.kv_heads.unwrap_or(self.heads),
+            kv_heads: self.kv_heads(),
             head_dim: self.hidden_size / self.heads.max(1),
             context: self.context,
-            positions: self.positions,
+            positions: self.positions(),
             rope_theta: self.rope_theta,
             rope_scaling: None,
             norm_eps: self.norm_eps,
             tie_embeddings: self.tie_embeddings,
+            style: self.architecture.style(),
         }
     }
 }

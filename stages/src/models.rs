@@ -46,7 +46,16 @@ pub fn publish(
     Ok(builder.publish()?)
 }
 
-/// Shares the entries of `source` that are not tensors: the tokenizer's files. Nothing is copied.
+/// Publishes a tokenizer.
+pub fn publish_tokenizer(context: &RunContext<'_>, tokenizer: &ChatTokenizer) -> StageResult<Artifact> {
+    let mut builder = context.output(ArtifactType::Tokenizer);
+    tokenizer.store(&mut builder)?;
+    builder.metadata(serde_json::json!({ "digest": tokenizer.digest(), "vocab_size": tokenizer.vocab_size() }));
+    Ok(builder.publish()?)
+}
+
+/// Shares the entries of `source` that are not tensors: the tokenizer's files, and those of an imported
+/// checkpoint that say more than rlflow needs. Nothing is copied.
 pub fn share_files(builder: &mut ArtifactBuilder, source: &Artifact) -> StageResult<()> {
     for entry in source.manifest().entries.iter().filter(|entry| entry.dtype.is_none()) {
         builder.share(entry)?;

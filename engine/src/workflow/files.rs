@@ -21,14 +21,15 @@ const MAX_DEPTH: usize = 32;
 /// Finds data files; each path is looked up once, however many stages name it.
 #[derive(Default)]
 pub(crate) struct Finder {
-    found: HashMap<(PathBuf, bool), Result<Vec<PathBuf>, WorkflowError>>,
+    found: HashMap<(PathBuf, bool, &'static [&'static str]), Result<Vec<PathBuf>, WorkflowError>>,
 }
 
 impl Finder {
     /// The files that `source` names, sorted; `folder` is where the file stands that says so.
     pub fn find(&mut self, source: &DataSource, folder: &Path) -> Result<Vec<PathBuf>, WorkflowError> {
-        let key = (folder.join(&source.pattern), source.directory);
-        let find = || if source.directory { directory(&key.0, &source.pattern) } else { files(folder, &source.pattern) };
+        let key = (folder.join(&source.pattern), source.directory, source.endings);
+        let find =
+            || if source.directory { directory(&key.0, &source.pattern, source.endings) } else { files(folder, &source.pattern) };
         match self.found.get(&key) {
             Some(found) => found.clone(),
             None => {
@@ -110,8 +111,13 @@ fn folder_name(folder: &Path) -> String {
     if folder.as_os_str().is_empty() { ".".into() } else { folder.display().to_string() }
 }
 
-/// The files in the directory `path`, at any depth.
-fn directory(path: &Path, shown: &str) -> Result<Vec<PathBuf>, WorkflowError> {
+fn is_wanted(path: &Path, endings: &[&str]) -> bool {
+    let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    endings.is_empty() || endings.iter().any(|ending| name.ends_with(ending))
+}
+
+/// The files in the directory `path`: those directly in it whose names have one of the endings, or all at any depth.
+fn directory(path: &Path, shown: &str, endings: &[&str]) -> Result<Vec<PathBuf>, WorkflowError> {
     if shown.trim().is_empty() {
         return Err(WorkflowError::new("missing_file", "the path of a directory must not be empty"));
     }
@@ -135,8 +141,8 @@ fn directory(path: &Path, shown: &str) -> Result<Vec<PathBuf>, WorkflowError> {
         for entry in entries.flatten() {
             let entry = entry.path();
             match fs::metadata(&entry) {
-                Ok(metadata) if metadata.is_dir() && depth < MAX_DEPTH => open.push((entry, depth + 1)),
-                Ok(metadata) if metadata.is_file() => found.push(entry),
+                Ok(metadata) if metadata.is_dir() && endings.is_empty() && depth < MAX_DEPTH => open.push((entry, depth + 1)),
+                Ok(metadata) if metadata.is_file() && is_wanted(&entry, endings) => found.push(entry),
                 _ => {}
             }
             if found.len() > MAX_FILES {
@@ -145,7 +151,9 @@ fn directory(path: &Path, shown: &str) -> Result<Vec<PathBuf>, WorkflowError> {
         }
     }
     if found.is_empty() {
-        return Err(WorkflowError::new("missing_file", format!("the directory `{shown}` holds no files")));
+        let error = WorkflowError::new("missing_file", format!("the directory `{shown}` holds no files"));
+        let looked_for = || format!("files that would be read end in {}", endings.join(", "));
+        return Err(if endings.is_empty() { error } else { error.with_hint(looked_for()) });
     }
     found.sort();
     Ok(found)

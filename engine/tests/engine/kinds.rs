@@ -67,6 +67,7 @@ impl StageKind for Lines {
             setting: format!("sources[{at}].path"),
             pattern: source.path.clone(),
             directory: false,
+            endings: &[],
         };
         config.sources.iter().enumerate().map(source).collect()
     }
@@ -126,6 +127,7 @@ impl StageKind for NewerLines {
             setting: format!("sources[{at}].path"),
             pattern: source.path.clone(),
             directory: false,
+            endings: &[],
         };
         config.sources.iter().enumerate().map(source).collect()
     }

@@ -101,6 +101,9 @@ pub struct DataSource {
     pub pattern: String,
     /// Whether the path is a directory whose files are read by name (a checkpoint), rather than files.
     pub directory: bool,
+    /// In a directory: endings of the names of the files that are read. Others, and those in folders inside it, are nobody's
+    /// business. None: every file at any depth.
+    pub endings: &'static [&'static str],
 }
 
 /// What is known of an input when planning.

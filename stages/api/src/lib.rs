@@ -30,7 +30,7 @@ pub use kind::{
     Arity, DataSource, DescribeContext, Description, ErasedStage, InputMeta, InputPort, Kind, Needs, OutputPort, Problem, StageKind,
     data_format,
 };
-pub use model::{Architecture, ModelConfig, Positions, RopeScaling};
+pub use model::{Architecture, BlockStyle, ModelConfig, Positions, RopeScaling};
 pub use placement::{DeviceChoice, DeviceSpec, Execution, Offload, Placement, ZeroLevel, ZeroSetting};
 pub use rlflow_store::{
     Artifact, ArtifactBuilder, Blob, Digest, Dtype, Entry, Manifest, Retain, Snapshot, SnapshotLimit, Store, StoreError,

@@ -74,7 +74,13 @@ impl<'a> Shared<'a> {
     }
 }
 
-/// `out = softmax(q k^T / sqrt(head_dim) + bias) v` per sequence and head, causal.
+/// First position that a query at position `query` sees.
+fn first_seen(query: usize, window: Option<usize>) -> usize {
+    window.map_or(0, |window| (query + 1).saturating_sub(window))
+}
+
+/// `out = softmax(q k^T / sqrt(head_dim) + bias) v` per sequence and head, causal; within `window` a token sees itself and
+/// those before it.
 ///
 /// # Shapes
 /// - out, q: `[tokens, heads * head_dim]`; k, v: `[tokens, kv_heads * head_dim]`
@@ -87,6 +93,7 @@ pub fn attention(
     v: &[f32],
     slopes: &[f32],
     heads: Heads,
+    window: Option<usize>,
     layout: &SequenceLayout,
 ) {
     let tokens = layout.tokens();
@@ -100,7 +107,10 @@ pub fn attention(
         let values = &v[sequence.start * heads.kv_width() + kv_offset..];
         for first in (0..length).step_by(QUERY_BLOCK) {
             let rows = QUERY_BLOCK.min(length - first);
-            let columns = first + rows;
+            // Keys that no row of the block sees are left out on both sides.
+            let start = first_seen(first, window);
+            let columns = first + rows - start;
+            let (keys, values) = (&keys[start * heads.kv_width()..], &values[start * heads.kv_width()..]);
             let at = (sequence.start + first) * heads.query_width() + query_offset;
             let queries = MatrixRef::strided(&q[at..], rows, heads.head_dim, heads.query_width());
             let scores = &mut scores[..rows * columns];
@@ -115,7 +125,7 @@ pub fn attention(
             );
             // SAFETY: this task alone has this head's columns and this sequence's rows of both results.
             let (out, lse) = unsafe { (shared_out.from(at), shared_lse.from(head * tokens + sequence.start + first)) };
-            softmax_rows(scores, &mut lse[..rows], first, slopes.get(head).copied().unwrap_or(0.0));
+            softmax_rows(scores, &mut lse[..rows], first - start, window, slopes.get(head).copied().unwrap_or(0.0));
             matmul_serial(
                 out,
                 heads.query_width(),
@@ -128,14 +138,16 @@ pub fn attention(
     });
 }
 
-multiversion!(fn softmax_rows(scores: &mut [f32], log_sum_exp: &mut [f32], first: usize, slope: f32) = softmax_rows_inner);
+multiversion!(fn softmax_rows(scores: &mut [f32], log_sum_exp: &mut [f32], first: usize, window: Option<usize>, slope: f32) = softmax_rows_inner);
 
-/// Row `i` stands at position `first + i` and sees the columns up to it.
+/// Row `i` stands at column `first + i` and sees the columns up to it, within the window.
 #[inline(always)]
-fn softmax_rows_inner<const FMA: bool>(scores: &mut [f32], log_sum_exp: &mut [f32], first: usize, slope: f32) {
+fn softmax_rows_inner<const FMA: bool>(scores: &mut [f32], log_sum_exp: &mut [f32], first: usize, window: Option<usize>, slope: f32) {
     let columns = scores.len() / log_sum_exp.len();
     for (row, (scores, log_sum_exp)) in scores.chunks_exact_mut(columns).zip(log_sum_exp).enumerate() {
         let (seen, hidden) = scores.split_at_mut(first + row + 1);
+        let (left, seen) = seen.split_at_mut(first_seen(first + row, window));
+        left.fill(0.0);
         add_bias::<FMA>(seen, slope);
         let largest = max(seen);
         for score in seen.iter_mut() {
@@ -179,6 +191,7 @@ pub fn attention_backward(
     v: &[f32],
     slopes: &[f32],
     heads: Heads,
+    window: Option<usize>,
     layout: &SequenceLayout,
 ) {
     let tokens = layout.tokens();
@@ -190,8 +203,6 @@ pub fn attention_backward(
         let (sequence, kv_head) = (layout.range(task / heads.kv_heads), task % heads.kv_heads);
         let length = sequence.len();
         let kv_at = sequence.start * kv_width + kv_head * head_dim;
-        let keys = MatrixRef::strided(&k[kv_at..], length, head_dim, kv_width);
-        let values = MatrixRef::strided(&v[kv_at..], length, head_dim, kv_width);
         // SAFETY: this task alone has this KV head's columns and this sequence's rows.
         let (dk, dv) = unsafe { (shared_dk.from(kv_at), shared_dv.from(kv_at)) };
         for row in 0..length {
@@ -204,11 +215,15 @@ pub fn attention_backward(
         for head in kv_head * group..(kv_head + 1) * group {
             for first in (0..length).step_by(QUERY_BLOCK) {
                 let rows = QUERY_BLOCK.min(length - first);
-                let columns = first + rows;
+                let start = first_seen(first, window);
+                let columns = first + rows - start;
                 let at = (sequence.start + first) * query_width + head * head_dim;
                 let queries = MatrixRef::strided(&q[at..], rows, head_dim, query_width);
                 let dout_rows = MatrixRef::strided(&dout[at..], rows, head_dim, query_width);
-                let (keys, values) = (keys.first_rows(columns), values.first_rows(columns));
+                let from = kv_at + start * kv_width;
+                let keys = MatrixRef::strided(&k[from..], columns, head_dim, kv_width);
+                let values = MatrixRef::strided(&v[from..], columns, head_dim, kv_width);
+                let (dk, dv) = (&mut dk[start * kv_width..], &mut dv[start * kv_width..]);
                 let (scores, dscores) = (&mut scores[..rows * columns], &mut dscores[..rows * columns]);
                 matmul_serial(scores, columns, queries, keys.t(), scale, Into::Overwrite);
                 matmul_serial(dscores, columns, dout_rows, values.t(), 1.0, Into::Overwrite);
@@ -221,7 +236,8 @@ pub fn attention_backward(
                     &out[at..],
                     query_width,
                     head_dim,
-                    first,
+                    first - start,
+                    window,
                     slopes.get(head).copied().unwrap_or(0.0),
                 );
                 let (probabilities, dscores) = (MatrixRef::new(scores, rows, columns), MatrixRef::new(dscores, rows, columns));
@@ -235,7 +251,7 @@ pub fn attention_backward(
     });
 }
 
-multiversion!(fn softmax_backward_rows(scores: &mut [f32], dscores: &mut [f32], log_sum_exp: &[f32], dout: &[f32], out: &[f32], stride: usize, head_dim: usize, first: usize, slope: f32) = softmax_backward_inner);
+multiversion!(fn softmax_backward_rows(scores: &mut [f32], dscores: &mut [f32], log_sum_exp: &[f32], dout: &[f32], out: &[f32], stride: usize, head_dim: usize, first: usize, window: Option<usize>, slope: f32) = softmax_backward_inner);
 
 /// Scores become probabilities, their gradients become those of the scores before softmax.
 #[inline(always)]
@@ -249,6 +265,7 @@ fn softmax_backward_inner<const FMA: bool>(
     stride: usize,
     head_dim: usize,
     first: usize,
+    window: Option<usize>,
     slope: f32,
 ) {
     let columns = scores.len() / log_sum_exp.len();
@@ -258,6 +275,10 @@ fn softmax_backward_inner<const FMA: bool>(
         let delta = dot::<FMA>(&dout[row * stride..][..head_dim], &out[row * stride..][..head_dim]);
         let (seen, hidden) = scores.split_at_mut(first + row + 1);
         let (dseen, dhidden) = dscores.split_at_mut(first + row + 1);
+        let left_out = first_seen(first + row, window);
+        let ((left, seen), (dleft, dseen)) = (seen.split_at_mut(left_out), dseen.split_at_mut(left_out));
+        left.fill(0.0);
+        dleft.fill(0.0);
         add_bias::<FMA>(seen, slope);
         for (score, dscore) in seen.iter_mut().zip(dseen) {
             *score = exp::<FMA>(*score - log_sum_exp);

@@ -1,10 +1,11 @@
-//! The attention half of a decoder block as one operation: `x + attention(rms_norm(x))`.
+//! The attention half of a decoder block as one operation: `x + attention(norm(x))`.
 
 use crate::{
+    affine::{Affine, AttentionParts, project, project_add, project_backward},
     attention::{Heads, attention, attention_backward},
     layout::SequenceLayout,
     matmul::{MatrixRef, matmul, matmul_add},
-    norm::{rms_norm, rms_norm_backward},
+    norm::{norm, norm_backward, rms_norm, rms_norm_backward},
     rope::RopeTable,
 };
 
@@ -15,19 +16,21 @@ pub enum Positional<'a> {
     Rope(&'a RopeTable),
     /// ALiBi slopes, `[heads]`.
     Alibi(&'a [f32]),
+    /// Not here: they were added to the embedding.
+    Embedded,
 }
 
 impl<'a> Positional<'a> {
-    fn slopes(self) -> &'a [f32] {
+    pub(crate) fn slopes(self) -> &'a [f32] {
         match self {
-            Self::Rope(_) => &[],
             Self::Alibi(slopes) => slopes,
+            Self::Rope(_) | Self::Embedded => &[],
         }
     }
 
-    fn rotate(self, rows: &mut [f32], layout: &SequenceLayout, inverse: bool) {
+    pub(crate) fn rotate(self, rows: &mut [f32], positions: &[u32], inverse: bool) {
         if let Self::Rope(table) = self {
-            table.rotate(rows, layout.positions(), inverse);
+            table.rotate(rows, positions, inverse);
         }
     }
 }
@@ -39,23 +42,20 @@ pub struct AttentionShape {
     pub hidden: usize,
     /// Heads.
     pub heads: Heads,
-    /// Epsilon of the norm.
+    /// Epsilon of the norms.
     pub eps: f32,
+    /// A token sees itself and the `window - 1` tokens before it; all of them without a window.
+    pub window: Option<usize>,
 }
 
-/// Weights, each `[out, in]` row-major as in Llama checkpoints.
-#[derive(Clone, Copy)]
-pub struct AttentionWeights<'a> {
-    /// `[hidden]`
-    pub norm: &'a [f32],
-    /// `[heads * head_dim, hidden]`
-    pub q: &'a [f32],
-    /// `[kv_heads * head_dim, hidden]`
-    pub k: &'a [f32],
-    /// `[kv_heads * head_dim, hidden]`
-    pub v: &'a [f32],
-    /// `[hidden, heads * head_dim]`
-    pub o: &'a [f32],
+/// Weights, each projection `[out, in]` row-major as in Llama checkpoints.
+pub type AttentionWeights<'a> = AttentionParts<&'a [f32]>;
+
+/// Gradients, shaped as what they belong to.
+#[allow(missing_docs)]
+pub struct AttentionGrads {
+    pub x: Vec<f32>,
+    pub weights: AttentionParts<Vec<f32>>,
 }
 
 /// What the backward pass needs.
@@ -67,6 +67,42 @@ pub struct AttentionSaved {
     v: Vec<f32>,
     out: Vec<f32>,
     log_sum_exp: Vec<f32>,
+    q_norm: Option<HeadNormSaved>,
+    k_norm: Option<HeadNormSaved>,
+}
+
+/// Queries or keys before their norm.
+#[derive(Debug, Clone)]
+struct HeadNormSaved {
+    rows: Vec<f32>,
+    inverse: Vec<f32>,
+}
+
+impl HeadNormSaved {
+    fn size_bytes(&self) -> usize {
+        4 * (self.rows.len() + self.inverse.len())
+    }
+}
+
+/// RMSNorm of every head of `rows`, in place, where `weight` is there.
+pub(crate) fn norm_heads(rows: &mut [f32], weight: Option<&[f32]>, eps: f32) {
+    head_norm(rows, weight, eps);
+}
+
+fn head_norm(rows: &mut [f32], weight: Option<&[f32]>, eps: f32) -> Option<HeadNormSaved> {
+    let weight = weight?;
+    let mut saved = HeadNormSaved { rows: rows.to_vec(), inverse: vec![0.0; rows.len() / weight.len()] };
+    rms_norm(rows, &mut saved.inverse, &saved.rows, weight, eps);
+    Some(saved)
+}
+
+/// `rows`, the gradient of normed heads, becomes that of the heads before the norm. Returns the weight's.
+fn head_norm_backward(rows: &mut [f32], saved: Option<&HeadNormSaved>, weight: Option<&[f32]>) -> Option<Vec<f32>> {
+    let (saved, weight) = (saved?, weight?);
+    let (mut before, mut dweight) = (vec![0.0; rows.len()], vec![0.0; weight.len()]);
+    rms_norm_backward(&mut before, &mut dweight, rows, &saved.rows, &saved.inverse, weight);
+    rows.copy_from_slice(&before);
+    Some(dweight)
 }
 
 impl AttentionSaved {
@@ -77,22 +113,12 @@ impl AttentionSaved {
 
     /// Bytes held.
     pub fn size_bytes(&self) -> usize {
-        4 * (self.inverse.len() + self.q.len() + self.k.len() + self.v.len() + self.out.len() + self.log_sum_exp.len())
+        let norms = [&self.q_norm, &self.k_norm].into_iter().flatten().map(HeadNormSaved::size_bytes).sum::<usize>();
+        4 * (self.inverse.len() + self.q.len() + self.k.len() + self.v.len() + self.out.len() + self.log_sum_exp.len()) + norms
     }
 }
 
-/// Gradients, shaped as what they belong to.
-#[allow(missing_docs)]
-pub struct AttentionGrads {
-    pub x: Vec<f32>,
-    pub norm: Vec<f32>,
-    pub q: Vec<f32>,
-    pub k: Vec<f32>,
-    pub v: Vec<f32>,
-    pub o: Vec<f32>,
-}
-
-/// `x + attention(rms_norm(x))`, `[tokens, hidden]`.
+/// `x + attention(norm(x))`, `[tokens, hidden]`.
 pub fn forward(
     x: &[f32],
     weights: AttentionWeights<'_>,
@@ -103,20 +129,22 @@ pub fn forward(
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
     let (mut normed, mut inverse) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
-    rms_norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
-    let project = |weight: &[f32], width: usize| {
+    norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
+    let projected = |part: Affine<&[f32]>, width: usize| {
         let mut out = vec![0.0; tokens * width];
-        matmul(&mut out, MatrixRef::new(&normed, tokens, hidden), MatrixRef::new(weight, width, hidden).t());
+        project(&mut out, &normed, part, tokens);
         out
     };
-    let (mut q, mut k, v) = (project(weights.q, query_width), project(weights.k, kv_width), project(weights.v, kv_width));
-    positional.rotate(&mut q, layout, false);
-    positional.rotate(&mut k, layout, false);
+    let (mut q, mut k, v) = (projected(weights.q, query_width), projected(weights.k, kv_width), projected(weights.v, kv_width));
+    let q_norm = head_norm(&mut q, weights.q_norm, shape.eps);
+    let k_norm = head_norm(&mut k, weights.k_norm, shape.eps);
+    positional.rotate(&mut q, layout.positions(), false);
+    positional.rotate(&mut k, layout.positions(), false);
     let (mut out, mut log_sum_exp) = (vec![0.0; tokens * query_width], vec![0.0; shape.heads.heads * tokens]);
-    attention(&mut out, &mut log_sum_exp, &q, &k, &v, positional.slopes(), shape.heads, layout);
+    attention(&mut out, &mut log_sum_exp, &q, &k, &v, positional.slopes(), shape.heads, shape.window, layout);
     let mut y = x.to_vec();
-    matmul_add(&mut y, MatrixRef::new(&out, tokens, query_width), MatrixRef::new(weights.o, hidden, query_width).t());
-    (y, AttentionSaved { inverse, q, k, v, out, log_sum_exp })
+    project_add(&mut y, &out, weights.o, tokens);
+    (y, AttentionSaved { inverse, q, k, v, out, log_sum_exp, q_norm, k_norm })
 }
 
 /// Gradients of [`forward`] for the gradient `dy` of its result.
@@ -131,31 +159,29 @@ pub fn backward(
 ) -> AttentionGrads {
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
-    let dy_rows = MatrixRef::new(dy, tokens, hidden);
     let mut dout = vec![0.0; tokens * query_width];
-    matmul(&mut dout, dy_rows, MatrixRef::new(weights.o, hidden, query_width));
-    let mut o = vec![0.0; hidden * query_width];
-    matmul(&mut o, dy_rows.t(), MatrixRef::new(&saved.out, tokens, query_width));
+    matmul(&mut dout, MatrixRef::new(dy, tokens, hidden), MatrixRef::new(weights.o.weight, hidden, query_width));
+    let o = project_backward(dy, &saved.out, weights.o, tokens);
 
     let (mut dq, mut dk, mut dv) = (vec![0.0; tokens * query_width], vec![0.0; tokens * kv_width], vec![0.0; tokens * kv_width]);
-    let AttentionSaved { inverse, q, k, v, out, log_sum_exp } = saved;
-    attention_backward(&mut dq, &mut dk, &mut dv, &dout, out, log_sum_exp, q, k, v, positional.slopes(), shape.heads, layout);
-    positional.rotate(&mut dq, layout, true);
-    positional.rotate(&mut dk, layout, true);
+    let AttentionSaved { inverse, q, k, v, out, log_sum_exp, .. } = saved;
+    let slopes = positional.slopes();
+    attention_backward(&mut dq, &mut dk, &mut dv, &dout, out, log_sum_exp, q, k, v, slopes, shape.heads, shape.window, layout);
+    positional.rotate(&mut dq, layout.positions(), true);
+    positional.rotate(&mut dk, layout.positions(), true);
+    let q_norm = head_norm_backward(&mut dq, saved.q_norm.as_ref(), weights.q_norm);
+    let k_norm = head_norm_backward(&mut dk, saved.k_norm.as_ref(), weights.k_norm);
 
     // The normalised input is cheaper to compute again than to keep.
     let (mut normed, mut unused) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
-    rms_norm(&mut normed, &mut unused, x, weights.norm, shape.eps);
+    norm(&mut normed, &mut unused, x, weights.norm, shape.eps);
     let mut dnormed = vec![0.0; tokens * hidden];
-    let mut project = |dout: &[f32], weight: &[f32], width: usize| {
-        let dout = MatrixRef::new(dout, tokens, width);
-        matmul_add(&mut dnormed, dout, MatrixRef::new(weight, width, hidden));
-        let mut dweight = vec![0.0; width * hidden];
-        matmul(&mut dweight, dout.t(), MatrixRef::new(&normed, tokens, hidden));
-        dweight
+    let mut projected = |dout: &[f32], part: Affine<&[f32]>, width: usize| {
+        matmul_add(&mut dnormed, MatrixRef::new(dout, tokens, width), MatrixRef::new(part.weight, width, hidden));
+        project_backward(dout, &normed, part, tokens)
     };
-    let (q, k, v) = (project(&dq, weights.q, query_width), project(&dk, weights.k, kv_width), project(&dv, weights.v, kv_width));
-    let (mut dx, mut norm) = (dy.to_vec(), vec![0.0; hidden]);
-    rms_norm_backward(&mut dx, &mut norm, &dnormed, x, inverse, weights.norm);
-    AttentionGrads { x: dx, norm, q, k, v, o }
+    let (q, k, v) = (projected(&dq, weights.q, query_width), projected(&dk, weights.k, kv_width), projected(&dv, weights.v, kv_width));
+    let mut dx = dy.to_vec();
+    let norm = norm_backward(&mut dx, &dnormed, x, inverse, weights.norm);
+    AttentionGrads { x: dx, weights: AttentionParts { norm, q, k, v, o, q_norm, k_norm } }
 }

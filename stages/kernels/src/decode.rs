@@ -4,9 +4,10 @@ use rayon::prelude::*;
 
 use crate::{
     AttentionShape, AttentionWeights, Positional,
+    affine::{Affine, project, project_add},
     attention::Heads,
-    matmul::{MatrixRef, matmul, matmul_add},
-    norm::rms_norm,
+    attention_block::norm_heads,
+    norm::norm,
     simd::{dot, exp, fmadd, max, multiversion, sum},
 };
 
@@ -40,7 +41,7 @@ pub struct DecodeScratch {
     out: Vec<f32>,
 }
 
-/// `x += attention(rms_norm(x))` for one new token per sequence; its key and value are added to the caches.
+/// `x += attention(norm(x))` for one new token per sequence; its key and value are added to the caches.
 ///
 /// # Shapes
 /// - x: `[sequences, hidden]`; caches, positions: `[sequences]`
@@ -58,22 +59,19 @@ pub fn attention_step(
     let DecodeScratch { normed, inverse, q, k, v, out } = scratch;
     normed.resize(rows * hidden, 0.0);
     inverse.resize(rows, 0.0);
-    rms_norm(normed, inverse, x, weights.norm, shape.eps);
-    let project = |out: &mut Vec<f32>, weight: &[f32], width: usize| {
+    norm(normed, inverse, x, weights.norm, shape.eps);
+    let projected = |out: &mut Vec<f32>, part: Affine<&[f32]>, width: usize| {
         out.resize(rows * width, 0.0);
-        matmul(out, MatrixRef::new(normed, rows, hidden), MatrixRef::new(weight, width, hidden).t());
+        project(out, normed, part, rows);
     };
-    project(q, weights.q, query_width);
-    project(k, weights.k, kv_width);
-    project(v, weights.v, kv_width);
-    if let Positional::Rope(table) = positional {
-        table.rotate(q, positions, false);
-        table.rotate(k, positions, false);
-    }
-    let slopes = match positional {
-        Positional::Rope(_) => &[],
-        Positional::Alibi(slopes) => slopes,
-    };
+    projected(q, weights.q, query_width);
+    projected(k, weights.k, kv_width);
+    projected(v, weights.v, kv_width);
+    norm_heads(q, weights.q_norm, shape.eps);
+    norm_heads(k, weights.k_norm, shape.eps);
+    positional.rotate(q, positions, false);
+    positional.rotate(k, positions, false);
+    let slopes = positional.slopes();
     out.resize(rows * query_width, 0.0);
     out.par_chunks_mut(query_width)
         .zip(caches.par_iter_mut())
@@ -82,9 +80,11 @@ pub fn attention_step(
         .for_each(|(((out, cache), q), (k, v))| {
             cache.keys.extend_from_slice(k);
             cache.values.extend_from_slice(v);
-            attend(out, q, &cache.keys, &cache.values, slopes, shape.heads);
+            // What has left the window is kept, and not looked at.
+            let hidden = shape.window.map_or(0, |window| cache.keys.len().saturating_sub(window * kv_width));
+            attend(out, q, &cache.keys[hidden..], &cache.values[hidden..], slopes, shape.heads);
         });
-    matmul_add(x, MatrixRef::new(out, rows, query_width), MatrixRef::new(weights.o, hidden, query_width).t());
+    project_add(x, out, weights.o, rows);
 }
 
 multiversion!(fn attend(out: &mut [f32], q: &[f32], keys: &[f32], values: &[f32], slopes: &[f32], heads: Heads) = attend_inner);

@@ -8,10 +8,11 @@
 //!
 //! Bits may differ between SIMD levels ([`simd::level`]), which is part of the numerics profile.
 //!
-//! In data order: [`layout`] says where sequences start, [`embedding`] looks rows up, [`attention_block`] and
+//! In data order: [`layout`] says where sequences start, [`embedding`] looks rows up, [`affine`] names a block's weights, [`attention_block`] and
 //! [`mlp_block`] are the two halves of a decoder block, [`norm`] the final norm, [`token_head`] the output projection with
 //! log-probabilities, [`optim`] the update. [`decode`] runs the same model one token at a time over a key-value cache.
 
+pub mod affine;
 pub mod attention;
 pub mod attention_block;
 pub mod bf16;
@@ -26,6 +27,7 @@ pub mod rope;
 pub mod simd;
 pub mod token_head;
 
+pub use affine::{Affine, AttentionParts, MlpParts};
 pub use attention_block::{AttentionGrads, AttentionSaved, AttentionShape, AttentionWeights, Positional};
 pub use layout::SequenceLayout;
 pub use mlp_block::{MlpGrads, MlpSaved, MlpWeights};

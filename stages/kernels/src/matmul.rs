@@ -47,12 +47,6 @@ impl<'a> MatrixRef<'a> {
         (self.column_stride == 1).then(|| &self.data[row * self.row_stride + columns.start..row * self.row_stride + columns.end])
     }
 
-    /// The first `rows` rows.
-    pub fn first_rows(self, rows: usize) -> Self {
-        assert!(rows <= self.rows);
-        Self { rows, ..self }
-    }
-
     /// The transpose, without moving anything.
     pub fn t(self) -> Self {
         Self { rows: self.columns, columns: self.rows, row_stride: self.column_stride, column_stride: self.row_stride, ..self }

@@ -1,42 +1,33 @@
-//! The feed-forward half of a decoder block as one operation: `x + down(silu(gate(n)) * up(n))` with `n = rms_norm(x)`
-//! (SwiGLU, arXiv:2002.05202).
+//! The feed-forward half of a decoder block as one operation, with `n = norm(x)`: `x + down(silu(gate(n)) * up(n))`
+//! (SwiGLU, arXiv:2002.05202), or without a gate `x + down(gelu(up(n)))`.
 
 use rayon::prelude::*;
 
 use crate::{
+    affine::{Affine, MlpParts, project, project_add, project_backward},
     matmul::{MatrixRef, matmul, matmul_add},
-    norm::{rms_norm, rms_norm_backward},
+    norm::{norm, norm_backward},
     simd::{fmadd, multiversion, sigmoid},
 };
 
 /// Elements per parallel task.
 const BLOCK: usize = 8_192;
 
-/// Weights, each `[out, in]` row-major.
-#[derive(Clone, Copy)]
-pub struct MlpWeights<'a> {
-    /// `[hidden]`
-    pub norm: &'a [f32],
-    /// `[intermediate, hidden]`
-    pub gate: &'a [f32],
-    /// `[intermediate, hidden]`
-    pub up: &'a [f32],
-    /// `[hidden, intermediate]`
-    pub down: &'a [f32],
-}
+/// Weights, each projection `[out, in]` row-major.
+pub type MlpWeights<'a> = MlpParts<&'a [f32]>;
 
 /// What the backward pass needs.
 #[derive(Debug, Clone)]
 pub struct MlpSaved {
     inverse: Vec<f32>,
-    gate: Vec<f32>,
+    gate: Option<Vec<f32>>,
     up: Vec<f32>,
 }
 
 impl MlpSaved {
     /// Bytes held.
     pub fn size_bytes(&self) -> usize {
-        4 * (self.inverse.len() + self.gate.len() + self.up.len())
+        4 * (self.inverse.len() + self.gate.as_ref().map_or(0, Vec::len) + self.up.len())
     }
 }
 
@@ -44,67 +35,70 @@ impl MlpSaved {
 #[allow(missing_docs)]
 pub struct MlpGrads {
     pub x: Vec<f32>,
-    pub norm: Vec<f32>,
-    pub gate: Vec<f32>,
-    pub up: Vec<f32>,
-    pub down: Vec<f32>,
+    pub weights: MlpParts<Vec<f32>>,
 }
 
 /// The block's result, `[tokens, hidden]`.
 pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32) -> (Vec<f32>, MlpSaved) {
-    let hidden = weights.norm.len();
-    let (tokens, intermediate) = (x.len() / hidden, weights.gate.len() / hidden);
+    let hidden = weights.norm.weight.len();
+    let (tokens, intermediate) = (x.len() / hidden, weights.up.weight.len() / hidden);
     let (mut normed, mut inverse) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
-    rms_norm(&mut normed, &mut inverse, x, weights.norm, eps);
-    let project = |weight: &[f32]| {
+    norm(&mut normed, &mut inverse, x, weights.norm, eps);
+    let projected = |part: Affine<&[f32]>| {
         let mut out = vec![0.0; tokens * intermediate];
-        matmul(&mut out, MatrixRef::new(&normed, tokens, hidden), MatrixRef::new(weight, intermediate, hidden).t());
+        project(&mut out, &normed, part, tokens);
         out
     };
-    let (gate, up) = (project(weights.gate), project(weights.up));
+    let (gate, up) = (weights.gate.map(projected), projected(weights.up));
     let mut activated = vec![0.0; tokens * intermediate];
-    activated
-        .par_chunks_mut(BLOCK)
-        .zip(gate.par_chunks(BLOCK))
-        .zip(up.par_chunks(BLOCK))
-        .for_each(|((out, gate), up)| swiglu(out, gate, up));
+    match &gate {
+        Some(gate) => activated
+            .par_chunks_mut(BLOCK)
+            .zip(gate.par_chunks(BLOCK))
+            .zip(up.par_chunks(BLOCK))
+            .for_each(|((out, gate), up)| swiglu(out, gate, up)),
+        None => activated.par_chunks_mut(BLOCK).zip(up.par_chunks(BLOCK)).for_each(|(out, up)| gelu(out, up)),
+    }
     let mut y = x.to_vec();
-    matmul_add(&mut y, MatrixRef::new(&activated, tokens, intermediate), MatrixRef::new(weights.down, hidden, intermediate).t());
+    project_add(&mut y, &activated, weights.down, tokens);
     (y, MlpSaved { inverse, gate, up })
 }
 
 /// Gradients of [`forward`] for the gradient `dy` of its result.
 pub fn backward(dy: &[f32], x: &[f32], saved: &MlpSaved, weights: MlpWeights<'_>, eps: f32) -> MlpGrads {
-    let hidden = weights.norm.len();
-    let (tokens, intermediate) = (x.len() / hidden, weights.gate.len() / hidden);
-    let dy_rows = MatrixRef::new(dy, tokens, hidden);
+    let hidden = weights.norm.weight.len();
+    let (tokens, intermediate) = (x.len() / hidden, weights.up.weight.len() / hidden);
     let mut dactivated = vec![0.0; tokens * intermediate];
-    matmul(&mut dactivated, dy_rows, MatrixRef::new(weights.down, hidden, intermediate));
+    matmul(&mut dactivated, MatrixRef::new(dy, tokens, hidden), MatrixRef::new(weights.down.weight, hidden, intermediate));
     let mut activated = vec![0.0; tokens * intermediate];
     let (mut dgate, mut dup) = (saved.gate.clone(), saved.up.clone());
-    activated
-        .par_chunks_mut(BLOCK)
-        .zip(dgate.par_chunks_mut(BLOCK))
-        .zip(dup.par_chunks_mut(BLOCK))
-        .zip(dactivated.par_chunks(BLOCK))
-        .for_each(|(((activated, gate), up), dout)| swiglu_backward(activated, gate, up, dout));
-    let mut down = vec![0.0; hidden * intermediate];
-    matmul(&mut down, dy_rows.t(), MatrixRef::new(&activated, tokens, intermediate));
+    match &mut dgate {
+        Some(dgate) => activated
+            .par_chunks_mut(BLOCK)
+            .zip(dgate.par_chunks_mut(BLOCK))
+            .zip(dup.par_chunks_mut(BLOCK))
+            .zip(dactivated.par_chunks(BLOCK))
+            .for_each(|(((activated, gate), up), dout)| swiglu_backward(activated, gate, up, dout)),
+        None => activated
+            .par_chunks_mut(BLOCK)
+            .zip(dup.par_chunks_mut(BLOCK))
+            .zip(dactivated.par_chunks(BLOCK))
+            .for_each(|((activated, up), dout)| gelu_backward(activated, up, dout)),
+    }
+    let down = project_backward(dy, &activated, weights.down, tokens);
 
     let (mut normed, mut unused) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
-    rms_norm(&mut normed, &mut unused, x, weights.norm, eps);
+    norm(&mut normed, &mut unused, x, weights.norm, eps);
     let mut dnormed = vec![0.0; tokens * hidden];
-    let mut project = |dout: &[f32], weight: &[f32]| {
-        let dout = MatrixRef::new(dout, tokens, intermediate);
-        matmul_add(&mut dnormed, dout, MatrixRef::new(weight, intermediate, hidden));
-        let mut dweight = vec![0.0; intermediate * hidden];
-        matmul(&mut dweight, dout.t(), MatrixRef::new(&normed, tokens, hidden));
-        dweight
+    let mut projected = |dout: &[f32], part: Affine<&[f32]>| {
+        matmul_add(&mut dnormed, MatrixRef::new(dout, tokens, intermediate), MatrixRef::new(part.weight, intermediate, hidden));
+        project_backward(dout, &normed, part, tokens)
     };
-    let (gate, up) = (project(&dgate, weights.gate), project(&dup, weights.up));
-    let (mut dx, mut norm) = (dy.to_vec(), vec![0.0; hidden]);
-    rms_norm_backward(&mut dx, &mut norm, &dnormed, x, &saved.inverse, weights.norm);
-    MlpGrads { x: dx, norm, gate, up, down }
+    let gate = dgate.zip(weights.gate).map(|(dgate, gate)| projected(&dgate, gate));
+    let up = projected(&dup, weights.up);
+    let mut dx = dy.to_vec();
+    let norm = norm_backward(&mut dx, &dnormed, x, &saved.inverse, weights.norm);
+    MlpGrads { x: dx, weights: MlpParts { norm, gate, up, down } }
 }
 
 multiversion!(
@@ -131,5 +125,40 @@ fn swiglu_backward_inner<const FMA: bool>(activated: &mut [f32], gate: &mut [f32
         let dsilu = fmadd::<FMA>(silu, 1.0 - sigmoid, sigmoid);
         *gate = dout * *up * dsilu;
         *up = dout * silu;
+    }
+}
+
+multiversion!(
+    /// `out = gelu(x)` in its tanh form (arXiv:1606.08415), element by element.
+    pub fn gelu(out: &mut [f32], x: &[f32]) = gelu_inner
+);
+
+/// `sqrt(2 / pi)`
+const GELU_SCALE: f32 = 0.797_884_6;
+const GELU_CUBIC: f32 = 0.044_715;
+
+/// `(1 + tanh(u)) / 2 = sigmoid(2u)` with `u = scale (x + cubic x^3)`.
+#[inline(always)]
+fn gelu_gate<const FMA: bool>(x: f32) -> f32 {
+    sigmoid::<FMA>(2.0 * GELU_SCALE * fmadd::<FMA>(GELU_CUBIC * x * x, x, x))
+}
+
+#[inline(always)]
+fn gelu_inner<const FMA: bool>(out: &mut [f32], x: &[f32]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = x * gelu_gate::<FMA>(*x);
+    }
+}
+
+multiversion!(fn gelu_backward(activated: &mut [f32], x: &mut [f32], dout: &[f32]) = gelu_backward_inner);
+
+/// `x` becomes its gradient; `activated` is the forward result again.
+#[inline(always)]
+fn gelu_backward_inner<const FMA: bool>(activated: &mut [f32], x: &mut [f32], dout: &[f32]) {
+    for ((activated, x), dout) in activated.iter_mut().zip(x).zip(dout) {
+        let gate = gelu_gate::<FMA>(*x);
+        *activated = *x * gate;
+        let slope = 2.0 * GELU_SCALE * fmadd::<FMA>(3.0 * GELU_CUBIC * *x, *x, 1.0);
+        *x = dout * fmadd::<FMA>(*activated * (1.0 - gate), slope, gate);
     }
 }

@@ -2,14 +2,14 @@
 
 use rayon::prelude::*;
 
-/// Frequency scaling of Llama 3 checkpoints.
+/// How frequencies are scaled.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[allow(missing_docs)]
-pub struct Llama3Scaling {
-    pub factor: f64,
-    pub low_freq_factor: f64,
-    pub high_freq_factor: f64,
-    pub original_context: f64,
+pub enum FrequencyScaling {
+    /// All alike (arXiv:2306.15595).
+    Linear { factor: f64 },
+    /// As in Llama 3 checkpoints.
+    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_context: f64 },
 }
 
 /// Cosines and sines of every position.
@@ -22,12 +22,12 @@ pub struct RopeTable {
 
 impl RopeTable {
     /// For positions `0..context`, heads of width `head_dim` (even) and base `theta`.
-    pub fn new(context: usize, head_dim: usize, theta: f64, scaling: Option<Llama3Scaling>) -> Self {
+    pub fn new(context: usize, head_dim: usize, theta: f64, scaling: Option<FrequencyScaling>) -> Self {
         let half = head_dim / 2;
         let frequencies: Vec<f32> = (0..half)
             .map(|i| {
                 let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
-                scaling.map_or(frequency, |scaling| scale(frequency, scaling)) as f32
+                scaling.map_or(frequency, |scaling| scaling.apply(frequency)) as f32
             })
             .collect();
         let (mut cos, mut sin) = (Vec::with_capacity(context * half), Vec::with_capacity(context * half));
@@ -78,17 +78,24 @@ impl RopeTable {
     }
 }
 
-/// Llama 3: high frequencies stay, low ones are slowed by `factor`, those between are blended.
-fn scale(frequency: f64, scaling: Llama3Scaling) -> f64 {
-    let wavelength = std::f64::consts::TAU / frequency;
-    let (low, high) = (scaling.original_context / scaling.low_freq_factor, scaling.original_context / scaling.high_freq_factor);
-    if wavelength < high {
-        frequency
-    } else if wavelength > low {
-        frequency / scaling.factor
-    } else {
-        let smooth =
-            (scaling.original_context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor);
-        (1.0 - smooth) * frequency / scaling.factor + smooth * frequency
+impl FrequencyScaling {
+    fn apply(self, frequency: f64) -> f64 {
+        let (factor, low_freq_factor, high_freq_factor, original_context) = match self {
+            Self::Linear { factor } => return frequency / factor,
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                (factor, low_freq_factor, high_freq_factor, original_context)
+            }
+        };
+        // High frequencies stay, low ones are slowed by `factor`, those between are blended.
+        let wavelength = std::f64::consts::TAU / frequency;
+        let (low, high) = (original_context / low_freq_factor, original_context / high_freq_factor);
+        if wavelength < high {
+            frequency
+        } else if wavelength > low {
+            frequency / factor
+        } else {
+            let smooth = (original_context / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+            (1.0 - smooth) * frequency / factor + smooth * frequency
+        }
     }
 }

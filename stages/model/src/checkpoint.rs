@@ -50,16 +50,25 @@ fn read(artifact: &Artifact, spec: &ParameterSpec) -> StageResult<Vec<f32>> {
         StageError::invalid(format!("checkpoint {} has no tensor `{}` of shape {:?}", artifact.digest().short(), spec.name, spec.shape))
     })?;
     let shape: Vec<u64> = spec.shape.iter().map(|size| *size as u64).collect();
-    if entry.dtype != Some(Dtype::F32) || entry.shape != shape {
-        return Err(StageError::invalid(format!(
-            "tensor `{}` of checkpoint {} is {:?} of {:?}; expected F32 of {shape:?}",
+    match entry.dtype {
+        Some(dtype @ (Dtype::F32 | Dtype::Bf16 | Dtype::F16)) if entry.shape == shape => Ok(widened(dtype, &artifact.read(&spec.name)?)),
+        dtype => Err(StageError::invalid(format!(
+            "tensor `{}` of checkpoint {} is {dtype:?} of {:?}; expected F32, BF16 or F16 of {shape:?}",
             spec.name,
             artifact.digest().short(),
-            entry.dtype,
             entry.shape
-        )));
+        ))),
     }
-    Ok(floats(&artifact.read(&spec.name)?))
+}
+
+/// Elements of an imported tensor, which keeps the dtype of its file, as f32: exact.
+fn widened(dtype: Dtype, content: &[u8]) -> Vec<f32> {
+    let pairs = || content.chunks_exact(2).map(|bytes| [bytes[0], bytes[1]]);
+    match dtype {
+        Dtype::Bf16 => pairs().map(|bytes| half::bf16::from_le_bytes(bytes).to_f32()).collect(),
+        Dtype::F16 => pairs().map(|bytes| half::f16::from_le_bytes(bytes).to_f32()).collect(),
+        _ => floats(content),
+    }
 }
 
 /// Loads a model with `head` on top. Weights that the checkpoint lacks for that head (a scalar head on a policy) are

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData, activation};
 
-use crate::fused::{AttentionContext, AttentionTensors, MlpTensors, TokenTargets};
+use rlflow_kernels::Affine;
+
+use crate::fused::{AttentionContext, AttentionTensors, MlpContext, MlpTensors, TokenTargets};
 
 fn indices(rows: &[u32], device: &Device) -> Tensor<1, Int> {
     let rows: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
@@ -26,17 +28,38 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<2>, eps: f32) -> Tensor<2> {
     x * inverse * weight
 }
 
-/// `x + attention(rms_norm(x))`.
+/// LayerNorm where there is a bias, else RMSNorm.
+pub fn norm(x: Tensor<2>, part: Affine<Tensor<2>>, eps: f32) -> Tensor<2> {
+    let Some(bias) = part.bias else { return rms_norm(x, part.weight, eps) };
+    let centred = x.clone() - x.mean_dim(1);
+    rms_norm(centred, part.weight, eps) + bias
+}
+
+/// `x weight^T + bias`.
+fn project(x: Tensor<2>, part: Affine<Tensor<2>>) -> Tensor<2> {
+    let out = x.matmul(part.weight.transpose());
+    match part.bias {
+        Some(bias) => out + bias,
+        None => out,
+    }
+}
+
+/// `x + attention(norm(x))`.
 pub fn attention(x: Tensor<2>, weights: AttentionTensors, context: AttentionContext) -> Tensor<2> {
-    let AttentionContext { shape, rope, slopes, layout } = context;
+    let AttentionContext { shape, rope, slopes, layout, .. } = context;
     let (tokens, heads) = (layout.tokens(), shape.heads);
     let device = x.device();
-    let normed = rms_norm(x.clone(), weights.norm, shape.eps);
-    let split = |weight: Tensor<2>, count: usize| {
-        let rows = normed.clone().matmul(weight.transpose()).reshape([tokens, count, heads.head_dim]);
-        rows.swap_dims(0, 1)
+    let normed = norm(x.clone(), weights.norm, shape.eps);
+    let split = |part: Affine<Tensor<2>>, head_norm: Option<Tensor<2>>, count: usize| {
+        let mut rows = project(normed.clone(), part);
+        if let Some(weight) = head_norm {
+            rows = rms_norm(rows.reshape([tokens * count, heads.head_dim]), weight, shape.eps);
+        }
+        rows.reshape([tokens, count, heads.head_dim]).swap_dims(0, 1)
     };
-    let (mut q, mut k, v) = (split(weights.q, heads.heads), split(weights.k, heads.kv_heads), split(weights.v, heads.kv_heads));
+    let mut q = split(weights.q, weights.q_norm, heads.heads);
+    let mut k = split(weights.k, weights.k_norm, heads.kv_heads);
+    let v = split(weights.v, None, heads.kv_heads);
     if let Some(table) = rope {
         let half = heads.head_dim / 2;
         let (cos, sin) = table.rows(layout.positions());
@@ -54,7 +77,7 @@ pub fn attention(x: Tensor<2>, weights: AttentionTensors, context: AttentionCont
     let expand = |x: Tensor<3>| x.unsqueeze_dim::<4>(1).repeat_dim(1, group).reshape([heads.heads, tokens, heads.head_dim]);
     let (k, v) = (expand(k), expand(v));
     let mut scores = q.matmul(k.swap_dims(1, 2)) * (1.0 / (heads.head_dim as f32).sqrt());
-    let (hidden, distance) = masks(&layout);
+    let (hidden, distance) = masks(&layout, shape.window);
     if !slopes.is_empty() {
         let mut bias = Vec::with_capacity(heads.heads * tokens * tokens);
         for slope in slopes.iter() {
@@ -67,7 +90,7 @@ pub fn attention(x: Tensor<2>, weights: AttentionTensors, context: AttentionCont
     let scores = scores.mask_fill(hidden.repeat_dim(0, heads.heads), f32::NEG_INFINITY);
     let out = activation::softmax(scores, 2).matmul(v);
     let out = out.swap_dims(0, 1).reshape([tokens, heads.query_width()]);
-    x + out.matmul(weights.o.transpose())
+    x + project(out, weights.o)
 }
 
 /// Lifts a constant onto the autodiff context of `device`.
@@ -76,13 +99,14 @@ fn on<const D: usize>(tensor: Tensor<D>, device: &Device) -> Tensor<D> {
 }
 
 /// `[tokens, tokens]`: whether the query (row) must not see the key (column), and how far back the key stands.
-fn masks(layout: &rlflow_kernels::SequenceLayout) -> (Vec<bool>, Vec<f32>) {
+fn masks(layout: &rlflow_kernels::SequenceLayout, window: Option<usize>) -> (Vec<bool>, Vec<f32>) {
     let tokens = layout.tokens();
     let (mut hidden, mut distance) = (vec![true; tokens * tokens], vec![0.0; tokens * tokens]);
     for sequence in 0..layout.sequences() {
         let range = layout.range(sequence);
         for query in range.clone() {
-            for key in range.start..=query {
+            let first = window.map_or(range.start, |window| range.start.max((query + 1).saturating_sub(window)));
+            for key in first..=query {
                 hidden[query * tokens + key] = false;
                 distance[query * tokens + key] = (query - key) as f32;
             }
@@ -91,12 +115,21 @@ fn masks(layout: &rlflow_kernels::SequenceLayout) -> (Vec<bool>, Vec<f32>) {
     (hidden, distance)
 }
 
-/// `x + mlp(rms_norm(x))`.
-pub fn mlp(x: Tensor<2>, weights: MlpTensors, eps: f32) -> Tensor<2> {
-    let normed = rms_norm(x.clone(), weights.norm, eps);
-    let gate = activation::silu(normed.clone().matmul(weights.gate.transpose()));
-    let up = normed.matmul(weights.up.transpose());
-    x + (gate * up).matmul(weights.down.transpose())
+/// `x + mlp(norm(x))`.
+pub fn mlp(x: Tensor<2>, weights: MlpTensors, context: MlpContext) -> Tensor<2> {
+    let normed = norm(x.clone(), weights.norm, context.eps);
+    let up = project(normed.clone(), weights.up);
+    let activated = match weights.gate {
+        Some(gate) => activation::silu(project(normed, gate)) * up,
+        None => gelu(up),
+    };
+    x + project(activated, weights.down)
+}
+
+/// GELU in its tanh form (arXiv:1606.08415).
+fn gelu(x: Tensor<2>) -> Tensor<2> {
+    let inner = (x.clone() + x.clone() * x.clone() * x.clone() * 0.044_715) * (2.0 / std::f64::consts::PI).sqrt();
+    x * 0.5 * (inner.tanh() + 1.0)
 }
 
 /// Log-probabilities (row 0) and entropies (row 1), `[2, rows]`.

@@ -6,16 +6,16 @@
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
-use rlflow_api::{ModelConfig, Positions};
+use rlflow_api::{ModelConfig, Positions, RopeScaling};
 use rlflow_kernels::{
-    AttentionShape, SequenceLayout,
+    Affine, AttentionShape, Positional, SequenceLayout,
     attention::{Heads, alibi_slopes},
-    rope::{Llama3Scaling, RopeTable},
+    rope::{FrequencyScaling, RopeTable},
 };
 
 use crate::{
     composed,
-    fused::{AttentionContext, AttentionTensors, MlpTensors, TokenTargets, flex},
+    fused::{AttentionContext, MlpContext, TokenTargets, flex},
     optimizer::accumulate,
     parameters::{BlockSlots, Head, Parameters, Slots, specs},
 };
@@ -107,15 +107,16 @@ impl Decoder {
     pub fn new(config: ModelConfig, head: Head, parameters: Parameters, device: Device) -> Self {
         let (_, slots) = specs(&config, head);
         let rope = (config.positions == Positions::Rope).then(|| {
-            let scaling = config.rope_scaling.map(|scaling| Llama3Scaling {
-                factor: scaling.factor,
-                low_freq_factor: scaling.low_freq_factor,
-                high_freq_factor: scaling.high_freq_factor,
-                original_context: scaling.original_max_position_embeddings as f64,
+            let scaling = config.rope_scaling.map(|scaling| match scaling {
+                RopeScaling::Linear { factor } => FrequencyScaling::Linear { factor },
+                RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                    let original_context = original_max_position_embeddings as f64;
+                    FrequencyScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }
+                }
             });
             Arc::new(RopeTable::new(config.context, config.head_dim, config.rope_theta, scaling))
         });
-        let slopes = if rope.is_none() { alibi_slopes(config.heads).into() } else { Arc::from([]) };
+        let slopes = if config.positions == Positions::Alibi { alibi_slopes(config.heads).into() } else { Arc::from([]) };
         let fused = parameters.tensors().first().is_none_or(|tensor| crate::parameters::flex_view(tensor).is_some());
         Self { config, head, parameters, slots, device, fused, rope, slopes }
     }
@@ -167,66 +168,68 @@ impl Decoder {
         &self.device
     }
 
-    pub(crate) fn rope(&self) -> Option<&RopeTable> {
-        self.rope.as_deref()
-    }
-
-    pub(crate) fn slopes(&self) -> &[f32] {
-        &self.slopes
+    pub(crate) fn positional(&self) -> Positional<'_> {
+        match (self.config.positions, &self.rope) {
+            (Positions::Rope, Some(table)) => Positional::Rope(table),
+            (Positions::Alibi, _) => Positional::Alibi(&self.slopes),
+            _ => Positional::Embedded,
+        }
     }
 
     pub(crate) fn attention_shape(&self) -> AttentionShape {
         let ModelConfig { heads, kv_heads, head_dim, .. } = self.config;
-        AttentionShape { hidden: self.config.hidden_size, heads: Heads { heads, kv_heads, head_dim }, eps: self.config.norm_eps as f32 }
+        let window = self.config.style.sliding_window;
+        AttentionShape { hidden: self.config.hidden_size, heads: Heads { heads, kv_heads, head_dim }, eps: self.eps(), window }
     }
 
     fn eps(&self) -> f32 {
         self.config.norm_eps as f32
     }
 
-    fn embed(&self, weight: Tensor<2>, batch: &PackedBatch) -> Tensor<2> {
+    /// Rows of the embedding, and those of learned positions added.
+    fn embed(&self, batch: &PackedBatch, weight: &mut dyn FnMut(usize) -> Tensor<2>) -> Tensor<2> {
         let embed = if self.fused { flex::embed } else { composed::embed };
-        embed(weight, batch.ids.clone())
+        let tokens = embed(weight(self.slots.embed), batch.ids.clone());
+        match self.slots.positions {
+            Some(positions) => tokens + embed(weight(positions), batch.layout.positions().into()),
+            None => tokens,
+        }
     }
 
-    fn rms_norm(&self, x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-        let norm = if self.fused { flex::rms_norm } else { composed::rms_norm };
-        norm(x, weight, self.eps())
+    fn norm(&self, x: Tensor<2>, part: Affine<Tensor<2>>) -> Tensor<2> {
+        let norm = if self.fused { flex::norm } else { composed::norm };
+        norm(x, part, self.eps())
     }
 
     /// Runs block weights given by `weight`, which says how each is seen (recorded or not).
     fn block(&self, x: Tensor<2>, slots: &BlockSlots, batch: &PackedBatch, weight: &mut dyn FnMut(usize) -> Tensor<2>) -> Tensor<2> {
-        let context = AttentionContext {
+        let BlockSlots { attention, mlp } = slots;
+        let attention_context = AttentionContext {
             shape: self.attention_shape(),
             rope: self.rope.clone(),
             slopes: self.slopes.clone(),
             layout: batch.layout.clone(),
+            extras: attention.extras().map(|slot| slot.is_some()),
         };
-        let attention = AttentionTensors {
-            norm: weight(slots.attention_norm),
-            q: weight(slots.q),
-            k: weight(slots.k),
-            v: weight(slots.v),
-            o: weight(slots.o),
-        };
-        let mlp = MlpTensors { norm: weight(slots.mlp_norm), gate: weight(slots.gate), up: weight(slots.up), down: weight(slots.down) };
+        let mlp_context = MlpContext { eps: self.eps(), gated: mlp.gate.is_some(), extras: mlp.extras().map(|slot| slot.is_some()) };
+        let (attention, mlp) = (attention.map(|slot| weight(*slot)), mlp.map(|slot| weight(*slot)));
         let (attend, feed) = if self.fused {
             (flex::attention as fn(_, _, _) -> _, flex::mlp as fn(_, _, _) -> _)
         } else {
             (composed::attention as _, composed::mlp as _)
         };
-        let x: Tensor<2> = attend(x, attention, context);
-        feed(x, mlp, self.eps())
+        let x: Tensor<2> = attend(x, attention, attention_context);
+        feed(x, mlp, mlp_context)
     }
 
     /// Forward pass without recording; `read` gets the end of it.
     pub fn evaluate<T>(&self, batch: &PackedBatch, read: impl FnOnce(&HeadView<'_>) -> T) -> T {
         let weight = |slot: usize| self.parameters.get(slot);
-        let mut x = self.embed(weight(self.slots.embed), batch);
+        let mut x = self.embed(batch, &mut { weight });
         for slots in &self.slots.blocks {
             x = self.block(x, slots, batch, &mut { weight });
         }
-        let normed = self.rms_norm(x, weight(self.slots.norm));
+        let normed = self.norm(x, self.slots.norm.map(|slot| weight(*slot)));
         read(&HeadView { decoder: self, normed, lm_head: self.slots.lm_head.map(weight), score: self.slots.score.map(weight) })
     }
 
@@ -244,7 +247,7 @@ impl Decoder {
     ) -> T {
         let constant = |slot: usize| self.parameters.get(slot);
         let mut segments = Vec::with_capacity(self.slots.blocks.len());
-        let mut x = self.embed(constant(self.slots.embed), batch);
+        let mut x = self.embed(batch, &mut { constant });
         for slots in &self.slots.blocks {
             if checkpointing {
                 let input = x;
@@ -260,10 +263,10 @@ impl Decoder {
 
         let recorded = |slot: usize| constant(slot).autodiff().require_grad();
         let hidden = x.autodiff().require_grad();
-        let norm = recorded(self.slots.norm);
+        let norm = self.slots.norm.map(|slot| recorded(*slot));
         let lm_head = self.slots.lm_head.map(recorded);
         let score = self.slots.score.map(recorded);
-        let normed = self.rms_norm(hidden.clone(), norm.clone());
+        let normed = self.norm(hidden.clone(), norm.clone());
         let view = HeadView { decoder: self, normed, lm_head: lm_head.clone(), score: score.clone() };
         let (loss, result) = loss(&view);
         drop(view);
@@ -272,8 +275,10 @@ impl Decoder {
         if let Some(gradient) = score.and_then(|score| score.grad_remove(&mut gradients)) {
             take(self.slots.score.unwrap_or_default(), gradient);
         }
-        if let Some(gradient) = norm.grad_remove(&mut gradients) {
-            take(self.slots.norm, gradient);
+        for (slot, weight) in [(Some(self.slots.norm.weight), Some(norm.weight)), (self.slots.norm.bias, norm.bias)] {
+            if let (Some(slot), Some(gradient)) = (slot, weight.and_then(|weight| weight.grad_remove(&mut gradients))) {
+                take(slot, gradient);
+            }
         }
         // With tied embeddings the head's gradient waits for the embedding's, so that each weight is taken once.
         let mut head_gradient = lm_head.and_then(|head| head.grad_remove(&mut gradients));
@@ -289,17 +294,18 @@ impl Decoder {
             upstream = segment.backward(self, upstream, &mut take);
         }
 
-        let weight = recorded(self.slots.embed);
-        let embedded = self.embed(weight.clone(), batch);
+        let mut tables = Vec::with_capacity(2);
+        let embedded = self.embed(batch, &mut |slot| {
+            let weight = recorded(slot);
+            tables.push((slot, weight.clone()));
+            weight
+        });
         let mut gradients = self.backward_from(embedded, upstream);
-        let gradient = weight.grad_remove(&mut gradients).unwrap_or_else(|| weight.inner().zeros_like());
-        take(
-            self.slots.embed,
-            match head_gradient {
-                Some(head) => accumulate(head, gradient),
-                None => gradient,
-            },
-        );
+        for (slot, weight) in tables {
+            let gradient = weight.grad_remove(&mut gradients).unwrap_or_else(|| weight.inner().zeros_like());
+            let head = head_gradient.take_if(|_| slot == self.slots.embed);
+            take(slot, head.map_or_else(|| gradient.clone(), |head| accumulate(head, gradient.clone())));
+        }
         result
     }
 

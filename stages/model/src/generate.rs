@@ -8,7 +8,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use rlflow_api::CounterRng;
 use rlflow_kernels::{
-    AttentionWeights, MlpWeights, Positional, SequenceLayout, attention_block,
+    AttentionWeights, MlpWeights, SequenceLayout, attention_block,
     decode::{self, DecodeScratch, LayerCache},
     embedding::embed,
     matmul::{MatrixRef, matmul},
@@ -17,7 +17,7 @@ use rlflow_kernels::{
 
 use crate::{
     Decoder,
-    parameters::{BlockSlots, flex_view, host},
+    parameters::{BlockSlots, Slots, flex_view, host},
 };
 
 /// How tokens are drawn.
@@ -80,12 +80,23 @@ impl Weights {
     }
 
     fn attention(&self, slots: &BlockSlots) -> AttentionWeights<'_> {
-        let get = |slot| self.get(slot);
-        AttentionWeights { norm: get(slots.attention_norm), q: get(slots.q), k: get(slots.k), v: get(slots.v), o: get(slots.o) }
+        slots.attention.map(|slot| self.get(*slot))
     }
 
     fn mlp(&self, slots: &BlockSlots) -> MlpWeights<'_> {
-        MlpWeights { norm: self.get(slots.mlp_norm), gate: self.get(slots.gate), up: self.get(slots.up), down: self.get(slots.down) }
+        slots.mlp.map(|slot| self.get(*slot))
+    }
+
+    /// Rows of the embedding, and those of learned positions added.
+    fn embed(&self, slots: &Slots, ids: &[u32], positions: &[u32], hidden: usize) -> Vec<f32> {
+        let mut x = vec![0.0; ids.len() * hidden];
+        embed(&mut x, self.get(slots.embed), ids, hidden);
+        if let Some(table) = slots.positions {
+            let mut rows = vec![0.0; x.len()];
+            embed(&mut rows, self.get(table), positions, hidden);
+            x.iter_mut().zip(rows).for_each(|(x, row)| *x += row);
+        }
+        x
     }
 }
 
@@ -113,18 +124,14 @@ pub fn generate(
     let weights = Weights::of(decoder);
     let lm_head = weights.get(decoder.slots().lm_head.expect("the model has a language head"));
     let (hidden, vocab, context) = (config.hidden_size, config.vocab_size, config.context);
-    let positional = match decoder.rope() {
-        Some(table) => Positional::Rope(table),
-        None => Positional::Alibi(decoder.slopes()),
-    };
+    let positional = decoder.positional();
     let shape = decoder.attention_shape();
     let mut completions: Vec<Completion> = prompts.iter().map(|_| Completion { ids: vec![], logprobs: vec![], ended: false }).collect();
 
     // Prefill.
     let layout = SequenceLayout::from_lengths(prompts.iter().map(|prompt| prompt.len()));
     let ids: Vec<u32> = prompts.concat();
-    let mut x = vec![0.0; ids.len() * hidden];
-    embed(&mut x, weights.get(decoder.slots().embed), &ids, hidden);
+    let mut x = weights.embed(decoder.slots(), &ids, layout.positions(), hidden);
     let mut active: Vec<Active> = prompts
         .iter()
         .enumerate()
@@ -145,7 +152,8 @@ pub fn generate(
         // Next tokens of all active sequences.
         let rows = active.len();
         let (mut normed, mut inverse) = (vec![0.0; rows * hidden], vec![0.0; rows]);
-        norm::rms_norm(&mut normed, &mut inverse, &last_rows, weights.get(decoder.slots().norm), shape.eps);
+        let last_norm = decoder.slots().norm.map(|slot| weights.get(*slot));
+        norm::norm(&mut normed, &mut inverse, &last_rows, last_norm, shape.eps);
         let mut logits = vec![0.0; rows * vocab];
         matmul(&mut logits, MatrixRef::new(&normed, rows, hidden), MatrixRef::new(lm_head, vocab, hidden).t());
         let drawn: Vec<(u32, f32)> = logits
@@ -175,8 +183,7 @@ pub fn generate(
         // One step of the network for the rest.
         let ids: Vec<u32> = active.iter().map(|active| active.last).collect();
         let positions: Vec<u32> = active.iter().map(|active| active.position as u32).collect();
-        let mut x = vec![0.0; ids.len() * hidden];
-        embed(&mut x, weights.get(decoder.slots().embed), &ids, hidden);
+        let mut x = weights.embed(decoder.slots(), &ids, &positions, hidden);
         for (layer, slots) in decoder.slots().blocks.iter().enumerate() {
             let mut caches: Vec<&mut LayerCache> = active.iter_mut().map(|active| &mut active.caches[layer]).collect();
             decode::attention_step(&mut x, &mut caches, &positions, weights.attention(slots), positional, shape, &mut scratch);

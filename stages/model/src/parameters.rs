@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_flex::FlexTensor;
-use rlflow_api::{CounterRng, ModelConfig};
+use rlflow_api::{CounterRng, ModelConfig, Positions};
+use rlflow_kernels::{Affine, AttentionParts, MlpParts};
 
 /// What stands on top of the decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -50,7 +51,7 @@ impl ParameterSpec {
         self.len() == 0
     }
 
-    /// Norm weights are vectors; weight decay leaves them alone.
+    /// Norm weights and biases are vectors; weight decay leaves them alone.
     pub fn is_matrix(&self) -> bool {
         self.shape.len() > 1
     }
@@ -68,15 +69,8 @@ impl ParameterSpec {
 #[derive(Debug, Clone, Copy)]
 #[allow(missing_docs)]
 pub struct BlockSlots {
-    pub attention_norm: usize,
-    pub q: usize,
-    pub k: usize,
-    pub v: usize,
-    pub o: usize,
-    pub mlp_norm: usize,
-    pub gate: usize,
-    pub up: usize,
-    pub down: usize,
+    pub attention: AttentionParts<usize>,
+    pub mlp: MlpParts<usize>,
 }
 
 /// Where each weight stands.
@@ -84,10 +78,12 @@ pub struct BlockSlots {
 pub struct Slots {
     /// `[vocab, hidden]`
     pub embed: usize,
+    /// `[context, hidden]`, of learned positions.
+    pub positions: Option<usize>,
     /// Blocks, first to last.
     pub blocks: Vec<BlockSlots>,
     /// `[hidden]`
-    pub norm: usize,
+    pub norm: Affine<usize>,
     /// `[vocab, hidden]`; the embedding when tied, absent without a language head.
     pub lm_head: Option<usize>,
     /// `[1, hidden]`
@@ -100,38 +96,58 @@ const LM_HEAD: &str = "lm_head.weight";
 
 /// All weights of a decoder with `head`, in the order in which gradients and optimizer state stand.
 pub fn specs(config: &ModelConfig, head: Head) -> (Vec<ParameterSpec>, Slots) {
-    let mut specs = Vec::new();
-    let mut add = |name: String, shape: &[usize]| {
-        specs.push(ParameterSpec { name, shape: shape.to_vec() });
-        specs.len() - 1
-    };
+    let mut specs = SpecList(Vec::new());
     let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
     let (query, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-    let embed = add("model.embed_tokens.weight".into(), &[config.vocab_size, hidden]);
+    let style = config.style;
+    let embed = specs.add("model.embed_tokens.weight".into(), &[config.vocab_size, hidden]);
+    let learned = config.positions == Positions::Learned;
+    let positions = learned.then(|| specs.add("model.embed_positions.weight".into(), &[config.context, hidden]));
     let blocks = (0..config.layers)
         .map(|layer| {
-            let mut add = |name: &str, shape: &[usize]| add(format!("model.layers.{layer}.{name}.weight"), shape);
+            let name = |part: &str| format!("model.layers.{layer}.{part}");
             BlockSlots {
-                attention_norm: add("input_layernorm", &[hidden]),
-                q: add("self_attn.q_proj", &[query, hidden]),
-                k: add("self_attn.k_proj", &[kv, hidden]),
-                v: add("self_attn.v_proj", &[kv, hidden]),
-                o: add("self_attn.o_proj", &[hidden, query]),
-                mlp_norm: add("post_attention_layernorm", &[hidden]),
-                gate: add("mlp.gate_proj", &[intermediate, hidden]),
-                up: add("mlp.up_proj", &[intermediate, hidden]),
-                down: add("mlp.down_proj", &[hidden, intermediate]),
+                attention: AttentionParts {
+                    norm: specs.affine(name("input_layernorm"), &[hidden], style.layer_norm),
+                    q: specs.affine(name("self_attn.q_proj"), &[query, hidden], style.qkv_bias),
+                    k: specs.affine(name("self_attn.k_proj"), &[kv, hidden], style.qkv_bias),
+                    v: specs.affine(name("self_attn.v_proj"), &[kv, hidden], style.qkv_bias),
+                    o: specs.affine(name("self_attn.o_proj"), &[hidden, query], style.output_bias),
+                    q_norm: style.qk_norm.then(|| specs.add(name("self_attn.q_norm.weight"), &[config.head_dim])),
+                    k_norm: style.qk_norm.then(|| specs.add(name("self_attn.k_norm.weight"), &[config.head_dim])),
+                },
+                mlp: MlpParts {
+                    norm: specs.affine(name("post_attention_layernorm"), &[hidden], style.layer_norm),
+                    gate: (!style.plain_mlp).then(|| specs.affine(name("mlp.gate_proj"), &[intermediate, hidden], style.mlp_bias)),
+                    up: specs.affine(name("mlp.up_proj"), &[intermediate, hidden], style.mlp_bias),
+                    down: specs.affine(name("mlp.down_proj"), &[hidden, intermediate], style.mlp_bias),
+                },
             }
         })
         .collect();
-    let norm = add("model.norm.weight".into(), &[hidden]);
+    let norm = specs.affine("model.norm".into(), &[hidden], style.layer_norm);
     let lm_head = match (head.has_language(), config.tie_embeddings) {
         (false, _) => None,
         (true, true) => Some(embed),
-        (true, false) => Some(add(LM_HEAD.into(), &[config.vocab_size, hidden])),
+        (true, false) => Some(specs.add(LM_HEAD.into(), &[config.vocab_size, hidden])),
     };
-    let score = head.has_score().then(|| add(SCORE_WEIGHT.into(), &[1, hidden]));
-    (specs, Slots { embed, blocks, norm, lm_head, score })
+    let score = head.has_score().then(|| specs.add(SCORE_WEIGHT.into(), &[1, hidden]));
+    (specs.0, Slots { embed, positions, blocks, norm, lm_head, score })
+}
+
+/// Specs being listed; adding gives the slot.
+struct SpecList(Vec<ParameterSpec>);
+
+impl SpecList {
+    fn add(&mut self, name: String, shape: &[usize]) -> usize {
+        self.0.push(ParameterSpec { name, shape: shape.to_vec() });
+        self.0.len() - 1
+    }
+
+    fn affine(&mut self, name: String, shape: &[usize], bias: bool) -> Affine<usize> {
+        let weight = self.add(format!("{name}.weight"), shape);
+        Affine { weight, bias: bias.then(|| self.add(format!("{name}.bias"), &shape[..1])) }
+    }
 }
 
 /// Weights on a device, all of rank 2 (vectors as one row), without autodiff.
@@ -235,7 +251,7 @@ pub fn update_in_place<const N: usize>(tensors: [&mut Tensor<2>; N], update: imp
 }
 
 /// Fresh weights: normal with standard deviation `std`, output projections of both halves scaled by
-/// `1 / sqrt(2 layers)` (GPT-2), norms one, the scalar head normal with variance `1 / (hidden + 1)`.
+/// `1 / sqrt(2 layers)` (GPT-2), norms one, biases zero, the scalar head normal with variance `1 / (hidden + 1)`.
 pub fn initial(config: &ModelConfig, seed: u64, std: f64) -> impl Fn(&ParameterSpec) -> Vec<f32> + use<> {
     let residual = std / (2.0 * config.layers as f64).sqrt();
     let score = 1.0 / (config.hidden_size as f64 + 1.0).sqrt();
@@ -246,7 +262,7 @@ pub fn initial(config: &ModelConfig, seed: u64, std: f64) -> impl Fn(&ParameterS
             _ => std,
         };
         if !spec.is_matrix() {
-            return vec![1.0; spec.len()];
+            return vec![if spec.name.ends_with(".bias") { 0.0 } else { 1.0 }; spec.len()];
         }
         // One stream per weight, named after it: a weight's draw does not depend on the others.
         let mut rng = CounterRng::new(seed, &format!("init/{}", spec.name), 0, 0);

@@ -151,6 +151,7 @@ impl StageKind for Corpus {
             setting: format!("{list}[{index}].path"),
             pattern: path.to_owned(),
             directory: false,
+            endings: &[],
         };
         let train = config.sources.iter().enumerate().map(|(index, entry)| source("sources", index, &entry.path));
         let heldout = config.heldout_sources.iter().enumerate().map(|(index, entry)| source("heldout_sources", index, &entry.path));

@@ -13,6 +13,8 @@ use rlflow_text::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::models;
+
 /// Held-out text that is encoded to measure compression.
 const MEASURED_BYTES: usize = 1 << 20;
 /// Special tokens that a tokenizer read from a file may get: EOS, pad, and two of ChatML.
@@ -146,7 +148,7 @@ impl StageKind for Tokenizer {
     fn data_sources(config: &TokenizerConfig) -> Vec<DataSource> {
         config
             .named_files()
-            .map(|(setting, path)| DataSource { setting: setting.into(), pattern: path.clone(), directory: false })
+            .map(|(setting, path)| DataSource { setting: setting.into(), pattern: path.clone(), directory: false, endings: &[] })
             .collect()
     }
 
@@ -205,10 +207,7 @@ impl StageKind for Tokenizer {
             context.warning(format!("the chat template cannot be used for training: {error}"));
         }
         measure(&tokenizer, context)?;
-        let mut builder = context.output(ArtifactType::Tokenizer);
-        tokenizer.store(&mut builder)?;
-        builder.metadata(serde_json::json!({ "digest": tokenizer.digest(), "vocab_size": tokenizer.vocab_size() }));
-        Ok(BTreeMap::from([("tokenizer".into(), builder.publish()?)]))
+        Ok(BTreeMap::from([("tokenizer".into(), models::publish_tokenizer(context, &tokenizer)?)]))
     }
 }
 

@@ -72,6 +72,7 @@ impl RowSettings {
                 setting: format!("{setting}[{index}].path"),
                 pattern: source.path.clone(),
                 directory: false,
+            endings: &[],
             };
             sources.iter().enumerate().map(source).collect::<Vec<_>>()
         };

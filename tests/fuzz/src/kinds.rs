@@ -83,6 +83,7 @@ kind!(Corpus, CorpusConfig, "corpus", &[], "text": Text, {
             setting: format!("sources[{at}].path"),
             pattern: source.path.clone(),
             directory: false,
+            endings: &[],
         };
         config.sources.iter().enumerate().map(source).collect()
     }

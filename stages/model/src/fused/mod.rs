@@ -17,7 +17,7 @@ use burn::{
     tensor::Tensor,
 };
 use burn_flex::FlexTensor;
-use rlflow_kernels::{AttentionShape, SequenceLayout, rope::RopeTable};
+use rlflow_kernels::{Affine, AttentionParts, AttentionShape, MlpParts, SequenceLayout, rope::RopeTable};
 
 use self::{
     ops::{AttentionOp, EmbedOp, MlpOp, NormOp, ScoreOp, TokenHeadOp},
@@ -35,6 +35,19 @@ pub struct AttentionContext {
     pub slopes: Arc<[f32]>,
     /// Where sequences start.
     pub layout: Arc<SequenceLayout>,
+    /// Which of [`AttentionParts::extras`] are there.
+    pub extras: [bool; 7],
+}
+
+/// What the feed-forward layer needs besides tensors.
+#[derive(Debug, Clone, Copy)]
+pub struct MlpContext {
+    /// Epsilon of the norm.
+    pub eps: f32,
+    /// Whether there is a gate.
+    pub gated: bool,
+    /// Which of [`MlpParts::extras`] are there.
+    pub extras: [bool; 4],
 }
 
 /// Rows of the hidden states whose token is asked for.
@@ -63,6 +76,17 @@ pub trait FusedOps: Backend {
         o: FloatTensor<Self>,
         context: AttentionContext,
     ) -> FloatTensor<Self>;
+    /// The same for families that have what Llama has not: `extras` are those vectors end to end, `[1, any]`.
+    fn fused_attention_with(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        o: FloatTensor<Self>,
+        extras: FloatTensor<Self>,
+        context: AttentionContext,
+    ) -> FloatTensor<Self>;
     /// `x + mlp(rms_norm(x))`: `[tokens, hidden]`.
     fn fused_mlp(
         x: FloatTensor<Self>,
@@ -70,10 +94,23 @@ pub trait FusedOps: Backend {
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
         down: FloatTensor<Self>,
-        eps: f32,
+        context: MlpContext,
+    ) -> FloatTensor<Self>;
+    /// The same for families that have what Llama has not: `extras` are those vectors end to end, `[1, any]`. Without a
+    /// gate, `gate` is anything.
+    fn fused_mlp_with(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        extras: FloatTensor<Self>,
+        context: MlpContext,
     ) -> FloatTensor<Self>;
     /// RMSNorm: `[tokens, hidden]`.
     fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
+    /// LayerNorm: `[tokens, hidden]`.
+    fn fused_layer_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
     /// Log-probabilities (row 0) and entropies (row 1) of the targets: `[2, rows]`.
     fn fused_token_head(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, targets: TokenTargets) -> FloatTensor<Self>;
     /// `hidden[rows] . weight`: `[1, rows]`.
@@ -102,7 +139,20 @@ impl FusedOps for Flex {
         o: FloatTensor<Self>,
         context: AttentionContext,
     ) -> FloatTensor<Self> {
-        run(&AttentionOp { context }, [x, norm, q, k, v, o])
+        run::<_, 6>(&AttentionOp { context }, [x, norm, q, k, v, o])
+    }
+
+    fn fused_attention_with(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        o: FloatTensor<Self>,
+        extras: FloatTensor<Self>,
+        context: AttentionContext,
+    ) -> FloatTensor<Self> {
+        run::<_, 7>(&AttentionOp { context }, [x, norm, q, k, v, o, extras])
     }
 
     fn fused_mlp(
@@ -111,13 +161,29 @@ impl FusedOps for Flex {
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
         down: FloatTensor<Self>,
-        eps: f32,
+        context: MlpContext,
     ) -> FloatTensor<Self> {
-        run(&MlpOp { eps }, [x, norm, gate, up, down])
+        run::<_, 5>(&MlpOp { context }, [x, norm, gate, up, down])
+    }
+
+    fn fused_mlp_with(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        extras: FloatTensor<Self>,
+        context: MlpContext,
+    ) -> FloatTensor<Self> {
+        run::<_, 6>(&MlpOp { context }, [x, norm, gate, up, down, extras])
     }
 
     fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
-        run(&NormOp { eps }, [x, weight])
+        run::<_, 2>(&NormOp { eps }, [x, weight])
+    }
+
+    fn fused_layer_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        run::<_, 3>(&NormOp { eps }, [x, weight, bias])
     }
 
     fn fused_token_head(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, targets: TokenTargets) -> FloatTensor<Self> {
@@ -152,19 +218,48 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         run_recorded::<C, _, 6>(AttentionOp { context }, [x, norm, q, k, v, o])
     }
 
+    fn fused_attention_with(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        o: FloatTensor<Self>,
+        extras: FloatTensor<Self>,
+        context: AttentionContext,
+    ) -> FloatTensor<Self> {
+        run_recorded::<C, _, 7>(AttentionOp { context }, [x, norm, q, k, v, o, extras])
+    }
+
     fn fused_mlp(
         x: FloatTensor<Self>,
         norm: FloatTensor<Self>,
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
         down: FloatTensor<Self>,
-        eps: f32,
+        context: MlpContext,
     ) -> FloatTensor<Self> {
-        run_recorded::<C, _, 5>(MlpOp { eps }, [x, norm, gate, up, down])
+        run_recorded::<C, _, 5>(MlpOp { context }, [x, norm, gate, up, down])
+    }
+
+    fn fused_mlp_with(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        extras: FloatTensor<Self>,
+        context: MlpContext,
+    ) -> FloatTensor<Self> {
+        run_recorded::<C, _, 6>(MlpOp { context }, [x, norm, gate, up, down, extras])
     }
 
     fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
         run_recorded::<C, _, 2>(NormOp { eps }, [x, weight])
+    }
+
+    fn fused_layer_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        run_recorded::<C, _, 3>(NormOp { eps }, [x, weight, bias])
     }
 
     fn fused_token_head(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, targets: TokenTargets) -> FloatTensor<Self> {
@@ -181,26 +276,11 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     }
 }
 
-/// Weights of an attention half, each `[out, in]`; the norm is `[1, hidden]`.
-#[derive(Debug, Clone)]
-#[allow(missing_docs)]
-pub struct AttentionTensors {
-    pub norm: Tensor<2>,
-    pub q: Tensor<2>,
-    pub k: Tensor<2>,
-    pub v: Tensor<2>,
-    pub o: Tensor<2>,
-}
+/// Weights of an attention half: projections `[out, in]`, vectors `[1, n]`.
+pub type AttentionTensors = AttentionParts<Tensor<2>>;
 
-/// Weights of a feed-forward half, each `[out, in]`; the norm is `[1, hidden]`.
-#[derive(Debug, Clone)]
-#[allow(missing_docs)]
-pub struct MlpTensors {
-    pub norm: Tensor<2>,
-    pub gate: Tensor<2>,
-    pub up: Tensor<2>,
-    pub down: Tensor<2>,
-}
+/// Weights of a feed-forward half: projections `[out, in]`, vectors `[1, n]`.
+pub type MlpTensors = MlpParts<Tensor<2>>;
 
 /// The operations on tensors of a `Flex` device, with or without autodiff.
 pub mod flex {
@@ -212,36 +292,42 @@ pub mod flex {
         Tensor::from_dispatch(Dispatch::fused_embed(weight.into_dispatch(), ids))
     }
 
-    /// `x + attention(rms_norm(x))`.
+    /// Vectors end to end.
+    fn joined<const N: usize>(vectors: [Option<&Tensor<2>>; N]) -> Tensor<2> {
+        Tensor::cat(vectors.into_iter().flatten().cloned().collect(), 1)
+    }
+
+    /// `x + attention(norm(x))`.
     pub fn attention(x: Tensor<2>, weights: AttentionTensors, context: AttentionContext) -> Tensor<2> {
-        let AttentionTensors { norm, q, k, v, o } = weights;
-        Tensor::from_dispatch(Dispatch::fused_attention(
-            x.into_dispatch(),
-            norm.into_dispatch(),
-            q.into_dispatch(),
-            k.into_dispatch(),
-            v.into_dispatch(),
-            o.into_dispatch(),
-            context,
-        ))
+        let extras = context.extras.contains(&true).then(|| joined(weights.extras()).into_dispatch());
+        let AttentionTensors { norm, q, k, v, o, .. } = weights;
+        let [x, norm, q, k, v, o] = [x, norm.weight, q.weight, k.weight, v.weight, o.weight].map(Tensor::into_dispatch);
+        Tensor::from_dispatch(match extras {
+            None => Dispatch::fused_attention(x, norm, q, k, v, o, context),
+            Some(extras) => Dispatch::fused_attention_with(x, norm, q, k, v, o, extras, context),
+        })
     }
 
-    /// `x + mlp(rms_norm(x))`.
-    pub fn mlp(x: Tensor<2>, weights: MlpTensors, eps: f32) -> Tensor<2> {
+    /// `x + mlp(norm(x))`.
+    pub fn mlp(x: Tensor<2>, weights: MlpTensors, context: MlpContext) -> Tensor<2> {
+        let extras = context.extras.contains(&true).then(|| joined(weights.extras()).into_dispatch());
         let MlpTensors { norm, gate, up, down } = weights;
-        Tensor::from_dispatch(Dispatch::fused_mlp(
-            x.into_dispatch(),
-            norm.into_dispatch(),
-            gate.into_dispatch(),
-            up.into_dispatch(),
-            down.into_dispatch(),
-            eps,
-        ))
+        // Something must stand in its place; nothing reads it.
+        let gate = gate.map_or_else(|| norm.weight.clone().detach(), |gate| gate.weight);
+        let [x, norm, gate, up, down] = [x, norm.weight, gate, up.weight, down.weight].map(Tensor::into_dispatch);
+        Tensor::from_dispatch(match extras {
+            None => Dispatch::fused_mlp(x, norm, gate, up, down, context),
+            Some(extras) => Dispatch::fused_mlp_with(x, norm, gate, up, down, extras, context),
+        })
     }
 
-    /// RMSNorm.
-    pub fn rms_norm(x: Tensor<2>, weight: Tensor<2>, eps: f32) -> Tensor<2> {
-        Tensor::from_dispatch(Dispatch::fused_rms_norm(x.into_dispatch(), weight.into_dispatch(), eps))
+    /// LayerNorm where there is a bias, else RMSNorm.
+    pub fn norm(x: Tensor<2>, part: Affine<Tensor<2>>, eps: f32) -> Tensor<2> {
+        let (x, weight) = (x.into_dispatch(), part.weight.into_dispatch());
+        Tensor::from_dispatch(match part.bias {
+            None => Dispatch::fused_rms_norm(x, weight, eps),
+            Some(bias) => Dispatch::fused_layer_norm(x, weight, bias.into_dispatch(), eps),
+        })
     }
 
     /// Log-probabilities and entropies, `[2, rows]`.

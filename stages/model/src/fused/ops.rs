@@ -1,10 +1,11 @@
 use std::sync::Arc;
 
 use rlflow_kernels::{
-    AttentionSaved, AttentionWeights, MlpSaved, MlpWeights, Positional, attention_block, embedding, mlp_block, norm, token_head,
+    Affine, AttentionGrads, AttentionSaved, AttentionShape, AttentionWeights, MlpGrads, MlpSaved, MlpWeights, Positional, attention_block,
+    embedding, mlp_block, norm, token_head,
 };
 
-use super::{AttentionContext, TokenTargets, slice_op::SliceOp};
+use super::{AttentionContext, MlpContext, TokenTargets, slice_op::SliceOp};
 
 #[derive(Debug, Clone)]
 pub struct EmbedOp {
@@ -28,6 +29,21 @@ impl SliceOp<1> for EmbedOp {
     }
 }
 
+/// Cuts `extras`, vectors that lie end to end, into slices of the given lengths; of those that are not there, none.
+fn cut<'a, const N: usize>(extras: &'a [f32], lengths: [Option<usize>; N]) -> [Option<&'a [f32]>; N] {
+    let mut rest = extras;
+    lengths.map(|length| {
+        let (head, tail) = rest.split_at(length?);
+        rest = tail;
+        Some(head)
+    })
+}
+
+/// The inverse of [`cut`].
+fn join<const N: usize>(parts: [Option<&Vec<f32>>; N]) -> Vec<f32> {
+    parts.into_iter().flatten().flatten().copied().collect()
+}
+
 #[derive(Debug, Clone)]
 pub struct AttentionOp {
     pub context: AttentionContext,
@@ -37,46 +53,146 @@ impl AttentionOp {
     fn positional(&self) -> Positional<'_> {
         match &self.context.rope {
             Some(table) => Positional::Rope(table),
+            None if self.context.slopes.is_empty() => Positional::Embedded,
             None => Positional::Alibi(&self.context.slopes),
         }
     }
+
+    fn weights<'a>(&self, [norm, q, k, v, o]: [&'a [f32]; 5], extras: &'a [f32]) -> AttentionWeights<'a> {
+        let AttentionShape { hidden, heads, .. } = self.context.shape;
+        let lengths = [hidden, heads.query_width(), heads.kv_width(), heads.kv_width(), hidden, heads.head_dim, heads.head_dim];
+        let mut at = 0;
+        let given = lengths.map(|length| {
+            at += 1;
+            self.context.extras[at - 1].then_some(length)
+        });
+        let [norm_bias, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm] = cut(extras, given);
+        AttentionWeights {
+            norm: Affine { weight: norm, bias: norm_bias },
+            q: Affine { weight: q, bias: q_bias },
+            k: Affine { weight: k, bias: k_bias },
+            v: Affine { weight: v, bias: v_bias },
+            o: Affine { weight: o, bias: o_bias },
+            q_norm,
+            k_norm,
+        }
+    }
+
+    fn run(&self, x: &[f32], weights: AttentionWeights<'_>) -> (Vec<f32>, [usize; 2], AttentionSaved) {
+        let AttentionContext { shape, layout, .. } = &self.context;
+        let (y, saved) = attention_block::forward(x, weights, self.positional(), *shape, layout);
+        (y, [layout.tokens(), shape.hidden], saved)
+    }
+
+    fn run_back(&self, gradient: &[f32], x: &[f32], saved: &AttentionSaved, weights: AttentionWeights<'_>) -> AttentionGrads {
+        let AttentionContext { shape, layout, .. } = &self.context;
+        attention_block::backward(gradient, x, saved, weights, self.positional(), *shape, layout)
+    }
 }
 
+/// Llama's attention half.
 impl SliceOp<6> for AttentionOp {
     type Saved = AttentionSaved;
 
     fn forward(&self, [x, norm, q, k, v, o]: [&[f32]; 6]) -> (Vec<f32>, [usize; 2], AttentionSaved) {
-        let AttentionContext { shape, layout, .. } = &self.context;
-        let (y, saved) = attention_block::forward(x, AttentionWeights { norm, q, k, v, o }, self.positional(), *shape, layout);
-        (y, [layout.tokens(), shape.hidden], saved)
+        self.run(x, self.weights([norm, q, k, v, o], &[]))
     }
 
     fn backward(&self, [x, norm, q, k, v, o]: [&[f32]; 6], saved: &AttentionSaved, gradient: &[f32], _: [bool; 6]) -> [Vec<f32>; 6] {
-        let AttentionContext { shape, layout, .. } = &self.context;
-        let weights = AttentionWeights { norm, q, k, v, o };
-        let grads = attention_block::backward(gradient, x, saved, weights, self.positional(), *shape, layout);
-        [grads.x, grads.norm, grads.q, grads.k, grads.v, grads.o]
+        let AttentionGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, q, k, v, o], &[]));
+        [x, weights.norm.weight, weights.q.weight, weights.k.weight, weights.v.weight, weights.o.weight]
+    }
+}
+
+/// Any family's: the vectors that Llama has not come last, end to end.
+impl SliceOp<7> for AttentionOp {
+    type Saved = AttentionSaved;
+
+    fn forward(&self, [x, norm, q, k, v, o, extras]: [&[f32]; 7]) -> (Vec<f32>, [usize; 2], AttentionSaved) {
+        self.run(x, self.weights([norm, q, k, v, o], extras))
+    }
+
+    fn backward(
+        &self,
+        [x, norm, q, k, v, o, extras]: [&[f32]; 7],
+        saved: &AttentionSaved,
+        gradient: &[f32],
+        _: [bool; 7],
+    ) -> [Vec<f32>; 7] {
+        let AttentionGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, q, k, v, o], extras));
+        let extras = join(weights.extras());
+        [x, weights.norm.weight, weights.q.weight, weights.k.weight, weights.v.weight, weights.o.weight, extras]
     }
 }
 
 #[derive(Debug, Clone)]
 pub struct MlpOp {
-    pub eps: f32,
+    pub context: MlpContext,
 }
 
+impl MlpOp {
+    fn weights<'a>(&self, [norm, gate, up, down]: [&'a [f32]; 4], extras: &'a [f32]) -> MlpWeights<'a> {
+        let (hidden, intermediate) = (norm.len(), up.len() / norm.len());
+        let [has_norm, has_gate, has_up, has_down] = self.context.extras;
+        let given = [
+            has_norm.then_some(hidden),
+            has_gate.then_some(intermediate),
+            has_up.then_some(intermediate),
+            has_down.then_some(hidden),
+        ];
+        let [norm_bias, gate_bias, up_bias, down_bias] = cut(extras, given);
+        MlpWeights {
+            norm: Affine { weight: norm, bias: norm_bias },
+            gate: self.context.gated.then_some(Affine { weight: gate, bias: gate_bias }),
+            up: Affine { weight: up, bias: up_bias },
+            down: Affine { weight: down, bias: down_bias },
+        }
+    }
+
+    fn run(&self, x: &[f32], weights: MlpWeights<'_>) -> (Vec<f32>, [usize; 2], MlpSaved) {
+        let hidden = weights.norm.weight.len();
+        let (y, saved) = mlp_block::forward(x, weights, self.context.eps);
+        let tokens = y.len() / hidden;
+        (y, [tokens, hidden], saved)
+    }
+}
+
+/// Llama's feed-forward half.
 impl SliceOp<5> for MlpOp {
     type Saved = MlpSaved;
 
     fn forward(&self, [x, norm, gate, up, down]: [&[f32]; 5]) -> (Vec<f32>, [usize; 2], MlpSaved) {
-        let (y, saved) = mlp_block::forward(x, MlpWeights { norm, gate, up, down }, self.eps);
-        let hidden = norm.len();
-        let tokens = y.len() / hidden;
-        (y, [tokens, hidden], saved)
+        self.run(x, self.weights([norm, gate, up, down], &[]))
     }
 
     fn backward(&self, [x, norm, gate, up, down]: [&[f32]; 5], saved: &MlpSaved, gradient: &[f32], _: [bool; 5]) -> [Vec<f32>; 5] {
-        let grads = mlp_block::backward(gradient, x, saved, MlpWeights { norm, gate, up, down }, self.eps);
-        [grads.x, grads.norm, grads.gate, grads.up, grads.down]
+        let grads = mlp_block::backward(gradient, x, saved, self.weights([norm, gate, up, down], &[]), self.context.eps);
+        let MlpGrads { x, weights } = grads;
+        let gate = weights.gate.map(|gate| gate.weight).unwrap_or_default();
+        [x, weights.norm.weight, gate, weights.up.weight, weights.down.weight]
+    }
+}
+
+/// Any family's: biases come last, end to end. What stands in the place of a gate that is not there gets no gradient.
+impl SliceOp<6> for MlpOp {
+    type Saved = MlpSaved;
+
+    fn forward(&self, [x, norm, gate, up, down, extras]: [&[f32]; 6]) -> (Vec<f32>, [usize; 2], MlpSaved) {
+        self.run(x, self.weights([norm, gate, up, down], extras))
+    }
+
+    fn backward(
+        &self,
+        [x, norm, gate, up, down, extras]: [&[f32]; 6],
+        saved: &MlpSaved,
+        gradient: &[f32],
+        _: [bool; 6],
+    ) -> [Vec<f32>; 6] {
+        let grads = mlp_block::backward(gradient, x, saved, self.weights([norm, gate, up, down], extras), self.context.eps);
+        let MlpGrads { x, weights } = grads;
+        let extras = join(weights.extras());
+        let gate = weights.gate.map_or_else(|| vec![0.0; gate.len()], |gate| gate.weight);
+        [x, weights.norm.weight, gate, weights.up.weight, weights.down.weight, extras]
     }
 }
 
@@ -85,20 +201,42 @@ pub struct NormOp {
     pub eps: f32,
 }
 
+impl NormOp {
+    fn run(&self, x: &[f32], part: Affine<&[f32]>) -> (Vec<f32>, [usize; 2], Vec<f32>) {
+        let (hidden, tokens) = (part.weight.len(), x.len() / part.weight.len());
+        let (mut out, mut inverse) = (vec![0.0; x.len()], vec![0.0; tokens]);
+        norm::norm(&mut out, &mut inverse, x, part, self.eps);
+        (out, [tokens, hidden], inverse)
+    }
+}
+
+/// RMSNorm.
 impl SliceOp<2> for NormOp {
     type Saved = Vec<f32>;
 
     fn forward(&self, [x, weight]: [&[f32]; 2]) -> (Vec<f32>, [usize; 2], Vec<f32>) {
-        let (hidden, tokens) = (weight.len(), x.len() / weight.len());
-        let (mut out, mut inverse) = (vec![0.0; x.len()], vec![0.0; tokens]);
-        norm::rms_norm(&mut out, &mut inverse, x, weight, self.eps);
-        (out, [tokens, hidden], inverse)
+        self.run(x, Affine::plain(weight))
     }
 
     fn backward(&self, [x, weight]: [&[f32]; 2], inverse: &Vec<f32>, gradient: &[f32], _: [bool; 2]) -> [Vec<f32>; 2] {
-        let (mut dx, mut dweight) = (vec![0.0; x.len()], vec![0.0; weight.len()]);
-        norm::rms_norm_backward(&mut dx, &mut dweight, gradient, x, inverse, weight);
-        [dx, dweight]
+        let mut dx = vec![0.0; x.len()];
+        let grads = norm::norm_backward(&mut dx, gradient, x, inverse, Affine::plain(weight));
+        [dx, grads.weight]
+    }
+}
+
+/// LayerNorm.
+impl SliceOp<3> for NormOp {
+    type Saved = Vec<f32>;
+
+    fn forward(&self, [x, weight, bias]: [&[f32]; 3]) -> (Vec<f32>, [usize; 2], Vec<f32>) {
+        self.run(x, Affine { weight, bias: Some(bias) })
+    }
+
+    fn backward(&self, [x, weight, bias]: [&[f32]; 3], inverse: &Vec<f32>, gradient: &[f32], _: [bool; 3]) -> [Vec<f32>; 3] {
+        let mut dx = vec![0.0; x.len()];
+        let grads = norm::norm_backward(&mut dx, gradient, x, inverse, Affine { weight, bias: Some(bias) });
+        [dx, grads.weight, grads.bias.unwrap_or_default()]
     }
 }
 
