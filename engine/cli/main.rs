@@ -6,10 +6,12 @@ mod chat;
 mod common;
 mod devices;
 mod diff;
+mod export;
 mod failure;
 mod generate;
 mod graph;
 mod host;
+mod import;
 mod lineage;
 mod log;
 mod metrics;
@@ -58,6 +60,8 @@ enum Command {
     Lineage(lineage::Lineage),
     Log(log::Log),
     Adopt(adopt::Adopt),
+    Import(import::Import),
+    Export(export::Export),
     Gc(store::Gc),
     Fsck(store::Fsck),
     Du(store::Du),
@@ -93,6 +97,8 @@ fn main() -> ExitCode {
         Command::Lineage(command) => command.run(&cli.common),
         Command::Log(command) => command.run(&cli.common),
         Command::Adopt(command) => command.run(&cli.common),
+        Command::Import(command) => command.run(&cli.common),
+        Command::Export(command) => command.run(&cli.common),
         Command::Gc(command) => command.run(&cli.common),
         Command::Fsck(command) => command.run(&cli.common),
         Command::Du(command) => command.run(&cli.common),

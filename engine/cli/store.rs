@@ -221,7 +221,7 @@ impl Pin {
 }
 
 /// A size: `500MB`, `20GiB`, `1024`. Decimal and binary units.
-fn parse_size(text: &str) -> Result<u64, String> {
+pub fn parse_size(text: &str) -> Result<u64, String> {
     let error = || format!("`{text}` is not a size: write 500MB, 20GB or 4GiB");
     let at = text.find(|character: char| !character.is_ascii_digit() && character != '.').unwrap_or(text.len());
     let number: f64 = text[..at].parse().map_err(|_| error())?;

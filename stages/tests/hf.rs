@@ -318,8 +318,7 @@ fn what_comes_in_goes_out_byte_for_byte() {
         assert_eq!(exported.notes, [] as [&str; 0]);
         assert_eq!(tensors(&target), tensors(&source), "{name}");
         let json = |folder: &Path, file: &str| -> Value { serde_json::from_slice(&fs::read(folder.join(file)).unwrap()).unwrap() };
-        assert_eq!(json(&target, "config.json"), json(&source, "config.json"), "{name}");
-        let mut same = vec!["tokenizer.json", "chat_template.jinja"];
+        let mut same = vec!["config.json", "tokenizer.json", "chat_template.jinja"];
         same.extend((name != "reward").then_some("generation_config.json"));
         for file in same {
             assert_eq!(fs::read(target.join(file)).unwrap(), fs::read(source.join(file)).unwrap(), "{name}/{file}");
@@ -498,7 +497,7 @@ fn planning_knows_type_shape_and_context() {
         let model = &described.outputs["model"];
         assert_eq!(model.artifact_type, artifact_type);
         assert_eq!(model.tokenizer, described.outputs["tokenizer"].tokenizer);
-        assert_eq!(model.vocab_size, Some(532));
+        assert_eq!(model.vocab_size, Some(600));
         let artifact = world.model(name);
         assert_eq!(model.model, Some(CheckpointInfo::of(&artifact).unwrap().model));
     }

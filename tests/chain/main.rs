@@ -1,6 +1,7 @@
 //! The whole chain through the real binary: `workflows/quickstart.toml`, shrunk by `--set` to seconds. What reruns
 //! and what does not, results to the bit over threads, kills and stores, and failures that leave nothing behind.
 
+mod checkpoint;
 mod crash;
 mod fixture;
 mod ppo;

@@ -11,8 +11,10 @@ pub const CONFIG: &str = "config.json";
 const ROLE_KEY: &str = "rlflow_type";
 /// Longest context that is taken for a real one, in tokens: tables of that length are made.
 const MAX_CONTEXT: u64 = 1 << 22;
+/// Most blocks.
+const MAX_LAYERS: u64 = 10_000;
 /// Largest of all other sizes.
-const MAX_SIZE: u64 = 1 << 24;
+const MAX_SIZE: u64 = 1 << 22;
 
 /// What a checkpoint is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -262,7 +264,7 @@ impl Reader<'_> {
             style.mlp_bias = self.flag("mlp_bias", false);
         }
         let context = self.size("max_position_embeddings", None, MAX_CONTEXT);
-        let layers = self.size("num_hidden_layers", None, MAX_SIZE.min(10_000));
+        let layers = self.size("num_hidden_layers", None, MAX_LAYERS);
         style.sliding_window = self.window(architecture, layers, context);
         let (rope_theta, rope_scaling) = self.rope();
         ModelConfig {
@@ -299,7 +301,7 @@ impl Reader<'_> {
             vocab_size: self.size("vocab_size", None, MAX_SIZE),
             hidden_size,
             intermediate_size: self.size("n_inner", Some(4 * hidden_size as u64), MAX_SIZE),
-            layers: self.size("n_layer", None, 10_000),
+            layers: self.size("n_layer", None, MAX_LAYERS),
             heads,
             kv_heads: heads,
             head_dim: (hidden_size / heads).max(1),
@@ -338,6 +340,9 @@ impl Reader<'_> {
                 let [factor, low_freq_factor, high_freq_factor, original] =
                     ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
                         .map(|key| self.positive(&settings, key, None));
+                if original < 1.0 {
+                    self.problem(format!("`original_max_position_embeddings` = {original} is less than a token"));
+                }
                 if low_freq_factor >= high_freq_factor {
                     self.problem(format!("`low_freq_factor` = {low_freq_factor} is not below `high_freq_factor` = {high_freq_factor}"));
                 }
@@ -424,9 +429,9 @@ pub struct TokenIds {
 pub fn write(model: &ModelConfig, role: Role, dtype: Dtype, ids: &TokenIds, carried: Option<&[u8]>) -> Result<Vec<u8>, HfError> {
     let family = FAMILIES.iter().find(|family| family.architecture == model.architecture);
     let family = family.ok_or_else(|| HfError::new(CONFIG, "the model's family has no class in transformers"))?;
-    let carried = carried.and_then(|content| serde_json::from_slice::<Map<String, Value>>(content).ok());
-    let mut object = match carried {
-        Some(object) => object,
+    let before = carried.and_then(|content| serde_json::from_slice::<Map<String, Value>>(content).ok());
+    let mut object = match &before {
+        Some(object) => object.clone(),
         None => generated(family, model)?,
     };
     let class = if role == Role::Policy { family.causal } else { family.classifier };
@@ -459,7 +464,11 @@ pub fn write(model: &ModelConfig, role: Role, dtype: Dtype, ids: &TokenIds, carr
     if role == Role::Critic {
         object.insert(ROLE_KEY.into(), role.artifact_type().name().into());
     }
-    Ok(pretty(&object))
+    // Where nothing is to be changed, not even a number's spelling is.
+    Ok(match (carried, before) {
+        (Some(carried), Some(before)) if before == object => carried.to_vec(),
+        _ => pretty(&object),
+    })
 }
 
 /// A JSON object as transformers writes its files.

@@ -107,6 +107,14 @@ impl Directory {
         head_of(self.config.role)
     }
 
+    /// Whether there is a file called `name`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn check_there(&self, name: &str) -> StageResult<()> {
+        find(&self.files, name, &self.shown).map(drop)
+    }
+
     /// Content of the file called `name`.
     ///
     /// # Errors
@@ -129,17 +137,18 @@ pub(crate) const fn head_of(role: Role) -> Head {
     }
 }
 
+fn find<'a>(files: &'a [Source], name: &str, shown: &str) -> StageResult<&'a Source> {
+    files.iter().find(|file| file.name == name).ok_or_else(|| {
+        let hint = match name {
+            "tokenizer.json" => "a tokenizer without it is converted by `AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW)` in Python",
+            _ => "a checkpoint directory holds config.json, model.safetensors and tokenizer.json",
+        };
+        HfError::new(shown, format!("there is no `{name}`")).hint(hint).into()
+    })
+}
+
 fn read(files: &[Source], name: &str, shown: &str) -> StageResult<Vec<u8>> {
-    let Some(file) = files.iter().find(|file| file.name == name) else {
-        let error = HfError::new(shown, format!("there is no `{name}`"));
-        return Err(match name {
-            "tokenizer.json" => error.hint(
-                "a tokenizer without it is converted by `AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW)` in Python",
-            ),
-            _ => error.hint("a checkpoint directory holds config.json, model.safetensors and tokenizer.json"),
-        }
-        .into());
-    };
+    let file = find(files, name, shown)?;
     match &file.hashed {
         Some(hashed) => read_file(hashed),
         None => fs::read(&file.path).map_err(|source| StageError::Io { operation: format!("read {}", file.path.display()), source }),

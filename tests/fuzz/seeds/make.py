@@ -141,3 +141,12 @@ seed("safetensors", "two", safetensors({"__metadata__": {"format": "pt"}, "a": {
                                         "b": {"dtype": "BF16", "shape": [3], "data_offsets": [8, 14]}}, bytes(14)))
 seed("safetensors", "none", safetensors({}, b""))
 seed("safetensors", "overlap", safetensors({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, "b": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]}}, bytes(6)))
+
+# Configs of checkpoints.
+HF = {"vocab_size": 600, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+      "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_act": "silu"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+seed("hf_config", "llama", json.dumps(HF | {"architectures": ["LlamaForCausalLM"], "rope_scaling": LLAMA3, "attention_bias": True}))
+seed("hf_config", "mistral", json.dumps(HF | {"architectures": ["MistralForSequenceClassification"], "sliding_window": 8, "id2label": {"0": "a"}}))
+seed("hf_config", "qwen3", json.dumps(HF | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}))
+seed("hf_config", "gpt2", json.dumps({"architectures": ["GPT2LMHeadModel"], "vocab_size": 600, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}))

@@ -10,6 +10,7 @@ pub mod scratch;
 
 pub mod action;
 pub mod data_file;
+pub mod hf_config;
 pub mod manifest;
 pub mod parquet;
 pub mod safetensors;

@@ -1,16 +1,19 @@
-//! The header of a safetensors file, as the crate `safetensors` reads it for the import of checkpoints: what it accepts, every reader of
-//! tensors relies on.
+//! The header of a safetensors file: what it accepts, the import of checkpoints relies on.
 
-use safetensors::SafeTensors;
+use rlflow_hf::safetensors::Header;
 
-/// Fails on a panic.
+/// Fails on a panic, and where tensors do not fill the file or a header does not read back.
 pub fn check(input: &[u8]) {
-    let Ok((header_bytes, header)) = SafeTensors::read_metadata(input) else { return };
-    assert!(header_bytes <= input.len());
-    drop(header.tensors());
-    let Ok(tensors) = SafeTensors::deserialize(input) else { return };
-    for (name, tensor) in tensors.tensors() {
-        let elements: usize = tensor.shape().iter().product();
-        assert_eq!(tensor.data().len() * 8, elements * tensor.dtype().bitsize(), "{name}");
+    let Ok((header, raw)) = Header::read(&mut &input[..], input.len() as u64, "fuzz") else { return };
+    assert_eq!(header.size_bytes, raw.len() as u64);
+    let mut at = header.size_bytes;
+    for tensor in &header.tensors {
+        assert_eq!(header.size_bytes + tensor.start, at, "{}", tensor.name);
+        at += tensor.size_bytes;
     }
+    assert_eq!(at, input.len() as u64, "tensors fill the file");
+    let again = Header::encode(&header.tensors);
+    let file_bytes = again.len() as u64 + at - header.size_bytes;
+    let (read, _) = Header::read(&mut again.as_slice(), file_bytes, "fuzz").expect("what is written can be read");
+    assert_eq!(read.tensors, header.tensors);
 }
