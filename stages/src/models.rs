@@ -10,6 +10,8 @@ use rlflow_api::{
 use rlflow_model::{CheckpointInfo, Decoder, Head, checkpoint};
 use rlflow_text::ChatTokenizer;
 
+use crate::train::Precision;
+
 /// A loaded model with where it came from.
 pub struct LoadedModel {
     /// The network.
@@ -18,6 +20,14 @@ pub struct LoadedModel {
     pub info: CheckpointInfo,
     /// The artifact, whose tokenizer files later checkpoints share.
     pub artifact: Artifact,
+}
+
+impl LoadedModel {
+    /// The same model, computing in `precision`.
+    pub fn in_precision(mut self, precision: Precision) -> Self {
+        self.decoder.set_arithmetic(precision.arithmetic());
+        self
+    }
 }
 
 /// Loads the model on `port`.

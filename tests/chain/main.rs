@@ -66,6 +66,36 @@ fn results_depend_on_the_seed_and_on_nothing_around_it() {
     assert_eq!(one["corpus"], other["corpus"], "every document once: nothing is drawn");
 }
 
+/// Half the digits in the products: near the same loss, another result, and the same bits for any number of threads.
+#[test]
+fn bf16_trains_like_fp32() {
+    let fixture = Fixture::new();
+    let longer = "stage.pretrain.train={ steps = 60, batch_size = 4, lr = 3e-3, eval_every = 60 }";
+    let stages = ["pretrain", "sft", "reward_model", "ppo", "dpo"];
+    let bf16: Vec<String> = stages.iter().map(|stage| format!("stage.{stage}.precision=\"bf16\"")).collect();
+    let bf16: Vec<&str> = bf16.iter().map(String::as_str).chain([longer]).collect();
+    let with_threads = |store: &str, threads: &str, sets: &[&str]| {
+        Finished::of(fixture.command(store, sets).env("RAYON_NUM_THREADS", threads).output().unwrap()).succeeded()
+    };
+    let half = with_threads("half", "1", &bf16);
+    assert_eq!(half.outputs(), with_threads("again", "2", &bf16).outputs(), "one thread or two");
+    let single = with_threads("single", "2", &[longer]);
+    for stage in stages {
+        assert_ne!(half.outputs()[stage], single.outputs()[stage], "{stage} does not depend on the precision");
+    }
+    let loss = |store: &str, sets: &[&str]| {
+        let output = fixture.rlflow(store, &["metrics", "--json"], sets).arg("pretrain").output().unwrap();
+        let metrics: Value = serde_json::from_slice(&output.stdout).unwrap();
+        metrics["stages"]["pretrain"]["final"]["eval/loss"].as_f64().unwrap()
+    };
+    let (half, single) = (loss("half", &bf16), loss("single", &[longer]));
+    assert!((half - single).abs() < 0.01 * single, "{half} against {single}");
+    // The first ratio of PPO is 1 in any precision: old log-probabilities come from the same arithmetic.
+    let output = fixture.rlflow("half", &["metrics", "--json"], &bf16).arg("ppo").output().unwrap();
+    let metrics: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(metrics["stages"]["ppo"]["final"]["policy/first_ratio_error"], 0.0);
+}
+
 #[test]
 fn divergence_is_an_error_that_leaves_nothing_cached() {
     let fixture = Fixture::new();

@@ -1,6 +1,6 @@
 //! A weight with the bias that some families give it, and the weights of a block's two halves.
 
-use crate::matmul::{MatrixRef, matmul, matmul_add};
+use crate::matmul::{Arithmetic, MatrixRef};
 
 /// Rows per partial sum of a bias's gradient.
 const ROW_BLOCK: usize = 32;
@@ -106,16 +106,16 @@ impl<T> MlpParts<T> {
 ///
 /// # Shapes
 /// - x: `[rows, columns]`; out: `[rows, width]`; weight: `[width, columns]`; bias: `[width]`
-pub fn project(out: &mut [f32], x: &[f32], part: Affine<&[f32]>, rows: usize) {
+pub fn project(out: &mut [f32], x: &[f32], part: Affine<&[f32]>, rows: usize, arithmetic: Arithmetic) {
     let (width, columns) = (out.len() / rows.max(1), x.len() / rows.max(1));
-    matmul(out, MatrixRef::new(x, rows, columns), MatrixRef::new(part.weight, width, columns).t());
+    arithmetic.matmul(out, MatrixRef::new(x, rows, columns), MatrixRef::new(part.weight, width, columns).t());
     add_bias(out, part.bias);
 }
 
 /// `out += x weight^T + bias`.
-pub fn project_add(out: &mut [f32], x: &[f32], part: Affine<&[f32]>, rows: usize) {
+pub fn project_add(out: &mut [f32], x: &[f32], part: Affine<&[f32]>, rows: usize, arithmetic: Arithmetic) {
     let (width, columns) = (out.len() / rows.max(1), x.len() / rows.max(1));
-    matmul_add(out, MatrixRef::new(x, rows, columns), MatrixRef::new(part.weight, width, columns).t());
+    arithmetic.matmul_add(out, MatrixRef::new(x, rows, columns), MatrixRef::new(part.weight, width, columns).t());
     add_bias(out, part.bias);
 }
 
@@ -123,10 +123,10 @@ pub fn project_add(out: &mut [f32], x: &[f32], part: Affine<&[f32]>, rows: usize
 ///
 /// # Shapes
 /// - x: `[rows, columns]`; dout: `[rows, width]`
-pub fn project_backward(dout: &[f32], x: &[f32], part: Affine<&[f32]>, rows: usize) -> Affine<Vec<f32>> {
+pub fn project_backward(dout: &[f32], x: &[f32], part: Affine<&[f32]>, rows: usize, arithmetic: Arithmetic) -> Affine<Vec<f32>> {
     let (width, columns) = (dout.len() / rows.max(1), x.len() / rows.max(1));
     let mut weight = vec![0.0; width * columns];
-    matmul(&mut weight, MatrixRef::new(dout, rows, width).t(), MatrixRef::new(x, rows, columns));
+    arithmetic.matmul(&mut weight, MatrixRef::new(dout, rows, width).t(), MatrixRef::new(x, rows, columns));
     Affine { weight, bias: part.bias.map(|_| column_sums(dout, width)) }
 }
 

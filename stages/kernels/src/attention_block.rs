@@ -4,7 +4,7 @@ use crate::{
     affine::{Affine, AttentionParts, project, project_add, project_backward},
     attention::{Heads, attention, attention_backward},
     layout::SequenceLayout,
-    matmul::{MatrixRef, matmul, matmul_add},
+    matmul::{Arithmetic, MatrixRef},
     norm::{norm, norm_backward, rms_norm, rms_norm_backward},
     rope::RopeTable,
 };
@@ -46,6 +46,8 @@ pub struct AttentionShape {
     pub eps: f32,
     /// A token sees itself and the `window - 1` tokens before it; all of them without a window.
     pub window: Option<usize>,
+    /// Format of the projections' operands; scores and their gradients are f32 throughout.
+    pub arithmetic: Arithmetic,
 }
 
 /// Weights, each projection `[out, in]` row-major as in Llama checkpoints.
@@ -132,7 +134,7 @@ pub fn forward(
     norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
     let projected = |part: Affine<&[f32]>, width: usize| {
         let mut out = vec![0.0; tokens * width];
-        project(&mut out, &normed, part, tokens);
+        project(&mut out, &normed, part, tokens, shape.arithmetic);
         out
     };
     let (mut q, mut k, v) = (projected(weights.q, query_width), projected(weights.k, kv_width), projected(weights.v, kv_width));
@@ -143,7 +145,7 @@ pub fn forward(
     let (mut out, mut log_sum_exp) = (vec![0.0; tokens * query_width], vec![0.0; shape.heads.heads * tokens]);
     attention(&mut out, &mut log_sum_exp, &q, &k, &v, positional.slopes(), shape.heads, shape.window, layout);
     let mut y = x.to_vec();
-    project_add(&mut y, &out, weights.o, tokens);
+    project_add(&mut y, &out, weights.o, tokens, shape.arithmetic);
     (y, AttentionSaved { inverse, q, k, v, out, log_sum_exp, q_norm, k_norm })
 }
 
@@ -160,8 +162,9 @@ pub fn backward(
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
     let mut dout = vec![0.0; tokens * query_width];
-    matmul(&mut dout, MatrixRef::new(dy, tokens, hidden), MatrixRef::new(weights.o.weight, hidden, query_width));
-    let o = project_backward(dy, &saved.out, weights.o, tokens);
+    let arithmetic = shape.arithmetic;
+    arithmetic.matmul(&mut dout, MatrixRef::new(dy, tokens, hidden), MatrixRef::new(weights.o.weight, hidden, query_width));
+    let o = project_backward(dy, &saved.out, weights.o, tokens, arithmetic);
 
     let (mut dq, mut dk, mut dv) = (vec![0.0; tokens * query_width], vec![0.0; tokens * kv_width], vec![0.0; tokens * kv_width]);
     let AttentionSaved { inverse, q, k, v, out, log_sum_exp, .. } = saved;
@@ -177,8 +180,8 @@ pub fn backward(
     norm(&mut normed, &mut unused, x, weights.norm, shape.eps);
     let mut dnormed = vec![0.0; tokens * hidden];
     let mut projected = |dout: &[f32], part: Affine<&[f32]>, width: usize| {
-        matmul_add(&mut dnormed, MatrixRef::new(dout, tokens, width), MatrixRef::new(part.weight, width, hidden));
-        project_backward(dout, &normed, part, tokens)
+        arithmetic.matmul_add(&mut dnormed, MatrixRef::new(dout, tokens, width), MatrixRef::new(part.weight, width, hidden));
+        project_backward(dout, &normed, part, tokens, arithmetic)
     };
     let (q, k, v) = (projected(&dq, weights.q, query_width), projected(&dk, weights.k, kv_width), projected(&dv, weights.v, kv_width));
     let mut dx = dy.to_vec();

@@ -62,7 +62,7 @@ pub fn attention_step(
     norm(normed, inverse, x, weights.norm, shape.eps);
     let projected = |out: &mut Vec<f32>, part: Affine<&[f32]>, width: usize| {
         out.resize(rows * width, 0.0);
-        project(out, normed, part, rows);
+        project(out, normed, part, rows, shape.arithmetic);
     };
     projected(q, weights.q, query_width);
     projected(k, weights.k, kv_width);
@@ -84,7 +84,7 @@ pub fn attention_step(
             let hidden = shape.window.map_or(0, |window| cache.keys.len().saturating_sub(window * kv_width));
             attend(out, q, &cache.keys[hidden..], &cache.values[hidden..], slopes, shape.heads);
         });
-    project_add(x, out, weights.o, rows);
+    project_add(x, out, weights.o, rows, shape.arithmetic);
 }
 
 multiversion!(fn attend(out: &mut [f32], q: &[f32], keys: &[f32], values: &[f32], slopes: &[f32], heads: Heads) = attend_inner);

@@ -53,6 +53,35 @@ impl<'a> MatrixRef<'a> {
     }
 }
 
+/// The number format of a product's operands. Sums are f32 in both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Arithmetic {
+    /// f32.
+    #[default]
+    F32,
+    /// f32 rounded to bfloat16 ([`crate::bf16`]).
+    Bf16,
+}
+
+impl Arithmetic {
+    /// `out = a b`, `out` dense row-major, on all threads.
+    pub fn matmul(self, out: &mut [f32], a: MatrixRef<'_>, b: MatrixRef<'_>) {
+        self.multiply(out, a, b, Into::Overwrite);
+    }
+
+    /// `out += a b`, `out` dense row-major, on all threads.
+    pub fn matmul_add(self, out: &mut [f32], a: MatrixRef<'_>, b: MatrixRef<'_>) {
+        self.multiply(out, a, b, Into::Add);
+    }
+
+    fn multiply(self, out: &mut [f32], a: MatrixRef<'_>, b: MatrixRef<'_>, into: Into) {
+        match self {
+            Self::F32 => matmul_scaled(out, b.columns, a, b, 1.0, into),
+            Self::Bf16 => crate::bf16::matmul_scaled(out, b.columns, a, b, 1.0, into, true),
+        }
+    }
+}
+
 /// What happens to the old content of the result.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Into {

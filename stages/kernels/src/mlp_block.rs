@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::{
     affine::{Affine, MlpParts, project, project_add, project_backward},
-    matmul::{MatrixRef, matmul, matmul_add},
+    matmul::{Arithmetic, MatrixRef},
     norm::{norm, norm_backward},
     simd::{fmadd, multiversion, sigmoid},
 };
@@ -39,14 +39,14 @@ pub struct MlpGrads {
 }
 
 /// The block's result, `[tokens, hidden]`.
-pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32) -> (Vec<f32>, MlpSaved) {
+pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32, arithmetic: Arithmetic) -> (Vec<f32>, MlpSaved) {
     let hidden = weights.norm.weight.len();
     let (tokens, intermediate) = (x.len() / hidden, weights.up.weight.len() / hidden);
     let (mut normed, mut inverse) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
     norm(&mut normed, &mut inverse, x, weights.norm, eps);
     let projected = |part: Affine<&[f32]>| {
         let mut out = vec![0.0; tokens * intermediate];
-        project(&mut out, &normed, part, tokens);
+        project(&mut out, &normed, part, tokens, arithmetic);
         out
     };
     let (gate, up) = (weights.gate.map(projected), projected(weights.up));
@@ -60,16 +60,16 @@ pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32) -> (Vec<f32>, MlpSa
         None => activated.par_chunks_mut(BLOCK).zip(up.par_chunks(BLOCK)).for_each(|(out, up)| gelu(out, up)),
     }
     let mut y = x.to_vec();
-    project_add(&mut y, &activated, weights.down, tokens);
+    project_add(&mut y, &activated, weights.down, tokens, arithmetic);
     (y, MlpSaved { inverse, gate, up })
 }
 
 /// Gradients of [`forward`] for the gradient `dy` of its result.
-pub fn backward(dy: &[f32], x: &[f32], saved: &MlpSaved, weights: MlpWeights<'_>, eps: f32) -> MlpGrads {
+pub fn backward(dy: &[f32], x: &[f32], saved: &MlpSaved, weights: MlpWeights<'_>, eps: f32, arithmetic: Arithmetic) -> MlpGrads {
     let hidden = weights.norm.weight.len();
     let (tokens, intermediate) = (x.len() / hidden, weights.up.weight.len() / hidden);
     let mut dactivated = vec![0.0; tokens * intermediate];
-    matmul(&mut dactivated, MatrixRef::new(dy, tokens, hidden), MatrixRef::new(weights.down.weight, hidden, intermediate));
+    arithmetic.matmul(&mut dactivated, MatrixRef::new(dy, tokens, hidden), MatrixRef::new(weights.down.weight, hidden, intermediate));
     let mut activated = vec![0.0; tokens * intermediate];
     let (mut dgate, mut dup) = (saved.gate.clone(), saved.up.clone());
     match &mut dgate {
@@ -85,14 +85,14 @@ pub fn backward(dy: &[f32], x: &[f32], saved: &MlpSaved, weights: MlpWeights<'_>
             .zip(dactivated.par_chunks(BLOCK))
             .for_each(|((activated, up), dout)| gelu_backward(activated, up, dout)),
     }
-    let down = project_backward(dy, &activated, weights.down, tokens);
+    let down = project_backward(dy, &activated, weights.down, tokens, arithmetic);
 
     let (mut normed, mut unused) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
     norm(&mut normed, &mut unused, x, weights.norm, eps);
     let mut dnormed = vec![0.0; tokens * hidden];
     let mut projected = |dout: &[f32], part: Affine<&[f32]>| {
-        matmul_add(&mut dnormed, MatrixRef::new(dout, tokens, intermediate), MatrixRef::new(part.weight, intermediate, hidden));
-        project_backward(dout, &normed, part, tokens)
+        arithmetic.matmul_add(&mut dnormed, MatrixRef::new(dout, tokens, intermediate), MatrixRef::new(part.weight, intermediate, hidden));
+        project_backward(dout, &normed, part, tokens, arithmetic)
     };
     let gate = dgate.zip(weights.gate).map(|(dgate, gate)| projected(&dgate, gate));
     let up = projected(&dup, weights.up);

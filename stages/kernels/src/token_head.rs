@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 
 use crate::{
-    matmul::{MatrixRef, matmul, matmul_add},
+    matmul::{Arithmetic, MatrixRef},
     simd::{exp, fmadd, max, multiversion, sum},
 };
 
@@ -20,6 +20,7 @@ pub fn chunk_rows(vocab: usize) -> usize {
 ///
 /// # Shapes
 /// - hidden: `[rows, width]`; weight: `[vocab, width]`; targets, logprobs, entropies, log_sum_exp: `[rows]`
+#[allow(clippy::too_many_arguments)]
 pub fn forward(
     logprobs: &mut [f32],
     entropies: &mut [f32],
@@ -28,6 +29,7 @@ pub fn forward(
     weight: &[f32],
     targets: &[u32],
     scale: f32,
+    arithmetic: Arithmetic,
 ) {
     if targets.is_empty() {
         return;
@@ -39,7 +41,7 @@ pub fn forward(
     for (chunk, targets) in targets.chunks(rows).enumerate() {
         let (at, count) = (chunk * rows, targets.len());
         let logits = &mut logits[..count * vocab];
-        matmul(logits, MatrixRef::new(&hidden[at * width..], count, width), MatrixRef::new(weight, vocab, width).t());
+        arithmetic.matmul(logits, MatrixRef::new(&hidden[at * width..], count, width), MatrixRef::new(weight, vocab, width).t());
         logits
             .par_chunks_mut(vocab)
             .zip(targets)
@@ -99,6 +101,7 @@ pub fn backward(
     weight: &[f32],
     targets: &[u32],
     scale: f32,
+    arithmetic: Arithmetic,
 ) {
     if targets.is_empty() {
         return;
@@ -111,14 +114,14 @@ pub fn backward(
         let (at, count) = (chunk * rows, targets.len());
         let logits = &mut logits[..count * vocab];
         let hidden_rows = MatrixRef::new(&hidden[at * width..], count, width);
-        matmul(logits, hidden_rows, MatrixRef::new(weight, vocab, width).t());
+        arithmetic.matmul(logits, hidden_rows, MatrixRef::new(weight, vocab, width).t());
         logits.par_chunks_mut(vocab).enumerate().for_each(|(row, logits)| {
             let dentropy = dentropies.get(at + row).copied().unwrap_or(0.0);
             logit_gradient(logits, targets[row] as usize, dlogprobs[at + row], dentropy, entropies[at + row], log_sum_exp[at + row], scale);
         });
         let dlogits = MatrixRef::new(logits, count, vocab);
-        matmul(&mut dhidden[at * width..(at + count) * width], dlogits, MatrixRef::new(weight, vocab, width));
-        matmul_add(dweight, dlogits.t(), hidden_rows);
+        arithmetic.matmul(&mut dhidden[at * width..(at + count) * width], dlogits, MatrixRef::new(weight, vocab, width));
+        arithmetic.matmul_add(dweight, dlogits.t(), hidden_rows);
     }
 }
 

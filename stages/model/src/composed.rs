@@ -4,9 +4,9 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData, activation};
+use burn::tensor::{Bool, Device, FloatDType, Int, Tensor, TensorData, activation};
 
-use rlflow_kernels::Affine;
+use rlflow_kernels::{Affine, matmul::Arithmetic};
 
 use crate::fused::{AttentionContext, AttentionTensors, MlpContext, MlpTensors, TokenTargets};
 
@@ -35,9 +35,17 @@ pub fn norm(x: Tensor<2>, part: Affine<Tensor<2>>, eps: f32) -> Tensor<2> {
     rms_norm(centred, part.weight, eps) + bias
 }
 
+/// What a product takes of an operand.
+fn rounded(x: Tensor<2>, arithmetic: Arithmetic) -> Tensor<2> {
+    match arithmetic {
+        Arithmetic::F32 => x,
+        Arithmetic::Bf16 => x.cast(FloatDType::BF16).cast(FloatDType::F32),
+    }
+}
+
 /// `x weight^T + bias`.
-fn project(x: Tensor<2>, part: Affine<Tensor<2>>) -> Tensor<2> {
-    let out = x.matmul(part.weight.transpose());
+fn project(x: Tensor<2>, part: Affine<Tensor<2>>, arithmetic: Arithmetic) -> Tensor<2> {
+    let out = rounded(x, arithmetic).matmul(rounded(part.weight, arithmetic).transpose());
     match part.bias {
         Some(bias) => out + bias,
         None => out,
@@ -51,7 +59,7 @@ pub fn attention(x: Tensor<2>, weights: AttentionTensors, context: AttentionCont
     let device = x.device();
     let normed = norm(x.clone(), weights.norm, shape.eps);
     let split = |part: Affine<Tensor<2>>, head_norm: Option<Tensor<2>>, count: usize| {
-        let mut rows = project(normed.clone(), part);
+        let mut rows = project(normed.clone(), part, shape.arithmetic);
         if let Some(weight) = head_norm {
             rows = rms_norm(rows.reshape([tokens * count, heads.head_dim]), weight, shape.eps);
         }
@@ -90,7 +98,7 @@ pub fn attention(x: Tensor<2>, weights: AttentionTensors, context: AttentionCont
     let scores = scores.mask_fill(hidden.repeat_dim(0, heads.heads), f32::NEG_INFINITY);
     let out = activation::softmax(scores, 2).matmul(v);
     let out = out.swap_dims(0, 1).reshape([tokens, heads.query_width()]);
-    x + project(out, weights.o)
+    x + project(out, weights.o, shape.arithmetic)
 }
 
 /// Lifts a constant onto the autodiff context of `device`.
@@ -118,12 +126,12 @@ fn masks(layout: &rlflow_kernels::SequenceLayout, window: Option<usize>) -> (Vec
 /// `x + mlp(norm(x))`.
 pub fn mlp(x: Tensor<2>, weights: MlpTensors, context: MlpContext) -> Tensor<2> {
     let normed = norm(x.clone(), weights.norm, context.eps);
-    let up = project(normed.clone(), weights.up);
+    let up = project(normed.clone(), weights.up, context.arithmetic);
     let activated = match weights.gate {
-        Some(gate) => activation::silu(project(normed, gate)) * up,
+        Some(gate) => activation::silu(project(normed, gate, context.arithmetic)) * up,
         None => gelu(up),
     };
-    x + project(activated, weights.down)
+    x + project(activated, weights.down, context.arithmetic)
 }
 
 /// GELU in its tanh form (arXiv:1606.08415).
@@ -133,11 +141,11 @@ fn gelu(x: Tensor<2>) -> Tensor<2> {
 }
 
 /// Log-probabilities (row 0) and entropies (row 1), `[2, rows]`.
-pub fn token_head(hidden: Tensor<2>, weight: Tensor<2>, targets: TokenTargets) -> Tensor<2> {
+pub fn token_head(hidden: Tensor<2>, weight: Tensor<2>, targets: TokenTargets, arithmetic: Arithmetic) -> Tensor<2> {
     let device = hidden.device();
     let count = targets.rows.len();
     let rows = hidden.select(0, indices(&targets.rows, &device));
-    let logprobs = activation::log_softmax(rows.matmul(weight.transpose()) * targets.scale, 1);
+    let logprobs = activation::log_softmax(rounded(rows, arithmetic).matmul(rounded(weight, arithmetic).transpose()) * targets.scale, 1);
     let picked = logprobs.clone().gather(1, indices(&targets.targets, &device).reshape([count, 1]));
     let entropy = (logprobs.clone().exp() * logprobs).sum_dim(1).neg();
     Tensor::cat(vec![picked, entropy], 1).transpose()

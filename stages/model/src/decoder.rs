@@ -10,6 +10,7 @@ use rlflow_api::{ModelConfig, Positions, RopeScaling};
 use rlflow_kernels::{
     Affine, AttentionShape, Positional, SequenceLayout,
     attention::{Heads, alibi_slopes},
+    matmul::Arithmetic,
     rope::{FrequencyScaling, RopeTable},
 };
 
@@ -58,6 +59,7 @@ pub struct Decoder {
     fused: bool,
     rope: Option<Arc<RopeTable>>,
     slopes: Arc<[f32]>,
+    arithmetic: Arithmetic,
 }
 
 /// The end of a forward pass, on which losses and statistics are built.
@@ -85,7 +87,7 @@ impl HeadView<'_> {
         let count = targets.rows.len();
         let weight = self.lm_head.clone().expect("the model has a language head");
         let head = if self.decoder.fused { flex::token_head } else { composed::token_head };
-        let stats = head(self.normed.clone(), weight, targets);
+        let stats = head(self.normed.clone(), weight, targets, self.decoder.arithmetic);
         let row = |index: usize| stats.clone().narrow(0, index, 1).reshape([count]);
         TokenStats { logprobs: row(0), entropies: row(1) }
     }
@@ -118,7 +120,7 @@ impl Decoder {
         });
         let slopes = if config.positions == Positions::Alibi { alibi_slopes(config.heads).into() } else { Arc::from([]) };
         let fused = parameters.tensors().first().is_none_or(|tensor| crate::parameters::flex_view(tensor).is_some());
-        Self { config, head, parameters, slots, device, fused, rope, slopes }
+        Self { config, head, parameters, slots, device, fused, rope, slopes, arithmetic: Arithmetic::F32 }
     }
 
     /// The same decoder computing with plain tensor operations, for comparisons.
@@ -135,7 +137,13 @@ impl Decoder {
         let by_name = self.parameters.by_name();
         let data = |spec: &crate::ParameterSpec| Ok::<_, std::convert::Infallible>(self.parameters.host(by_name[spec.name.as_str()]));
         let Ok(parameters) = Parameters::from_data(specs, &self.device, data);
-        Self::new(self.config.clone(), head, parameters, self.device.clone())
+        Self { arithmetic: self.arithmetic, ..Self::new(self.config.clone(), head, parameters, self.device.clone()) }
+    }
+
+    /// Computes products of weights, activations and their gradients in another format; f32 unless set. Weights, sums,
+    /// norms, attention scores, logits and the optimizer are f32 in any case, and so is generation.
+    pub fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
+        self.arithmetic = arithmetic;
     }
 
     /// Shape of the network.
@@ -179,7 +187,8 @@ impl Decoder {
     pub(crate) fn attention_shape(&self) -> AttentionShape {
         let ModelConfig { heads, kv_heads, head_dim, .. } = self.config;
         let window = self.config.style.sliding_window;
-        AttentionShape { hidden: self.config.hidden_size, heads: Heads { heads, kv_heads, head_dim }, eps: self.eps(), window }
+        let heads = Heads { heads, kv_heads, head_dim };
+        AttentionShape { hidden: self.config.hidden_size, heads, eps: self.eps(), window, arithmetic: self.arithmetic }
     }
 
     fn eps(&self) -> f32 {
@@ -211,7 +220,8 @@ impl Decoder {
             layout: batch.layout.clone(),
             extras: attention.extras().map(|slot| slot.is_some()),
         };
-        let mlp_context = MlpContext { eps: self.eps(), gated: mlp.gate.is_some(), extras: mlp.extras().map(|slot| slot.is_some()) };
+        let arithmetic = self.arithmetic;
+        let mlp_context = MlpContext { eps: self.eps(), arithmetic, gated: mlp.gate.is_some(), extras: mlp.extras().map(|slot| slot.is_some()) };
         let (attention, mlp) = (attention.map(|slot| weight(*slot)), mlp.map(|slot| weight(*slot)));
         let (attend, feed) = if self.fused {
             (flex::attention as fn(_, _, _) -> _, flex::mlp as fn(_, _, _) -> _)

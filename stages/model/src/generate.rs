@@ -8,10 +8,10 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use rlflow_api::CounterRng;
 use rlflow_kernels::{
-    AttentionWeights, MlpWeights, SequenceLayout, attention_block,
+    AttentionShape, AttentionWeights, MlpWeights, SequenceLayout, attention_block,
     decode::{self, DecodeScratch, LayerCache},
     embedding::embed,
-    matmul::{MatrixRef, matmul},
+    matmul::{Arithmetic, MatrixRef, matmul},
     mlp_block, norm,
 };
 
@@ -125,7 +125,8 @@ pub fn generate(
     let lm_head = weights.get(decoder.slots().lm_head.expect("the model has a language head"));
     let (hidden, vocab, context) = (config.hidden_size, config.vocab_size, config.context);
     let positional = decoder.positional();
-    let shape = decoder.attention_shape();
+    // One token at a time is bound by reading weights, which are f32.
+    let shape = AttentionShape { arithmetic: Arithmetic::F32, ..decoder.attention_shape() };
     let mut completions: Vec<Completion> = prompts.iter().map(|_| Completion { ids: vec![], logprobs: vec![], ended: false }).collect();
 
     // Prefill.
@@ -144,7 +145,7 @@ pub fn generate(
             let capacity = (active.position + sampling.max_new_tokens).min(context);
             active.caches.push(LayerCache::from_prefill(keys, values, layout.range(sequence), shape.heads.kv_width(), capacity));
         }
-        x = mlp_block::forward(&y, weights.mlp(slots), shape.eps).0;
+        x = mlp_block::forward(&y, weights.mlp(slots), shape.eps, Arithmetic::F32).0;
     }
     let mut last_rows: Vec<f32> = (0..prompts.len()).flat_map(|i| &x[(layout.range(i).end - 1) * hidden..][..hidden]).copied().collect();
     let mut scratch = DecodeScratch::default();
@@ -187,7 +188,7 @@ pub fn generate(
         for (layer, slots) in decoder.slots().blocks.iter().enumerate() {
             let mut caches: Vec<&mut LayerCache> = active.iter_mut().map(|active| &mut active.caches[layer]).collect();
             decode::attention_step(&mut x, &mut caches, &positions, weights.attention(slots), positional, shape, &mut scratch);
-            x = mlp_block::forward(&x, weights.mlp(slots), shape.eps).0;
+            x = mlp_block::forward(&x, weights.mlp(slots), shape.eps, Arithmetic::F32).0;
         }
         last_rows = x;
         active.iter_mut().for_each(|active| active.position += 1);

@@ -4,8 +4,9 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use burn::tensor::Device;
 use rlflow_api::ModelConfig;
+use rlflow_kernels::matmul::Arithmetic;
 use rlflow_model::{
-    Decoder, Draws, Head, LearningRate, Optimizer, OptimizerSettings, PackedBatch, Parameters, Sampling, Schedule, TokenTargets,
+    Decoder, Draws, Head, HeadView, LearningRate, Optimizer, OptimizerSettings, PackedBatch, Parameters, Sampling, Schedule, TokenTargets,
     generate::generate, parameters,
 };
 use safetensors::{Dtype, SafeTensors};
@@ -130,6 +131,47 @@ fn forward_and_backward_agree_with_transformers() {
         check_against_reference(&decoder, &case, false);
         check_against_reference(&decoder, &case, true);
         check_against_reference(&decoder.without_fused_operations(), &case, false);
+    }
+}
+
+/// In bfloat16 the products' operands are rounded and nothing else: the fused operations agree with plain tensor operations
+/// that round the same operands, and both with float32 as far as 8 bits go.
+#[test]
+fn bf16_agrees_with_the_composed_version_and_stays_near_fp32() {
+    for (name, weights) in [("llama_tiny_gqa", "llama_tiny_gqa"), ("llama_tiny_packed", "llama_tiny_gqa"), ("llama_tiny_alibi", "llama_tiny_alibi")] {
+        let (case, weights) = case(name, weights);
+        let batch = PackedBatch::new(case.sequences.iter().map(Vec::as_slice));
+        let targets = targets(&case);
+        let decoder = |arithmetic: Arithmetic| {
+            let mut decoder = load(&SafeTensors::deserialize(&weights).unwrap(), case.config.clone());
+            decoder.set_arithmetic(arithmetic);
+            decoder
+        };
+        // Losses, and all gradients end to end.
+        let run = |decoder: Decoder| {
+            let mut gradients = BTreeMap::new();
+            let loss = |head: &HeadView<'_>| {
+                let loss = head.token_stats(targets.clone()).logprobs.sum().neg() / targets.rows.len() as f32;
+                let value: f32 = loss.clone().inner().into_scalar();
+                (loss, value)
+            };
+            let loss = decoder.backward(&batch, false, loss, |slot, gradient| {
+                gradients.insert(slot, parameters::host(&gradient));
+            });
+            (loss, gradients.into_values().flatten().collect::<Vec<f32>>())
+        };
+        let (exact, exact_gradients) = run(decoder(Arithmetic::F32));
+        let (fused, fused_gradients) = run(decoder(Arithmetic::Bf16));
+        let (composed, composed_gradients) = run(decoder(Arithmetic::Bf16).without_fused_operations());
+        let distance = |a: &[f32], b: &[f32]| {
+            let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied())
+        };
+        assert!(fused != exact, "{name}: nothing was rounded");
+        assert!((fused - composed).abs() < 1e-3 * composed, "{name}: {fused} against {composed}");
+        assert!((fused - exact).abs() < 1e-2 * exact, "{name}: {fused} against {exact}");
+        assert!(distance(&fused_gradients, &composed_gradients) < 2e-2, "{name}");
+        assert!(distance(&fused_gradients, &exact_gradients) < 3e-2, "{name}: {}", distance(&fused_gradients, &exact_gradients));
     }
 }
 

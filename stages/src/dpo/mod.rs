@@ -164,7 +164,7 @@ impl StageKind for Dpo {
     fn run(config: &DpoConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "ref", "data"])?;
         let device = burn_device(&context.placement.devices)?;
-        let mut model = models::load(context, "model", Head::Language, &device)?;
+        let mut model = models::load(context, "model", Head::Language, &device)?.in_precision(config.execution.precision);
         let data = &context.input("data")?.artifact;
         let length = model.decoder.config().context;
         let train = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Truncate);
@@ -179,11 +179,15 @@ impl StageKind for Dpo {
         let plan = config.train.plan(train.pairs.len());
 
         let reference = context.optional_input("ref").unwrap_or(context.input("model")?).artifact.clone();
-        let load_reference = || Ok::<_, StageError>(models::load_artifact(&reference, Head::Language, context.seed, &device)?.decoder);
+        let precision = config.execution.precision;
+        let load_reference = || {
+            let loaded = models::load_artifact(&reference, Head::Language, context.seed, &device)?;
+            Ok::<_, StageError>(loaded.in_precision(precision).decoder)
+        };
         let (train, heldout) = if config.loss.has_reference() {
             let key = json!({
                 "memo": "reference_logprobs", "version": REFERENCE_VERSION, "model": reference.digest(), "data": data.digest(),
-                "context": length, "micro_batch_size": plan.micro_batch_size,
+                "context": length, "micro_batch_size": plan.micro_batch_size, "precision": precision,
             });
             let stored = context.memo(&key, || {
                 let decoder = load_reference()?;

@@ -182,7 +182,7 @@ pub struct PpoConfig {
     #[serde(default = "sample_every")]
     #[schemars(extend("x-unit" = "steps"), range(min = 1))]
     pub sample_every: u64,
-    /// Number format of the arithmetic: `fp32`.
+    /// Number format of the arithmetic of all four models: `fp32`, or `bf16` with fp32 master weights. Sampling is in fp32.
     #[serde(default)]
     pub precision: Precision,
     /// When and what to keep for an interrupted run to continue from.

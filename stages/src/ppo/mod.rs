@@ -210,10 +210,13 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn load(config: &'a PpoConfig, context: &'a RunContext<'a>) -> StageResult<Self> {
         models::check_same_tokenizer(context, &["prompts", "actor", "critic", "ref", "reward"])?;
-        let device = |port: &str| context.input(port).and_then(|input| burn_device(&input.placement.devices));
+        let load = |port: &str, head: Head| -> StageResult<LoadedModel> {
+            let device = burn_device(&context.input(port)?.placement.devices)?;
+            Ok(models::load(context, port, head, &device)?.in_precision(config.precision))
+        };
         let actor_head = if config.share_backbone { Head::LanguageAndScore } else { Head::Language };
-        let actor = Trained::new(models::load(context, "actor", actor_head, &device("actor")?)?)?;
-        let critic = Trained::new(models::load(context, "critic", Head::Score, &device("critic")?)?)?;
+        let actor = Trained::new(load("actor", actor_head)?)?;
+        let critic = Trained::new(load("critic", Head::Score)?)?;
         let (actor, critic) = if config.share_backbone {
             let mut shared = actor;
             share_score_head(&mut shared.decoder, &critic.decoder);
@@ -221,8 +224,8 @@ impl<'a> Run<'a> {
         } else {
             (actor, Some(critic))
         };
-        let reference = models::load(context, "ref", Head::Language, &device("ref")?)?.decoder;
-        let reward = models::load(context, "reward", Head::Score, &device("reward")?)?.decoder;
+        let reference = load("ref", Head::Language)?.decoder;
+        let reward = load("reward", Head::Score)?.decoder;
         let tokenizer = models::tokenizer(&actor.loaded.artifact)?;
 
         let prompts = PromptDataset::load(&context.input("prompts")?.artifact, Split::Train)?;

@@ -154,6 +154,7 @@ impl StageKind for Pretrain {
             }
             (None, None) => return Err(StageError::invalid("neither `model` settings nor `inputs.model`")),
         };
+        model.set_arithmetic(config.execution.precision.arithmetic());
         context.phase("training");
         let train = TokenDataset::load(&tokens, Split::Train)?;
         let heldout = TokenDataset::load(&tokens, Split::HeldOut)?;

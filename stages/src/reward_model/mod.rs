@@ -107,7 +107,7 @@ impl StageKind for RewardModel {
     fn run(config: &RewardModelConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "data"])?;
         let device = burn_device(&context.placement.devices)?;
-        let mut model = models::load(context, "model", Head::Score, &device)?;
+        let mut model = models::load(context, "model", Head::Score, &device)?.in_precision(config.execution.precision);
         let data = &context.input("data")?.artifact;
         let length = model.decoder.config().context;
         let Pairs { pairs, dropped, .. } = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Drop);

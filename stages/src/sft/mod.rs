@@ -98,7 +98,7 @@ impl StageKind for Sft {
     fn run(config: &SftConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "data"])?;
         let device = burn_device(&context.placement.devices)?;
-        let mut model = models::load(context, "model", Head::Language, &device)?;
+        let mut model = models::load(context, "model", Head::Language, &device)?.in_precision(config.execution.precision);
         let data = &context.input("data")?.artifact;
         let length = model.decoder.config().context;
         let rows = usable_rows(&ConversationDataset::load(data, Split::Train)?, length);

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use burn::tensor::Device;
 use rlflow_api::{DeviceChoice, DeviceSpec, Execution, Problem, SnapshotLimit, SnapshotPolicy, StageError, StageResult};
+use rlflow_kernels::matmul::Arithmetic;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -12,13 +13,25 @@ pub enum Precision {
     /// Single precision throughout.
     #[default]
     Fp32,
+    /// Products of numbers rounded to bfloat16; weights, sums, norms, logits, losses and the optimizer stay single.
+    Bf16,
+}
+
+impl Precision {
+    /// How a decoder computes.
+    pub fn arithmetic(self) -> Arithmetic {
+        match self {
+            Self::Fp32 => Arithmetic::F32,
+            Self::Bf16 => Arithmetic::Bf16,
+        }
+    }
 }
 
 /// How every trainer runs. But for `precision`, none of these settings is part of a result's identity.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TrainExecution {
-    /// Number format of the arithmetic: `fp32`.
+    /// Number format of the arithmetic: `fp32`, or `bf16` with fp32 master weights.
     pub precision: Precision,
     /// Where it runs.
     #[serde(flatten)]

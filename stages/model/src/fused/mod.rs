@@ -17,7 +17,7 @@ use burn::{
     tensor::Tensor,
 };
 use burn_flex::FlexTensor;
-use rlflow_kernels::{Affine, AttentionParts, AttentionShape, MlpParts, SequenceLayout, rope::RopeTable};
+use rlflow_kernels::{Affine, AttentionParts, AttentionShape, MlpParts, SequenceLayout, matmul::Arithmetic, rope::RopeTable};
 
 use self::{
     ops::{AttentionOp, EmbedOp, MlpOp, NormOp, ScoreOp, TokenHeadOp},
@@ -44,6 +44,8 @@ pub struct AttentionContext {
 pub struct MlpContext {
     /// Epsilon of the norm.
     pub eps: f32,
+    /// Format of the products' operands.
+    pub arithmetic: Arithmetic,
     /// Whether there is a gate.
     pub gated: bool,
     /// Which of [`MlpParts::extras`] are there.
@@ -112,7 +114,12 @@ pub trait FusedOps: Backend {
     /// LayerNorm: `[tokens, hidden]`.
     fn fused_layer_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
     /// Log-probabilities (row 0) and entropies (row 1) of the targets: `[2, rows]`.
-    fn fused_token_head(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, targets: TokenTargets) -> FloatTensor<Self>;
+    fn fused_token_head(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: TokenTargets,
+        arithmetic: Arithmetic,
+    ) -> FloatTensor<Self>;
     /// `hidden[rows] . weight`: `[1, rows]`.
     fn fused_score(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, rows: Arc<[u32]>) -> FloatTensor<Self>;
     /// A scalar `[1, 1]` whose backward pass gives `output` the gradient `gradient`.
@@ -186,9 +193,14 @@ impl FusedOps for Flex {
         run::<_, 3>(&NormOp { eps }, [x, weight, bias])
     }
 
-    fn fused_token_head(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, targets: TokenTargets) -> FloatTensor<Self> {
+    fn fused_token_head(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: TokenTargets,
+        arithmetic: Arithmetic,
+    ) -> FloatTensor<Self> {
         let width = columns(&hidden);
-        run(&TokenHeadOp { targets, width }, [hidden, weight])
+        run(&TokenHeadOp { targets, width, arithmetic }, [hidden, weight])
     }
 
     fn fused_score(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, rows: Arc<[u32]>) -> FloatTensor<Self> {
@@ -262,9 +274,14 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         run_recorded::<C, _, 3>(NormOp { eps }, [x, weight, bias])
     }
 
-    fn fused_token_head(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, targets: TokenTargets) -> FloatTensor<Self> {
+    fn fused_token_head(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: TokenTargets,
+        arithmetic: Arithmetic,
+    ) -> FloatTensor<Self> {
         let width = columns(hidden.primitive());
-        run_recorded::<C, _, 2>(TokenHeadOp { targets, width }, [hidden, weight])
+        run_recorded::<C, _, 2>(TokenHeadOp { targets, width, arithmetic }, [hidden, weight])
     }
 
     fn fused_score(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, rows: Arc<[u32]>) -> FloatTensor<Self> {
@@ -331,8 +348,8 @@ pub mod flex {
     }
 
     /// Log-probabilities and entropies, `[2, rows]`.
-    pub fn token_head(hidden: Tensor<2>, weight: Tensor<2>, targets: TokenTargets) -> Tensor<2> {
-        Tensor::from_dispatch(Dispatch::fused_token_head(hidden.into_dispatch(), weight.into_dispatch(), targets))
+    pub fn token_head(hidden: Tensor<2>, weight: Tensor<2>, targets: TokenTargets, arithmetic: Arithmetic) -> Tensor<2> {
+        Tensor::from_dispatch(Dispatch::fused_token_head(hidden.into_dispatch(), weight.into_dispatch(), targets, arithmetic))
     }
 
     /// Scalar head, `[1, rows]`.

@@ -2,7 +2,9 @@ use std::sync::Arc;
 
 use rlflow_kernels::{
     Affine, AttentionGrads, AttentionSaved, AttentionShape, AttentionWeights, MlpGrads, MlpSaved, MlpWeights, Positional, attention_block,
-    embedding, mlp_block, norm, token_head,
+    embedding,
+    matmul::Arithmetic,
+    mlp_block, norm, token_head,
 };
 
 use super::{AttentionContext, MlpContext, TokenTargets, slice_op::SliceOp};
@@ -151,7 +153,7 @@ impl MlpOp {
 
     fn run(&self, x: &[f32], weights: MlpWeights<'_>) -> (Vec<f32>, [usize; 2], MlpSaved) {
         let hidden = weights.norm.weight.len();
-        let (y, saved) = mlp_block::forward(x, weights, self.context.eps);
+        let (y, saved) = mlp_block::forward(x, weights, self.context.eps, self.context.arithmetic);
         let tokens = y.len() / hidden;
         (y, [tokens, hidden], saved)
     }
@@ -166,7 +168,7 @@ impl SliceOp<5> for MlpOp {
     }
 
     fn backward(&self, [x, norm, gate, up, down]: [&[f32]; 5], saved: &MlpSaved, gradient: &[f32], _: [bool; 5]) -> [Vec<f32>; 5] {
-        let grads = mlp_block::backward(gradient, x, saved, self.weights([norm, gate, up, down], &[]), self.context.eps);
+        let grads = mlp_block::backward(gradient, x, saved, self.weights([norm, gate, up, down], &[]), self.context.eps, self.context.arithmetic);
         let MlpGrads { x, weights } = grads;
         let gate = weights.gate.map(|gate| gate.weight).unwrap_or_default();
         [x, weights.norm.weight, gate, weights.up.weight, weights.down.weight]
@@ -188,7 +190,7 @@ impl SliceOp<6> for MlpOp {
         gradient: &[f32],
         _: [bool; 6],
     ) -> [Vec<f32>; 6] {
-        let grads = mlp_block::backward(gradient, x, saved, self.weights([norm, gate, up, down], extras), self.context.eps);
+        let grads = mlp_block::backward(gradient, x, saved, self.weights([norm, gate, up, down], extras), self.context.eps, self.context.arithmetic);
         let MlpGrads { x, weights } = grads;
         let extras = join(weights.extras());
         let gate = weights.gate.map_or_else(|| vec![0.0; gate.len()], |gate| gate.weight);
@@ -253,6 +255,7 @@ fn gather(hidden: &[f32], rows: &[u32], width: usize) -> Vec<f32> {
 pub struct TokenHeadOp {
     pub targets: TokenTargets,
     pub width: usize,
+    pub arithmetic: Arithmetic,
 }
 
 #[derive(Debug)]
@@ -269,7 +272,7 @@ impl SliceOp<2> for TokenHeadOp {
         let gathered = gather(hidden, rows, self.width);
         let count = rows.len();
         let (mut out, mut entropies, mut log_sum_exp) = (vec![0.0; count], vec![0.0; count], vec![0.0; count]);
-        token_head::forward(&mut out, &mut entropies, &mut log_sum_exp, &gathered, weight, targets, *scale);
+        token_head::forward(&mut out, &mut entropies, &mut log_sum_exp, &gathered, weight, targets, *scale, self.arithmetic);
         out.extend_from_slice(&entropies);
         (out, [2, count], TokenHeadSaved { entropies, log_sum_exp })
     }
@@ -280,7 +283,19 @@ impl SliceOp<2> for TokenHeadOp {
         let (dlogprobs, dentropies) = gradient.split_at(rows.len());
         let (mut drows, mut dweight) = (vec![0.0; gathered.len()], vec![0.0; weight.len()]);
         let TokenHeadSaved { entropies, log_sum_exp } = saved;
-        token_head::backward(&mut drows, &mut dweight, dlogprobs, dentropies, entropies, log_sum_exp, &gathered, weight, targets, *scale);
+        token_head::backward(
+            &mut drows,
+            &mut dweight,
+            dlogprobs,
+            dentropies,
+            entropies,
+            log_sum_exp,
+            &gathered,
+            weight,
+            targets,
+            *scale,
+            self.arithmetic,
+        );
         [scatter(&drows, rows, hidden.len(), self.width), dweight]
     }
 }
