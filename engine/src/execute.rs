@@ -222,6 +222,7 @@ impl Session<'_> {
                 let missing = || StoreError::Missing { what: "artifact", digest: input.digest };
                 list.push(Input {
                     stage: maker.name.clone(),
+                    port: maker.kind.outputs().first().is_none_or(|main| main.name != input.port).then(|| input.port.clone()),
                     kind: maker.kind.name().to_owned(),
                     artifact: actions.store.open_artifact(input.digest)?.ok_or_else(missing)?,
                     settings: maker.config.settings().clone(),

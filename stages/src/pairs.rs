@@ -1,5 +1,6 @@
 //! Pairs of a better and a worse answer, from preference rows.
 
+use rlflow_api::{RunContext, StageError, StageResult};
 use rlflow_model::{PackedBatch, TokenTargets};
 use rlflow_text::PreferenceDataset;
 
@@ -73,6 +74,35 @@ impl Pairs {
             }
         }
         result
+    }
+}
+
+impl Pairs {
+    /// Warns of what was cut and dropped to fit `length` tokens.
+    ///
+    /// # Errors
+    /// If nothing is left.
+    pub fn tell_losses(&self, context: &RunContext<'_>, length: usize) -> StageResult<()> {
+        let all = self.pairs.len() + self.dropped;
+        if all == 0 {
+            return Err(StageError::invalid_with_hint(
+                "there is no preference pair to train on",
+                "is everything held out (`heldout` of the preferences)? `rlflow show` shows what they hold",
+            ));
+        }
+        if self.pairs.is_empty() {
+            return Err(StageError::invalid_with_hint(
+                format!("none of {all} pairs fits the context of {length} tokens"),
+                "a longer `model.context`, or shorter prompts and answers",
+            ));
+        }
+        if self.dropped > 0 {
+            context.warning(format!("{} of {all} pairs do not fit the context of {length} tokens and are left out", self.dropped));
+        }
+        if self.truncated > 0 {
+            context.warning(format!("{} of {all} pairs are cut at the context of {length} tokens", self.truncated));
+        }
+        Ok(())
     }
 }
 

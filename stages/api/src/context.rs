@@ -37,6 +37,8 @@ impl CancelToken {
 pub struct Input {
     /// Stage that made it.
     pub stage: String,
+    /// Which of its outputs it is, where the workflow names one beside the main one.
+    pub port: Option<String>,
     /// Kind of that stage.
     pub kind: String,
     /// The artifact.
@@ -45,6 +47,16 @@ pub struct Input {
     pub settings: Value,
     /// Where that stage is placed (PPO puts its roles there).
     pub placement: Placement,
+}
+
+impl Input {
+    /// As the workflow names it: `stage`, or `stage.port`.
+    pub fn name(&self) -> String {
+        match &self.port {
+            Some(port) => format!("{}.{port}", self.stage),
+            None => self.stage.clone(),
+        }
+    }
 }
 
 /// A data file, resolved and hashed by the engine.

@@ -60,7 +60,7 @@ impl Bench {
     ) -> T {
         let input = |(port, artifact): &(&str, &Artifact)| {
             let (stage, kind, artifact) = ((*port).to_owned(), (*port).to_owned(), (*artifact).clone());
-            ((*port).to_owned(), vec![Input { stage, kind, artifact, settings: json!({}), placement: Placement::default() }])
+            ((*port).to_owned(), vec![Input { stage, port: None, kind, artifact, settings: json!({}), placement: Placement::default() }])
         };
         let inputs: BTreeMap<String, Vec<Input>> = inputs.iter().map(input).collect();
         work(&RunContext {

@@ -170,12 +170,7 @@ impl StageKind for Dpo {
         let train = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Truncate);
         let heldout = Pairs::from_rows(&PreferenceDataset::load(data, Split::HeldOut)?, length, TooLong::Truncate);
         context.metrics(0, &[("truncated_pairs", train.truncated as f64), ("dropped_pairs", train.dropped as f64)]);
-        if train.pairs.is_empty() {
-            return Err(StageError::invalid_with_hint(
-                "no pair has an answer within the context",
-                "a longer `model.context`, or shorter prompts",
-            ));
-        }
+        train.tell_losses(context, length)?;
         let plan = config.train.plan(train.pairs.len());
 
         let reference = context.optional_input("ref").unwrap_or(context.input("model")?).artifact.clone();

@@ -17,11 +17,11 @@ use serde_json::json;
 pub use rule::{AnswerMatch, Rule};
 
 use crate::{
-    language::{self, LanguageBatch, LanguageBatchBuilder},
+    language::{self, LanguageBatch},
     losses::mean,
     models,
     pairs::{Answered, AnsweredBatch},
-    pretrain::Windows,
+    pretrain::{self, Windows},
     reward_model::ScoredBatch,
     train::{burn_device, check_placement},
 };
@@ -99,7 +99,7 @@ impl StageKind for Eval {
     type Config = EvalConfig;
 
     const NAME: &'static str = "eval";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const SUMMARY: &'static str =
         "Compares checkpoints on held-out prompts: rule score, reward, win rate, KL, and perplexity, with answers side by side.";
     const INPUTS: &'static [InputPort] = &[
@@ -116,7 +116,7 @@ impl StageKind for Eval {
     const METRICS: &'static [(&'static str, &'static str)] = &[
         (
             "<model>/rule_score",
-            "share of answers that are right by the rule; where a prompt has no reference answer, its other parts decide",
+            "share of answers that are right by the rule, over the prompts that it can judge: with `answer` other than `ignore` those that carry a reference answer",
         ),
         ("<model>/reward", "mean score by the judge"),
         ("<model>/win_rate", "share of prompts whose answer the judge scores above the baseline's; ties count half"),
@@ -183,6 +183,7 @@ struct Evaluation<'a> {
     config: &'a EvalConfig,
     context: &'a RunContext<'a>,
     rows: Vec<PromptRow>,
+    held_out: bool,
     tokenizer: ChatTokenizer,
     rule: Option<rule::CompiledRule>,
     judge: Option<Decoder>,
@@ -196,9 +197,12 @@ impl<'a> Evaluation<'a> {
         let device = burn_device(&context.placement.devices)?;
         let prompts = &context.input("prompts")?.artifact;
         let mut rows = PromptDataset::load(prompts, Split::HeldOut)?;
-        if rows.is_empty() {
-            context.note("no prompt is held out: all prompts are used");
+        let held_out = !rows.is_empty();
+        if !held_out {
             rows = PromptDataset::load(prompts, Split::Train)?;
+        }
+        if rows.is_empty() {
+            return Err(StageError::invalid_with_hint("there is no prompt at all", "look at the prompts with `rlflow show`"));
         }
         let first = &context.input("models")?.artifact;
         let tokenizer = models::tokenizer(first)?;
@@ -214,6 +218,9 @@ impl<'a> Evaluation<'a> {
                 "a smaller `max_new_tokens`",
             ));
         }
+        if !held_out {
+            context.warning("no prompt is held out: all prompts are used, those that models were trained on too");
+        }
         let judge = match context.optional_input("judge") {
             Some(input) => Some(models::load_artifact(&input.artifact, Head::Score, context.seed, &device)?.decoder),
             None => None,
@@ -223,7 +230,14 @@ impl<'a> Evaluation<'a> {
             None => Vec::new(),
         };
         let rule = config.rule.as_ref().map(Rule::compile).transpose().map_err(StageError::invalid)?;
-        Ok(Self { config, context, rows, tokenizer, rule, judge, reference, heldout_text })
+        if let Some(rule) = &rule {
+            let judged = rows.iter().filter(|row| rule.judges(row.answer.as_deref())).count();
+            if judged < rows.len() {
+                let of = rows.len();
+                context.warning(format!("{judged} of {of} prompts carry a reference answer: rule_score is over those"));
+            }
+        }
+        Ok(Self { config, context, rows, held_out, tokenizer, rule, judge, reference, heldout_text })
     }
 
     fn run(self) -> StageResult<BTreeMap<String, Artifact>> {
@@ -231,24 +245,24 @@ impl<'a> Evaluation<'a> {
         let inputs: &[Input] = context.inputs.get("models").map_or(&[], Vec::as_slice);
         let mut results = Vec::with_capacity(inputs.len());
         for input in inputs {
-            results.push(self.evaluate(&input.stage, &input.artifact)?);
+            results.push(self.evaluate(&input.name(), &input.artifact)?);
             context.reporter.report(StageEvent::Progress {
                 done: results.len() as u64,
                 total: inputs.len() as u64,
                 unit: "models".into(),
                 rate: None,
                 tokens_per_s: None,
-                detail: input.stage.clone(),
+                detail: input.name(),
             });
         }
         let baseline = context.optional_input("baseline").unwrap_or(context.input("models")?);
         let known = inputs.iter().position(|input| input.artifact.digest() == baseline.artifact.digest());
         let baseline_rewards = match known {
             Some(index) => results[index].rewards.clone(),
-            None => self.evaluate(&baseline.stage, &baseline.artifact)?.rewards,
+            None => self.evaluate(&baseline.name(), &baseline.artifact)?.rewards,
         };
         let numbers: Vec<Vec<(&str, f64)>> = results.iter().map(|result| result.numbers(&baseline_rewards)).collect();
-        self.report(&results, &numbers, &baseline.stage);
+        self.report(&results, &numbers, &baseline.name());
 
         let mut builder = context.output(ArtifactType::Evaluation);
         // By position, not by name: a renamed stage gives the same evaluation.
@@ -296,7 +310,10 @@ impl<'a> Evaluation<'a> {
         let texts: Vec<String> = completions.iter().map(|completion| self.tokenizer.decode(&completion.ids).trim().to_owned()).collect();
         let right = match &self.rule {
             Some(rule) => {
-                (prompts.iter().zip(&texts)).map(|(prompt, text)| f64::from(u8::from(rule.holds(text, prompt.answer.as_deref())))).collect()
+                (prompts.iter().zip(&texts))
+                    .filter(|(prompt, _)| rule.judges(prompt.answer.as_deref()))
+                    .map(|(prompt, text)| f64::from(u8::from(rule.holds(text, prompt.answer.as_deref()))))
+                    .collect()
             }
             None => Vec::new(),
         };
@@ -336,7 +353,9 @@ impl<'a> Evaluation<'a> {
         let row = |(result, numbers): (&ModelResult, &Vec<(&str, f64)>)| {
             std::iter::once(result.name.clone()).chain(numbers.iter().map(|(name, value)| format(name, *value))).collect()
         };
-        let title = format!("{} held-out prompts; win rate against {baseline}", self.rows.len());
+        let held_out = if self.held_out { "held-out prompts" } else { "prompts, none of them held out" };
+        let against = if self.judge.is_some() { format!("; win rate against {baseline}") } else { String::new() };
+        let title = format!("{} {held_out}{against}", self.rows.len());
         context.reporter.report(StageEvent::Table(Table { title, columns, rows: results.iter().zip(numbers).map(row).collect() }));
         let samples = self.config.samples_per_prompt;
         for (row, prompt) in self.rows.iter().take(self.config.show).enumerate() {
@@ -403,13 +422,7 @@ fn heldout_batches(
     let rows = windows.rows() as u64;
     let mut batches = Vec::new();
     for first in (0..rows).step_by(batch_size) {
-        let mut builder = LanguageBatchBuilder::default();
-        for row in first..(first + batch_size as u64).min(rows) {
-            for piece in windows.row(row) {
-                builder.push(&piece.ids, |at| piece.ids.get(at + 1).copied().or(piece.next));
-            }
-        }
-        batches.push(builder.finish());
+        batches.push(pretrain::batch(&mut windows, first..(first + batch_size as u64).min(rows)));
     }
     Ok(batches)
 }

@@ -42,6 +42,10 @@ impl Rule {
     /// Problems; `prefix` is the table's name.
     pub fn check(&self, prefix: &str) -> Vec<Problem> {
         match self.compile() {
+            Ok(rule) if rule.asks_nothing() => vec![
+                Problem::new("conflicting_settings", prefix, "with answer = \"ignore\" alone every answer is right")
+                    .hint("add `pattern` or `max_words`, or remove the rule"),
+            ],
             Ok(_) => Vec::new(),
             Err(message) => vec![Problem::new("bad_pattern", format!("{prefix}.pattern"), message)],
         }
@@ -60,6 +64,15 @@ impl Rule {
 }
 
 impl CompiledRule {
+    fn asks_nothing(&self) -> bool {
+        self.answer == AnswerMatch::Ignore && self.pattern.is_none() && self.max_words.is_none()
+    }
+
+    /// Whether it can tell right from wrong for a prompt with this reference answer.
+    pub fn judges(&self, reference: Option<&str>) -> bool {
+        self.answer == AnswerMatch::Ignore || reference.is_some()
+    }
+
     /// Whether `text` is right; `reference` is the right answer, if there is one.
     pub fn holds(&self, text: &str, reference: Option<&str>) -> bool {
         let text = text.trim();

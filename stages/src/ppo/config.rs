@@ -69,7 +69,7 @@ pub struct PpoConfig {
     pub steps: u64,
     /// Prompts per step, one answer each.
     #[serde(default = "batch_size")]
-    #[schemars(extend("x-unit" = "prompts"), range(min = 1))]
+    #[schemars(extend("x-unit" = "prompts"), range(min = 1, max = 1_048_576))]
     pub batch_size: usize,
     /// Minibatches per epoch: one update each.
     #[serde(default = "one")]
@@ -81,7 +81,7 @@ pub struct PpoConfig {
     pub num_ppo_epochs: usize,
     /// Longest answer.
     #[serde(default = "max_new_tokens")]
-    #[schemars(extend("x-unit" = "tokens"), range(min = 1))]
+    #[schemars(extend("x-unit" = "tokens"), range(min = 1, max = 16_777_216))]
     pub max_new_tokens: usize,
     /// Divides the logits, when sampling and in every log-probability.
     #[serde(default = "temperature")]
@@ -270,7 +270,7 @@ pub struct RoleTrain {
     #[schemars(range(min = 0.0))]
     pub lr: f64,
     /// Answers per forward and backward pass.
-    #[schemars(extend("x-unit" = "sequences"), range(min = 1))]
+    #[schemars(extend("x-unit" = "sequences"), range(min = 1, max = 1_048_576))]
     pub micro_batch_size: usize,
     /// Learning rate over PPO steps: `constant`, `linear` or `cosine` (not `wsd`).
     pub schedule: Schedule,

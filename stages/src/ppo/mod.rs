@@ -232,8 +232,14 @@ impl<'a> Run<'a> {
         let room = actor.decoder.config().context.min(reward.config().context);
         let usable: Vec<usize> = (0..prompts.len()).filter(|row| prompts.row(*row).ids.len() + config.max_new_tokens <= room).collect();
         let dropped = prompts.len() - usable.len();
+        if prompts.is_empty() {
+            return Err(StageError::invalid_with_hint(
+                "there is no prompt to train on",
+                "is everything held out (`heldout` of the prompts)? `rlflow show` shows what they hold",
+            ));
+        }
         if dropped > 0 {
-            context.note(format!(
+            context.warning(format!(
                 "{dropped} of {} prompts leave no room for {} new tokens and are not used",
                 prompts.len(),
                 config.max_new_tokens

@@ -110,11 +110,10 @@ impl StageKind for RewardModel {
         let mut model = models::load(context, "model", Head::Score, &device)?.in_precision(config.execution.precision);
         let data = &context.input("data")?.artifact;
         let length = model.decoder.config().context;
-        let Pairs { pairs, dropped, .. } = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Drop);
-        context.metrics(0, &[("dropped_pairs", dropped as f64)]);
-        if pairs.is_empty() {
-            return Err(StageError::invalid_with_hint("no pair fits the context", "a longer `model.context`, or shorter answers"));
-        }
+        let train = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Drop);
+        context.metrics(0, &[("dropped_pairs", train.dropped as f64)]);
+        train.tell_losses(context, length)?;
+        let pairs = train.pairs;
         let heldout = Pairs::from_rows(&PreferenceDataset::load(data, Split::HeldOut)?, length, TooLong::Drop).pairs;
         let plan = config.train.plan(pairs.len());
         let order = RowOrder::new(context.seed, "reward_model/order", pairs.len(), plan.shuffle);

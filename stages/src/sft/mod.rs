@@ -103,6 +103,19 @@ impl StageKind for Sft {
         let length = model.decoder.config().context;
         let rows = usable_rows(&ConversationDataset::load(data, Split::Train)?, length);
         context.metrics(0, &[("truncated_rows", rows.truncated as f64), ("dropped_rows", rows.dropped as f64)]);
+        let all = rows.rows.len() + rows.dropped;
+        if rows.truncated > 0 {
+            context.warning(format!("{} of {all} conversations are cut at the context of {length} tokens", rows.truncated));
+        }
+        if rows.dropped > 0 {
+            context.warning(format!("{} of {all} conversations have no counted token within {length} tokens and are left out", rows.dropped));
+        }
+        if all == 0 {
+            return Err(StageError::invalid_with_hint(
+                "there is no conversation to train on",
+                "is everything held out (`heldout` of the instructions)? `rlflow show` shows what they hold",
+            ));
+        }
         if rows.rows.is_empty() {
             return Err(StageError::invalid_with_hint(
                 "no conversation has a counted token within the context",

@@ -69,12 +69,12 @@ pub struct TrainSettings<D> {
     pub epochs: Option<f64>,
     /// Sequences (rows, pairs) per step.
     #[serde(default = "D::batch_size")]
-    #[schemars(extend("x-unit" = "sequences"), range(min = 1))]
+    #[schemars(extend("x-unit" = "sequences"), range(min = 1, max = 1_048_576))]
     pub batch_size: usize,
     /// Sequences per forward and backward pass; a quarter of `batch_size` unless given. Part of the result's identity,
     /// because sums of floats are.
     #[serde(default)]
-    #[schemars(extend("x-unit" = "sequences"), range(min = 1))]
+    #[schemars(extend("x-unit" = "sequences"), range(min = 1, max = 1_048_576))]
     pub micro_batch_size: Option<usize>,
     /// Peak learning rate.
     #[serde(default = "D::lr")]
@@ -174,6 +174,14 @@ impl<D: TrainDefaults> TrainSettings<D> {
         {
             let message = format!("warmup_steps {} is more than steps {steps}", self.warmup_steps);
             problems.push(Problem::new("out_of_range", format!("{prefix}.warmup_steps"), message));
+        }
+        if let Some(steps) = self.steps
+            && self.schedule == Schedule::Wsd
+            && self.warmup_steps <= steps
+            && self.warmup_steps.saturating_add(self.decay_steps) > steps
+        {
+            let message = format!("warmup_steps {} and decay_steps {} are more than steps {steps}", self.warmup_steps, self.decay_steps);
+            problems.push(Problem::new("out_of_range", format!("{prefix}.decay_steps"), message));
         }
         if self.schedule == Schedule::Wsd && self.decay_steps == 0 {
             let message = "schedule `wsd` needs `decay_steps`";

@@ -2,7 +2,7 @@ use std::time::Instant;
 
 use burn::tensor::Tensor;
 use rlflow_api::{ModelConfig, Needs, Retain, RunContext, StageError, StageEvent, StageResult};
-use rlflow_model::{Decoder, Gradients, Optimizer, checkpoint};
+use rlflow_model::{Decoder, Gradients, Optimizer, Schedule, checkpoint};
 use serde_json::json;
 
 use super::{TrainExecution, TrainPlan};
@@ -57,6 +57,11 @@ pub fn train<T: Task>(
     model: &mut Decoder,
     task: &mut T,
 ) -> StageResult<()> {
+    let schedule = &plan.learning_rate;
+    let needed = schedule.warmup_steps.saturating_add(if schedule.schedule == Schedule::Wsd { schedule.decay_steps } else { 0 });
+    if needed > plan.steps {
+        context.warning(format!("the schedule's warmup and decay take {needed} steps, but the data give only {}", plan.steps));
+    }
     let mut optimizer = Optimizer::new(model.parameters(), plan.optimizer);
     context.snapshots.set_policy(execution.snapshots.policy());
     let mut first = 0;
