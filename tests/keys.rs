@@ -37,8 +37,9 @@ fn identity_settings_and_no_others_enter_the_key() {
         assert_eq!(same, varied.mark == Mark::Execution, "{name} is marked {:?}", varied.mark);
         varied_settings += 1;
     }
-    // A setting may have no second value beside what the others say (a family of networks with one member). Few do.
-    assert!(stuck.len() * 10 < varied_settings, "{} of {varied_settings} settings could not be varied: {stuck:?}", stuck.len());
+    // A setting may have no second value beside what the others say: a family of networks with one member, a weight of a loss that another
+    // setting chooses. Few do.
+    assert!(stuck.len() * 8 < varied_settings, "{} of {varied_settings} settings could not be varied: {stuck:?}", stuck.len());
 }
 
 #[test]

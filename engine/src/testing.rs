@@ -73,7 +73,7 @@ fn sources_of(sources: &[FileSource]) -> Vec<DataSource> {
         setting: format!("sources[{index}].path"),
         pattern: source.path.clone(),
         directory: false,
-            endings: &[],
+        endings: &[],
     };
     sources.iter().enumerate().map(source).collect()
 }

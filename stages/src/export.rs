@@ -141,7 +141,8 @@ fn config_files(
     let tokenizer_config = model.read(CONFIG_ENTRY)?;
     let known = TokenizerConfig::parse(&tokenizer_config)?;
     let rows = info.model.vocab_size as u32;
-    let id = |key: &str| known.special_tokens().into_iter().find(|(name, _)| name == key).and_then(|(_, token)| tokenizer.token_to_id(&token));
+    let id =
+        |key: &str| known.special_tokens().into_iter().find(|(name, _)| name == key).and_then(|(_, token)| tokenizer.token_to_id(&token));
     let ids = TokenIds { bos: id("bos_token"), eos: Some(tokenizer.eos_id()), pad: Some(tokenizer.pad_id()).filter(|id| *id < rows) };
 
     let mut bytes: Vec<(Dtype, u64)> = Vec::new();
@@ -158,10 +159,13 @@ fn config_files(
     let carried_config = carried(CONFIG)?;
     let mut files = vec![(CONFIG, config::write(&info.model, role, dtype, &ids, carried_config.as_deref())?)];
     if role == Role::Policy {
-        files.push((GENERATION_CONFIG, match carried(GENERATION_CONFIG)? {
-            Some(content) => content.to_vec(),
-            None => generation_config(&ids, tokenizer),
-        }));
+        files.push((
+            GENERATION_CONFIG,
+            match carried(GENERATION_CONFIG)? {
+                Some(content) => content.to_vec(),
+                None => generation_config(&ids, tokenizer),
+            },
+        ));
     }
     files.push((TOKENIZER_ENTRY, model.read(TOKENIZER_ENTRY)?.to_vec()));
     let mut tokenizer_config: Map<String, Value> =
@@ -171,8 +175,8 @@ fn config_files(
         tokenizer_config.insert("pad_token".into(), tokenizer_config.get("eos_token").cloned().unwrap_or_default());
         notes.push("the model has no row for a pad token: the exported tokenizer pads with its EOS token".into());
     }
-    if let Some(Value::String(template)) = tokenizer_config.get("chat_template") {
-        files.push(("chat_template.jinja", template.clone().into_bytes()));
+    if let Some(template) = known.chat_template()? {
+        files.push(("chat_template.jinja", template.as_bytes().to_vec()));
     }
     files.push((CONFIG_ENTRY, config::pretty(&tokenizer_config)));
     Ok(files)

@@ -6,14 +6,13 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use burn::tensor::Device;
 use fixtures::{Fixture, close};
 use rlflow_api::{
-    Architecture, Artifact, ArtifactType, CancelToken, DataFile, DescribeContext, Digest, Dtype, MemoStore, ModelConfig, Placement,
-    Positions, Problem, Reporter, RunContext, Snapshots, StageEvent, StageResult, Store,
+    Architecture, Artifact, ArtifactType, DataFile, DescribeContext, Dtype, ModelConfig, Positions, Problem, StageResult, testing,
 };
 use rlflow_hf::{HfConfig, WantedTensor, names::file_tensors};
 use rlflow_model::{
@@ -32,43 +31,19 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/hf_models")
 }
 
-#[derive(Default)]
-struct Quiet(Mutex<Vec<String>>);
-
-impl Reporter for Quiet {
-    fn report(&self, event: StageEvent) {
-        if let StageEvent::Note { text } | StageEvent::Warning { text } = event {
-            self.0.lock().unwrap().push(text);
-        }
-    }
-}
-
-struct NoMemos;
-
-impl MemoStore for NoMemos {
-    fn get(&self, _: &Value) -> StageResult<Option<Artifact>> {
-        Ok(None)
-    }
-
-    fn put(&self, _: &Value, _: &Artifact) -> StageResult<()> {
-        Ok(())
-    }
-}
-
 struct World {
-    folder: tempfile::TempDir,
-    store: Store,
+    bench: testing::Bench,
+    _folder: tempfile::TempDir,
 }
 
 impl World {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(&folder.path().join("store")).unwrap();
-        Self { folder, store }
+        Self { bench: testing::Bench::new(folder.path()).unwrap(), _folder: folder }
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.bench.path(name)
     }
 
     /// A copy of a fixture's directory, to be broken.
@@ -90,26 +65,12 @@ impl World {
     }
 
     fn import(&self, directory: &Path, settings: Value) -> StageResult<BTreeMap<String, Artifact>> {
+        self.import_files(directory, settings, files(directory).iter().map(|path| testing::data_file(path)).collect())
+    }
+
+    fn import_files(&self, directory: &Path, settings: Value, files: Vec<DataFile>) -> StageResult<BTreeMap<String, Artifact>> {
         let (kind, stage) = import_stage(directory, settings);
-        let data_file = |path: PathBuf| {
-            let content = fs::read(&path).unwrap();
-            let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            DataFile { name, path, digest: Digest::of(&content), size_bytes: content.len() as u64 }
-        };
-        let files = [files(directory).into_iter().map(data_file).collect()];
-        let context = RunContext {
-            stage: "base",
-            store: &self.store,
-            seed: 1,
-            inputs: &BTreeMap::new(),
-            files: &files,
-            placement: &Placement::default(),
-            snapshots: &Snapshots::new(self.store.snapshots(Digest::of(b"import")), Vec::new()),
-            reporter: &Quiet::default(),
-            cancel: &CancelToken::default(),
-            memos: &NoMemos,
-        };
-        kind.run(&stage, &context)
+        self.bench.with_context("import", 1, &[], &[files], |context| kind.run(&stage, context))
     }
 
     fn model(&self, fixture: &str) -> Artifact {
@@ -245,7 +206,8 @@ fn losses_and_gradients_agree_with_transformers_and_between_kernels() {
         let Reference { fixture, sequences } = reference(name);
         let labels = fixture.integers("labels");
         let width = sequences[0].len();
-        let rows: Vec<u32> = (0..labels.len() as u32).filter(|row| (row + 1) as usize % width != 0 && labels[*row as usize + 1] >= 0).collect();
+        let rows: Vec<u32> =
+            (0..labels.len() as u32).filter(|row| (row + 1) as usize % width != 0 && labels[*row as usize + 1] >= 0).collect();
         let next: Arc<[u32]> = rows.iter().map(|row| labels[*row as usize + 1] as u32).collect();
         let targets = TokenTargets { rows: rows.into(), targets: next, scale: 1.0 };
         let (decoder, batch) = (world.decoder(name), batch(&sequences));
@@ -270,7 +232,9 @@ fn losses_and_gradients_agree_with_transformers_and_between_kernels() {
             .map(|spec| WantedTensor { name: spec.name.clone(), shape: spec.shape.iter().map(|size| *size as u64).collect() })
             .collect();
         let mut compared = 0;
-        for tensor in file_tensors(decoder.config().architecture, &wanted).iter().filter(|tensor| tensor.parts[0].name.contains(".layers.0.")) {
+        for tensor in
+            file_tensors(decoder.config().architecture, &wanted).iter().filter(|tensor| tensor.parts[0].name.contains(".layers.0."))
+        {
             let ours = tensor.join(tensor.parts.iter().map(|part| bytes(&fused[&part.name])).collect(), 4);
             let ours: Vec<f64> = ours.chunks_exact(4).map(|value| f64::from(f32::from_le_bytes(value.try_into().unwrap()))).collect();
             let theirs = fixture.floats(&format!("grad.{}", tensor.name));
@@ -331,7 +295,10 @@ fn what_comes_in_goes_out_byte_for_byte() {
         let exported = export(&model, &shards, &ExportOptions { max_shard_bytes: 30_000, ..AS_STORED }).unwrap();
         assert!(exported.files.contains(&"model.safetensors.index.json".to_owned()), "{:?}", exported.files);
         assert_eq!(tensors(&shards), tensors(&source), "{name}");
-        assert_eq!(world.import(&shards, json!({})).unwrap()["model"].digest(), world.import(&target, json!({})).unwrap()["model"].digest());
+        assert_eq!(
+            world.import(&shards, json!({})).unwrap()["model"].digest(),
+            world.import(&target, json!({})).unwrap()["model"].digest()
+        );
         assert!(export(&model, &shards, &AS_STORED).unwrap_err().to_string().contains("is not empty"));
     }
 }
@@ -341,7 +308,8 @@ fn what_comes_in_goes_out_byte_for_byte() {
 fn older_spellings_give_the_same_model() {
     let world = World::new();
     let of = |directory: &Path| world.import(directory, json!({})).unwrap()["model"].clone();
-    let tensors_of = |model: &Artifact| -> Vec<_> { model.manifest().entries.iter().filter(|entry| entry.dtype.is_some()).cloned().collect() };
+    let tensors_of =
+        |model: &Artifact| -> Vec<_> { model.manifest().entries.iter().filter(|entry| entry.dtype.is_some()).cloned().collect() };
     let older = world.copy("llama3", "v4");
     fs::copy(folder().join("llama3.config_v4.json"), older.join("config.json")).unwrap();
     let model = of(&older);
@@ -399,7 +367,12 @@ fn wrong_checkpoints_are_told_when_planning() {
         ("qwen2", "activation", &set("hidden_act", json!("relu")), &["`hidden_act` is \"relu\"", "\"silu\""]),
         ("qwen2", "size", &set("num_hidden_layers", json!(-1)), &["`num_hidden_layers` must be a whole number, found -1"]),
         ("qwen2", "zero", &set("num_attention_heads", json!(0)), &["`num_attention_heads` is 0"]),
-        ("qwen2", "no_key", &|d| edit_config(d, &|config| drop(config.as_object_mut().unwrap().remove("hidden_size"))), &["`hidden_size` is missing"]),
+        (
+            "qwen2",
+            "no_key",
+            &|d| edit_config(d, &|config| drop(config.as_object_mut().unwrap().remove("hidden_size"))),
+            &["`hidden_size` is missing"],
+        ),
         ("qwen2", "quantised", &set("quantization_config", json!({ "quant_method": "gptq" })), &["quantised (gptq)"]),
         ("qwen2", "layers", &set("num_hidden_layers", json!(3)), &["missing: `model.layers.2.input_layernorm.weight`", "and 4 more"]),
         ("qwen2", "extra", &set("num_hidden_layers", json!(1)), &["not part of such a model: `model.layers.1.input_layernorm.weight`"]),
@@ -414,8 +387,18 @@ fn wrong_checkpoints_are_told_when_planning() {
             &["`pytorch_model.bin`", "run any code when they are opened", "save_pretrained"],
         ),
         ("qwen3", "no_config", &|d| fs::remove_file(d.join("config.json")).unwrap(), &["there is no `config.json`"]),
-        ("qwen3", "no_tokenizer", &|d| fs::remove_file(d.join("tokenizer.json")).unwrap(), &["there is no `tokenizer.json`", "AutoTokenizer"]),
-        ("llama3", "no_shard", &|d| fs::remove_file(d.join("model-00002-of-00003.safetensors")).unwrap(), &["names `model-00002-of-00003.safetensors`"]),
+        (
+            "qwen3",
+            "no_tokenizer",
+            &|d| fs::remove_file(d.join("tokenizer.json")).unwrap(),
+            &["there is no `tokenizer.json`", "AutoTokenizer"],
+        ),
+        (
+            "llama3",
+            "no_shard",
+            &|d| fs::remove_file(d.join("model-00002-of-00003.safetensors")).unwrap(),
+            &["names `model-00002-of-00003.safetensors`"],
+        ),
         (
             "qwen3",
             "truncated",
@@ -462,31 +445,20 @@ fn wrong_checkpoints_are_told_when_planning() {
         let directory = world.copy(fixture, name);
         damage(&directory);
         let problems = world.describe(&directory, json!({})).expect_err(name);
-        let told: String = problems.iter().map(|problem| format!("{} {}\n", problem.message, problem.hint.as_deref().unwrap_or(""))).collect();
+        let told: String =
+            problems.iter().map(|problem| format!("{} {}\n", problem.message, problem.hint.as_deref().unwrap_or(""))).collect();
         for part in *expected {
             assert!(told.contains(part), "{name}: `{part}` is not in: {told}");
         }
         assert!(problems.iter().all(|problem| problem.setting == "path"));
         assert!(world.import(&directory, json!({})).is_err(), "{name}: and it does not run");
     }
-    // A file that changes after it was hashed.
+    // Weights that change after they were hashed.
     let directory = world.copy("qwen3", "changing");
-    let (kind, stage) = import_stage(&directory, json!({}));
-    let stale = |path: PathBuf| DataFile { name: "x".into(), digest: Digest::of(b"before"), size_bytes: 1, path };
-    let files = [files(&directory).into_iter().map(stale).collect()];
-    let context = RunContext {
-        stage: "base",
-        store: &world.store,
-        seed: 1,
-        inputs: &BTreeMap::new(),
-        files: &files,
-        placement: &Placement::default(),
-        snapshots: &Snapshots::new(world.store.snapshots(Digest::of(b"import")), Vec::new()),
-        reporter: &Quiet::default(),
-        cancel: &CancelToken::default(),
-        memos: &NoMemos,
-    };
-    assert!(kind.run(&stage, &context).is_err());
+    let hashed = files(&directory).iter().map(|path| testing::data_file(path)).collect();
+    rewrite(&directory, |tensors| tensors.get_mut("model.norm.weight").unwrap().2[0] ^= 1);
+    let error = world.import_files(&directory, json!({}), hashed).unwrap_err().to_string();
+    assert!(error.contains("changed while it was being read") && error.contains("model.safetensors"), "{error}");
 }
 
 #[test]
@@ -545,7 +517,7 @@ fn models_of_every_family_made_here_go_out_and_come_back() {
             let fresh = parameters::initial(&config, 7, 0.02);
             let Ok(parameters) = Parameters::from_data::<std::convert::Infallible>(specs, &Device::flex(), |spec| Ok(fresh(spec)));
             let decoder = Decoder::new(config.clone(), head, parameters, Device::flex());
-            let mut builder = world.store.artifact(artifact_type.name());
+            let mut builder = world.bench.store.artifact(artifact_type.name());
             let digest = CheckpointInfo::of(&tokenizer).unwrap().tokenizer;
             let info = CheckpointInfo { model: config.clone(), head, tokenizer: digest, role: None };
             checkpoint::save(&decoder, &mut builder, &info).unwrap();

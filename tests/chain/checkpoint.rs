@@ -100,7 +100,9 @@ fn a_checkpoint_comes_in_is_trained_and_goes_out() {
     };
     assert_eq!(digest("again"), digest("base"), "shards and order are not part of a model");
     assert_ne!(digest("back"), digest("base"));
-    let answer = |stage: &str| world.succeeds(&["generate", "flow.toml", stage, "--prompt", "Say 3.", "--max-new-tokens", "6", "--temperature", "0"]);
+    let answer = |stage: &str| {
+        world.succeeds(&["generate", "flow.toml", stage, "--prompt", "Say 3.", "--max-new-tokens", "6", "--temperature", "0"])
+    };
     assert_eq!(answer("back"), answer("sft"));
 }
 

@@ -28,8 +28,7 @@ impl Finder {
     /// The files that `source` names, sorted; `folder` is where the file stands that says so.
     pub fn find(&mut self, source: &DataSource, folder: &Path) -> Result<Vec<PathBuf>, WorkflowError> {
         let key = (folder.join(&source.pattern), source.directory, source.endings);
-        let find =
-            || if source.directory { directory(&key.0, &source.pattern, source.endings) } else { files(folder, &source.pattern) };
+        let find = || if source.directory { directory(&key.0, &source.pattern, source.endings) } else { files(folder, &source.pattern) };
         match self.found.get(&key) {
             Some(found) => found.clone(),
             None => {

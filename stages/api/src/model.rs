@@ -151,7 +151,8 @@ impl ModelConfig {
         let BlockStyle { layer_norm, plain_mlp, qkv_bias, output_bias, mlp_bias, qk_norm, .. } = self.style;
         let given = |wanted: bool, count: u64| if wanted { count } else { 0 };
         let norm = if layer_norm { 2 * d } else { d };
-        let attention = d * (q + 2 * kv) + q * d + given(qkv_bias, q + 2 * kv) + given(output_bias, d) + given(qk_norm, 2 * self.head_dim as u64);
+        let attention =
+            d * (q + 2 * kv) + q * d + given(qkv_bias, q + 2 * kv) + given(output_bias, d) + given(qk_norm, 2 * self.head_dim as u64);
         let inner = if plain_mlp { 1 } else { 2 };
         let mlp = (inner + 1) * d * f + given(mlp_bias, inner * f + d);
         let positions = given(self.positions == Positions::Learned, self.context as u64 * d);

@@ -76,12 +76,7 @@ const FAMILIES: &[Family] = &[
         causal: "Qwen3ForCausalLM",
         classifier: "Qwen3ForSequenceClassification",
     },
-    Family {
-        architecture: Architecture::Gpt2,
-        model_type: "gpt2",
-        causal: "GPT2LMHeadModel",
-        classifier: "GPT2ForSequenceClassification",
-    },
+    Family { architecture: Architecture::Gpt2, model_type: "gpt2", causal: "GPT2LMHeadModel", classifier: "GPT2ForSequenceClassification" },
 ];
 
 /// A `config.json` as far as rlflow understands it.
@@ -115,7 +110,10 @@ impl HfConfig {
                 let message = format!("`context` is {context} tokens, and the checkpoint is made for {}", model.context);
                 reader.problems.push(HfError::new(CONFIG, message));
             } else if model.positions == Positions::Learned {
-                let message = format!("the checkpoint has one trained vector for each of its {} positions: `context` cannot change that", model.context);
+                let message = format!(
+                    "the checkpoint has one trained vector for each of its {} positions: `context` cannot change that",
+                    model.context
+                );
                 reader.problems.push(HfError::new(CONFIG, message).hint("leave `context` out"));
             }
             model.context = context;
@@ -331,7 +329,9 @@ impl Reader<'_> {
         let kind = settings.get("rope_type").or_else(|| settings.get("type")).and_then(Value::as_str).unwrap_or("default");
         let scaling = match kind {
             "default" if settings.values().any(Value::is_object) => {
-                self.problem("its layers have different rotary frequencies (`rope_parameters` per layer type), which rlflow cannot compute".into());
+                self.problem(
+                    "its layers have different rotary frequencies (`rope_parameters` per layer type), which rlflow cannot compute".into(),
+                );
                 None
             }
             "default" => None,
@@ -379,7 +379,8 @@ impl Reader<'_> {
             0 => Some(window),
             full if full >= layers => None,
             _ => {
-                let message = format!("{full} of its {layers} layers see everything and the others {window} tokens, which rlflow cannot compute");
+                let message =
+                    format!("{full} of its {layers} layers see everything and the others {window} tokens, which rlflow cannot compute");
                 self.problems.push(
                     HfError::new(CONFIG, message).hint(format!("with `context = {window}` or less on the stage the layers do not differ")),
                 );
@@ -397,7 +398,8 @@ impl Reader<'_> {
         let labels = named.or_else(|| self.get("num_labels").and_then(Value::as_u64)).unwrap_or(2);
         if labels != 1 {
             self.problems.push(
-                HfError::new(CONFIG, format!("it classifies into {labels} labels; a reward model has one")).hint("see `num_labels` and `id2label`"),
+                HfError::new(CONFIG, format!("it classifies into {labels} labels; a reward model has one"))
+                    .hint("see `num_labels` and `id2label`"),
             );
         }
     }
@@ -503,7 +505,10 @@ fn generated(family: &Family, model: &ModelConfig) -> Result<Map<String, Value>,
         true => BlockStyle { qkv_bias: expected.qkv_bias, output_bias: expected.output_bias, mlp_bias: expected.mlp_bias, ..plain },
         false => plain,
     };
-    if comparable != expected || biased && style.qkv_bias != style.output_bias || style.mlp_bias && family.architecture == Architecture::Qwen3 {
+    if comparable != expected
+        || biased && style.qkv_bias != style.output_bias
+        || style.mlp_bias && family.architecture == Architecture::Qwen3
+    {
         return unlike("such blocks");
     }
     let mut object = Map::new();

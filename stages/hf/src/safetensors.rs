@@ -116,7 +116,8 @@ impl Header {
             if name == METADATA {
                 continue;
             }
-            let entry = Described::deserialize(value).map_err(|error| bad(format!("its header describes tensor `{name}` wrongly: {error}")))?;
+            let entry =
+                Described::deserialize(value).map_err(|error| bad(format!("its header describes tensor `{name}` wrongly: {error}")))?;
             let Described { dtype, shape, data_offsets: [start, end] } = entry;
             let element = bits(&dtype).ok_or_else(|| bad(format!("tensor `{name}` has elements of type `{dtype}`, which is unknown")))?;
             let total_bits = shape.iter().try_fold(element, |product, size| product.checked_mul(*size));
@@ -137,7 +138,10 @@ impl Header {
         }
         if at > data_bytes {
             let name = tensors.iter().find(|tensor| tensor.start + tensor.size_bytes > data_bytes).map_or("", |tensor| &tensor.name);
-            return Err(truncated(file, format!("its tensors take {at} bytes, and {data_bytes} are there; it ends within tensor `{name}`")));
+            return Err(truncated(
+                file,
+                format!("its tensors take {at} bytes, and {data_bytes} are there; it ends within tensor `{name}`"),
+            ));
         }
         if at < data_bytes {
             return Err(bad(format!("{} bytes follow its last tensor", data_bytes - at)));

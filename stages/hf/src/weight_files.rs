@@ -40,14 +40,21 @@ impl WeightFiles {
             return Ok(Self { files: vec![file.clone()], index: None });
         }
         if !single.is_empty() {
-            let message = format!("weights are in {} files ({}) and `{INDEX}` is missing", single.len(), listed(single.iter().map(|name| name.as_str())));
+            let message = format!(
+                "weights are in {} files ({}) and `{INDEX}` is missing",
+                single.len(),
+                listed(single.iter().map(|name| name.as_str()))
+            );
             return Err(HfError::new(shown, message).hint("the index comes with the files: copy or download it too").into());
         }
         let pickles: Vec<&str> = names.iter().map(String::as_str).filter(|name| is_pickle(name)).collect();
         if pickles.is_empty() {
             return Err(HfError::new(shown, format!("there are no weights: neither `{SINGLE}` nor `{INDEX}`")).into());
         }
-        let message = format!("its weights are pickles ({}), which can run any code when they are opened; only safetensors are read", listed(pickles));
+        let message = format!(
+            "its weights are pickles ({}), which can run any code when they are opened; only safetensors are read",
+            listed(pickles)
+        );
         let convert = "convert them where you trust them: `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)` in Python";
         Err(HfError::new(shown, message).hint(convert).into())
     }

@@ -86,7 +86,8 @@ fn an_index_does_not_lead_out_of_its_directory() {
 /// Rounding to nearest, ties to even: 1 + 2^-8 lies between two bf16 numbers, 1 + 3 * 2^-8 too.
 #[test]
 fn conversions_round_to_nearest_even() {
-    let bytes: Vec<u8> = [1.0f32 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8), -0.0, f32::INFINITY].into_iter().flat_map(f32::to_le_bytes).collect();
+    let bytes: Vec<u8> =
+        [1.0f32 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8), -0.0, f32::INFINITY].into_iter().flat_map(f32::to_le_bytes).collect();
     let half = converted(bytes, Dtype::F32, Dtype::Bf16);
     assert_eq!(half, [0x80, 0x3F, 0x82, 0x3F, 0x00, 0x80, 0x80, 0x7F]);
     let wide = converted(half.clone(), Dtype::Bf16, Dtype::F32);

@@ -93,12 +93,7 @@ impl<T> MlpParts<T> {
 
     /// The biases that are there, in a fixed order.
     pub fn extras(&self) -> [Option<&T>; 4] {
-        [
-            self.norm.bias.as_ref(),
-            self.gate.as_ref().and_then(|gate| gate.bias.as_ref()),
-            self.up.bias.as_ref(),
-            self.down.bias.as_ref(),
-        ]
+        [self.norm.bias.as_ref(), self.gate.as_ref().and_then(|gate| gate.bias.as_ref()), self.up.bias.as_ref(), self.down.bias.as_ref()]
     }
 }
 

@@ -221,7 +221,8 @@ impl Decoder {
             extras: attention.extras().map(|slot| slot.is_some()),
         };
         let arithmetic = self.arithmetic;
-        let mlp_context = MlpContext { eps: self.eps(), arithmetic, gated: mlp.gate.is_some(), extras: mlp.extras().map(|slot| slot.is_some()) };
+        let mlp_context =
+            MlpContext { eps: self.eps(), arithmetic, gated: mlp.gate.is_some(), extras: mlp.extras().map(|slot| slot.is_some()) };
         let (attention, mlp) = (attention.map(|slot| weight(*slot)), mlp.map(|slot| weight(*slot)));
         let (attend, feed) = if self.fused {
             (flex::attention as fn(_, _, _) -> _, flex::mlp as fn(_, _, _) -> _)

@@ -138,7 +138,9 @@ fn forward_and_backward_agree_with_transformers() {
 /// that round the same operands, and both with float32 as far as 8 bits go.
 #[test]
 fn bf16_agrees_with_the_composed_version_and_stays_near_fp32() {
-    for (name, weights) in [("llama_tiny_gqa", "llama_tiny_gqa"), ("llama_tiny_packed", "llama_tiny_gqa"), ("llama_tiny_alibi", "llama_tiny_alibi")] {
+    for (name, weights) in
+        [("llama_tiny_gqa", "llama_tiny_gqa"), ("llama_tiny_packed", "llama_tiny_gqa"), ("llama_tiny_alibi", "llama_tiny_alibi")]
+    {
         let (case, weights) = case(name, weights);
         let batch = PackedBatch::new(case.sequences.iter().map(Vec::as_slice));
         let targets = targets(&case);

@@ -309,12 +309,10 @@ impl<'a> Evaluation<'a> {
             .collect();
         let texts: Vec<String> = completions.iter().map(|completion| self.tokenizer.decode(&completion.ids).trim().to_owned()).collect();
         let right = match &self.rule {
-            Some(rule) => {
-                (prompts.iter().zip(&texts))
-                    .filter(|(prompt, _)| rule.judges(prompt.answer.as_deref()))
-                    .map(|(prompt, text)| f64::from(u8::from(rule.holds(text, prompt.answer.as_deref()))))
-                    .collect()
-            }
+            Some(rule) => (prompts.iter().zip(&texts))
+                .filter(|(prompt, _)| rule.judges(prompt.answer.as_deref()))
+                .map(|(prompt, text)| f64::from(u8::from(rule.holds(text, prompt.answer.as_deref()))))
+                .collect(),
             None => Vec::new(),
         };
         let mut rewards = Vec::new();

@@ -5,10 +5,7 @@ use std::{
 
 use rlflow_api::{DataFile, Digest, StageError, StageResult};
 use rlflow_hf::{
-    Checkpoint, HfConfig, HfError, Role, WantedTensor, WeightFile, WeightFiles,
-    config::CONFIG,
-    is_pickle,
-    names::file_tensors,
+    Checkpoint, HfConfig, HfError, Role, WantedTensor, WeightFile, WeightFiles, config::CONFIG, is_pickle, names::file_tensors,
 };
 use rlflow_model::{Head, parameters::specs};
 use rlflow_text::read_file;
@@ -73,7 +70,8 @@ impl Directory {
 
     fn open(files: Vec<Source>, shown: &str, context: Option<usize>) -> Result<Self, Vec<StageError>> {
         let one = |error: StageError| vec![error];
-        let in_directory = |error: HfError| StageError::from(HfError { file: format!("{}/{}", shown.trim_end_matches('/'), error.file), ..error });
+        let in_directory =
+            |error: HfError| StageError::from(HfError { file: format!("{}/{}", shown.trim_end_matches('/'), error.file), ..error });
         let config = read(&files, CONFIG, shown).map_err(one)?;
         let config = HfConfig::parse(&config, context).map_err(|errors| errors.into_iter().map(in_directory).collect::<Vec<_>>())?;
         let mut names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
@@ -86,8 +84,7 @@ impl Directory {
             .collect();
         let weights = wanted.len();
         let tensors = file_tensors(config.model.architecture, &wanted);
-        let sources: Vec<&Source> =
-            weight_files.files.iter().filter_map(|name| files.iter().find(|file| file.name == *name)).collect();
+        let sources: Vec<&Source> = weight_files.files.iter().filter_map(|name| files.iter().find(|file| file.name == *name)).collect();
         let digests = sources.iter().filter_map(|source| source.hashed.as_ref()).map(|file| file.digest).collect();
         let sources = sources
             .into_iter()
@@ -97,8 +94,8 @@ impl Directory {
             })
             .collect();
         let model = &config.model;
-        let checkpoint =
-            Checkpoint::open(sources, weight_files.index.as_ref(), model.architecture, tensors, model.tie_embeddings, shown).map_err(one)?;
+        let checkpoint = Checkpoint::open(sources, weight_files.index.as_ref(), model.architecture, tensors, model.tie_embeddings, shown)
+            .map_err(one)?;
         Ok(Self { checkpoint, config, weights, digests, files, shown: shown.to_owned() })
     }
 
@@ -140,7 +137,9 @@ pub(crate) const fn head_of(role: Role) -> Head {
 fn find<'a>(files: &'a [Source], name: &str, shown: &str) -> StageResult<&'a Source> {
     files.iter().find(|file| file.name == name).ok_or_else(|| {
         let hint = match name {
-            "tokenizer.json" => "a tokenizer without it is converted by `AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW)` in Python",
+            "tokenizer.json" => {
+                "a tokenizer without it is converted by `AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW)` in Python"
+            }
             _ => "a checkpoint directory holds config.json, model.safetensors and tokenizer.json",
         };
         HfError::new(shown, format!("there is no `{name}`")).hint(hint).into()

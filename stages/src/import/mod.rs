@@ -77,7 +77,8 @@ impl StageKind for Import {
 
     fn describe(config: &ImportConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
         let Some(files) = context.files.first().filter(|files| !files.is_empty()) else { return Ok(Description::default()) };
-        let directory = Directory::at(files, &config.path, config.context).map_err(|errors| errors.iter().map(problem).collect::<Vec<_>>())?;
+        let directory =
+            Directory::at(files, &config.path, config.context).map_err(|errors| errors.iter().map(problem).collect::<Vec<_>>())?;
         let model = &directory.config.model;
         directory.check_there("tokenizer.json").map_err(|error| vec![problem(&error)])?;
         let origin = Some(Origin { stage: context.stage.to_owned(), port: "tokenizer".into() });
@@ -105,12 +106,7 @@ impl StageKind for Import {
         tokenizer_files::check_rows(&tokenizer, model.vocab_size)?;
 
         context.phase("reading the weights");
-        let info = CheckpointInfo {
-            head: directory.head(),
-            model,
-            tokenizer: tokenizer.digest().to_string(),
-            role: None,
-        };
+        let info = CheckpointInfo { head: directory.head(), model, tokenizer: tokenizer.digest().to_string(), role: None };
         let mut builder = context.output(directory.config.role.artifact_type());
         tokenizer.store(&mut builder)?;
         for name in [CONFIG, GENERATION_CONFIG] {

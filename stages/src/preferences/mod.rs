@@ -6,7 +6,9 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RunContext, StageKind,
     StageResult,
 };
-use rlflow_text::{Chat, ChatTokenizer, PreferenceRow, PreferenceWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows};
+use rlflow_text::{
+    Chat, ChatTokenizer, PreferenceRow, PreferenceWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};

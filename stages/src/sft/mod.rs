@@ -108,7 +108,8 @@ impl StageKind for Sft {
             context.warning(format!("{} of {all} conversations are cut at the context of {length} tokens", rows.truncated));
         }
         if rows.dropped > 0 {
-            context.warning(format!("{} of {all} conversations have no counted token within {length} tokens and are left out", rows.dropped));
+            context
+                .warning(format!("{} of {all} conversations have no counted token within {length} tokens and are left out", rows.dropped));
         }
         if all == 0 {
             return Err(StageError::invalid_with_hint(

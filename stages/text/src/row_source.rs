@@ -31,7 +31,8 @@ pub struct RowSource {
 /// Settings of every stage that reads rows. Put into a config with `#[serde(flatten)]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RowSettings {
-    /// Data files. The format of each row is recognised by its fields.
+    /// Data files. The format of each row is recognised by its fields. What stands beside the turns in `tools`, `documents` and
+    /// `chat_template_kwargs` reaches the chat template.
     #[schemars(length(min = 1))]
     pub sources: Vec<RowSource>,
     /// Share of rows held out for measuring, from 0 to 1. A row's question alone decides (by its digest), so that one question
@@ -72,7 +73,7 @@ impl RowSettings {
                 setting: format!("{setting}[{index}].path"),
                 pattern: source.path.clone(),
                 directory: false,
-            endings: &[],
+                endings: &[],
             };
             sources.iter().enumerate().map(source).collect::<Vec<_>>()
         };

@@ -2,9 +2,7 @@ use std::sync::Arc;
 
 use rlflow_kernels::{
     Affine, AttentionGrads, AttentionSaved, AttentionShape, AttentionWeights, MlpGrads, MlpSaved, MlpWeights, Positional, attention_block,
-    embedding,
-    matmul::Arithmetic,
-    mlp_block, norm, token_head,
+    embedding, matmul::Arithmetic, mlp_block, norm, token_head,
 };
 
 use super::{AttentionContext, MlpContext, TokenTargets, slice_op::SliceOp};
@@ -136,12 +134,8 @@ impl MlpOp {
     fn weights<'a>(&self, [norm, gate, up, down]: [&'a [f32]; 4], extras: &'a [f32]) -> MlpWeights<'a> {
         let (hidden, intermediate) = (norm.len(), up.len() / norm.len());
         let [has_norm, has_gate, has_up, has_down] = self.context.extras;
-        let given = [
-            has_norm.then_some(hidden),
-            has_gate.then_some(intermediate),
-            has_up.then_some(intermediate),
-            has_down.then_some(hidden),
-        ];
+        let given =
+            [has_norm.then_some(hidden), has_gate.then_some(intermediate), has_up.then_some(intermediate), has_down.then_some(hidden)];
         let [norm_bias, gate_bias, up_bias, down_bias] = cut(extras, given);
         MlpWeights {
             norm: Affine { weight: norm, bias: norm_bias },
@@ -168,7 +162,8 @@ impl SliceOp<5> for MlpOp {
     }
 
     fn backward(&self, [x, norm, gate, up, down]: [&[f32]; 5], saved: &MlpSaved, gradient: &[f32], _: [bool; 5]) -> [Vec<f32>; 5] {
-        let grads = mlp_block::backward(gradient, x, saved, self.weights([norm, gate, up, down], &[]), self.context.eps, self.context.arithmetic);
+        let grads =
+            mlp_block::backward(gradient, x, saved, self.weights([norm, gate, up, down], &[]), self.context.eps, self.context.arithmetic);
         let MlpGrads { x, weights } = grads;
         let gate = weights.gate.map(|gate| gate.weight).unwrap_or_default();
         [x, weights.norm.weight, gate, weights.up.weight, weights.down.weight]
@@ -183,14 +178,15 @@ impl SliceOp<6> for MlpOp {
         self.run(x, self.weights([norm, gate, up, down], extras))
     }
 
-    fn backward(
-        &self,
-        [x, norm, gate, up, down, extras]: [&[f32]; 6],
-        saved: &MlpSaved,
-        gradient: &[f32],
-        _: [bool; 6],
-    ) -> [Vec<f32>; 6] {
-        let grads = mlp_block::backward(gradient, x, saved, self.weights([norm, gate, up, down], extras), self.context.eps, self.context.arithmetic);
+    fn backward(&self, [x, norm, gate, up, down, extras]: [&[f32]; 6], saved: &MlpSaved, gradient: &[f32], _: [bool; 6]) -> [Vec<f32>; 6] {
+        let grads = mlp_block::backward(
+            gradient,
+            x,
+            saved,
+            self.weights([norm, gate, up, down], extras),
+            self.context.eps,
+            self.context.arithmetic,
+        );
         let MlpGrads { x, weights } = grads;
         let extras = join(weights.extras());
         let gate = weights.gate.map_or_else(|| vec![0.0; gate.len()], |gate| gate.weight);

@@ -149,6 +149,15 @@ mod tests {
         let read = conversation(&tool).unwrap();
         assert_eq!(read.messages[0].content, "{\"a\": [1]}");
         assert_eq!(read.context.tools, [json!({"type": "function", "function": {"name": "f"}})]);
+        let documents = |documents: Value| {
+            let row = json!({"prompt": "q", "completion": "a", "documents": documents, "functions": "not of tools"});
+            conversation(&row).unwrap().context.documents
+        };
+        let expected = [json!({"text": "d"})];
+        assert_eq!(documents(json!("d")), expected);
+        assert_eq!(documents(json!(["d"])), expected);
+        assert_eq!(documents(json!([{"text": "d"}])), expected);
+        assert_eq!(documents(json!("[{\"text\": \"d\"}]")), expected);
         for (tools, wrong) in [(json!("x"), "not JSON"), (json!({"a": 1}), "an object"), (json!([1]), "a number")] {
             let row = json!({"prompt": "q", "completion": "a", "tools": tools});
             assert!(conversation(&row).unwrap_err().contains(wrong));

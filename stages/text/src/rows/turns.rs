@@ -111,19 +111,26 @@ fn tool_call(value: &Value) -> Result<Value, String> {
     Ok(Value::Object(call))
 }
 
-/// What comes with the turns of a row: `tools` (or `functions`) and `documents`, lists or the JSON text of lists, and `chat_template_kwargs`.
+/// What comes with the turns of a row: `tools` (or `functions`, without the wrapping), a list or the JSON text of one; `documents`, which may
+/// also be texts; and `chat_template_kwargs`.
 pub(super) fn context(row: &Map<String, Value>) -> Result<ChatContext, String> {
     let mut tools = list(row, "tools")?;
+    // Other rows than those of tools may have a field of this name.
     if tools.is_empty() {
         let wrap = |function: Value| json!({"type": "function", "function": function});
-        tools = list(row, "functions")?.into_iter().map(wrap).collect();
+        tools = list(row, "functions").unwrap_or_default().into_iter().map(wrap).collect();
     }
+    let documents = match row.get("documents") {
+        Some(Value::String(text)) if !text.trim().is_empty() && list(row, "documents").is_err() => vec![json!({"text": text})],
+        Some(Value::Array(texts)) if texts.iter().all(Value::is_string) => texts.iter().map(|text| json!({"text": text})).collect(),
+        _ => list(row, "documents")?,
+    };
     let variables = match row.get("chat_template_kwargs") {
         None | Some(Value::Null) => Map::new(),
         Some(Value::Object(variables)) => variables.clone(),
         Some(other) => return Err(format!("`chat_template_kwargs` is {}, expected an object", kind_of(other))),
     };
-    Ok(ChatContext { tools, documents: list(row, "documents")?, variables })
+    Ok(ChatContext { tools, documents, variables })
 }
 
 fn list(row: &Map<String, Value>, name: &str) -> Result<Vec<Value>, String> {
