@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use burn::tensor::{Tensor, TensorData};
 use rlflow_api::{
-    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageError,
-    StageKind, StageResult,
+    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageKind,
+    StageResult,
 };
 use rlflow_model::{Decoder, Head, PackedBatch, Schedule, parameters::host};
 use rlflow_text::{PreferenceDataset, Split};
