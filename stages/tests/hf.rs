@@ -207,7 +207,7 @@ fn losses_and_gradients_agree_with_transformers_and_between_kernels() {
         let labels = fixture.integers("labels");
         let width = sequences[0].len();
         let rows: Vec<u32> =
-            (0..labels.len() as u32).filter(|row| (row + 1) as usize % width != 0 && labels[*row as usize + 1] >= 0).collect();
+            (0..labels.len() as u32).filter(|row| !((row + 1) as usize).is_multiple_of(width) && labels[*row as usize + 1] >= 0).collect();
         let next: Arc<[u32]> = rows.iter().map(|row| labels[*row as usize + 1] as u32).collect();
         let targets = TokenTargets { rows: rows.into(), targets: next, scale: 1.0 };
         let (decoder, batch) = (world.decoder(name), batch(&sequences));

@@ -73,7 +73,7 @@ fn other(folder: &Path, stages: usize, tool: &str, write: fn(&Path, usize), run:
 
 /// What a stage reads: the text, or what the stage before it made of that.
 fn input(stage: usize) -> String {
-    if stage % 2 == 0 { "text.txt".to_owned() } else { format!("out{}", stage - 1) }
+    if stage.is_multiple_of(2) { "text.txt".to_owned() } else { format!("out{}", stage - 1) }
 }
 
 fn ninja(folder: &Path, stages: usize) {

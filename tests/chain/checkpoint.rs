@@ -95,7 +95,7 @@ fn a_checkpoint_comes_in_is_trained_and_goes_out() {
     assert!(world.path("out/base/model.safetensors.index.json").exists());
     world.succeeds(&["import", "flow.toml", "again", "out/base"]);
     let digest = |stage: &str| {
-        let shown: Value = serde_json::from_str(&world.succeeds(&["run", "flow.toml", stage, "--json"]).lines().last().unwrap()).unwrap();
+        let shown: Value = serde_json::from_str(world.succeeds(&["run", "flow.toml", stage, "--json"]).lines().last().unwrap()).unwrap();
         shown["stages"].as_array().unwrap().iter().find(|found| found["name"] == stage).unwrap()["outputs"]["model"].clone()
     };
     assert_eq!(digest("again"), digest("base"), "shards and order are not part of a model");

@@ -246,10 +246,10 @@ impl Reader<'_> {
             _ => hidden_size / heads,
         };
         let head_dim = self.size("head_dim", Some(head_default as u64), MAX_SIZE);
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             self.problem(format!("`num_key_value_heads` = {kv_heads} does not divide `num_attention_heads` = {heads}"));
         }
-        if head_dim % 2 != 0 {
+        if !head_dim.is_multiple_of(2) {
             self.problem(format!("rotary positions turn pairs, and `head_dim` = {head_dim} is odd"));
         }
         self.only("hidden_act", &[json!("silu"), json!("swish")]);

@@ -30,7 +30,7 @@ impl SliceOp<1> for EmbedOp {
 }
 
 /// Cuts `extras`, vectors that lie end to end, into slices of the given lengths; of those that are not there, none.
-fn cut<'a, const N: usize>(extras: &'a [f32], lengths: [Option<usize>; N]) -> [Option<&'a [f32]>; N] {
+fn cut<const N: usize>(extras: &[f32], lengths: [Option<usize>; N]) -> [Option<&[f32]>; N] {
     let mut rest = extras;
     lengths.map(|length| {
         let (head, tail) = rest.split_at(length?);
