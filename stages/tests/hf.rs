@@ -480,6 +480,16 @@ fn planning_knows_type_shape_and_context() {
     assert_eq!(model.style.sliding_window, Some(8));
     let shortest = world.describe(&folder().join("mistral"), json!({ "context": 8 })).unwrap();
     assert_eq!(shortest.outputs["model"].model.clone().unwrap().style.sliding_window, None);
+    // Layers that differ in their windows do not within the window.
+    let mixed = world.copy("qwen2", "mixed");
+    let mut config: Value = serde_json::from_slice(&fs::read(mixed.join("config.json")).unwrap()).unwrap();
+    config["use_sliding_window"] = true.into();
+    config["sliding_window"] = 16.into();
+    config["layer_types"] = json!(["full_attention", "sliding_attention"]);
+    fs::write(mixed.join("config.json"), config.to_string()).unwrap();
+    let problems = world.describe(&mixed, json!({})).unwrap_err();
+    assert!(problems[0].message.contains("1 of its 2 layers see everything and the others 16 tokens"), "{problems:?}");
+    assert!(world.describe(&mixed, json!({ "context": 16 })).is_ok());
     for (name, context) in [("mistral", 257), ("gpt2", 32)] {
         assert!(world.describe(&folder().join(name), json!({ "context": context })).is_err(), "{name}");
     }

@@ -98,7 +98,7 @@ impl HfConfig {
         let value: Value = serde_json::from_slice(content).map_err(|error| bad(format!("not valid JSON: {error}")))?;
         let Value::Object(object) = value else { return Err(bad("it is not an object".into())) };
         let (family, role) = family(&object).map_err(|error| vec![error])?;
-        let mut reader = Reader { object: &object, problems: Vec::new() };
+        let mut reader = Reader { object: &object, context, problems: Vec::new() };
         let mut model = match family.architecture {
             Architecture::Gpt2 => reader.gpt2(),
             architecture => reader.llama_like(architecture),
@@ -164,6 +164,8 @@ fn family(object: &Map<String, Value>) -> Result<(&'static Family, Role), HfErro
 /// Reads keys and collects what is wrong with them.
 struct Reader<'a> {
     object: &'a Map<String, Value>,
+    /// Longest sequence that is asked for.
+    context: Option<usize>,
     problems: Vec<HfError>,
 }
 
@@ -368,7 +370,7 @@ impl Reader<'_> {
             (Some(_), _) => self.size("sliding_window", None, u64::MAX >> 1),
             (None, default) => default?,
         };
-        if architecture == Architecture::Mistral || window >= context {
+        if architecture == Architecture::Mistral || window >= self.context.map_or(context, |asked| asked.min(context)) {
             return Some(window);
         }
         let full = match self.get("layer_types").and_then(Value::as_array) {

@@ -140,8 +140,11 @@ impl FileTensor {
     }
 
     /// The inverse of [`Self::split`].
-    pub fn join(&self, parts: Vec<Vec<u8>>, element: usize) -> Vec<u8> {
-        let content = parts.concat();
+    pub fn join(&self, mut parts: Vec<Vec<u8>>, element: usize) -> Vec<u8> {
+        let content = match parts.len() {
+            1 => parts.swap_remove(0),
+            _ => parts.concat(),
+        };
         if self.transposed { transpose(&content, self.shape[1] as usize, self.shape[0] as usize, element) } else { content }
     }
 }
