@@ -240,3 +240,23 @@ fn the_store_can_be_elsewhere() {
         command.current_dir(world.0.path()).args(["plan", "flow.toml", "--json"]).env("RLFLOW_STORE", "kept here").output().unwrap();
     assert_eq!(statuses(&serde_json::from_str(&stdout(&output)).unwrap()), ["cached", "cached"]);
 }
+
+#[test]
+fn what_is_printed_to_look_at_results_keeps_settings_and_store() {
+    let world = World::new();
+    let set = "stage.tokenizer.vocab_size=301";
+    let table = stdout(&world.rlflow(&["run", "flow.toml", "-q", "--set", set, "--store", "kept here"]));
+    let show = format!("  rlflow show flow.toml --set {set} --store 'kept here' tokenizer\n");
+    assert!(table.contains(&show), "{table}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn data_that_cannot_be_written_fail_the_command() {
+    for arguments in [&["completions", "bash"][..], &["schema", "--json"], &["--help"]] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_rlflow")).args(arguments).stdout(full).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert!(stderr(&output).starts_with("error: cannot write to standard output: "), "{}", stderr(&output));
+    }
+}

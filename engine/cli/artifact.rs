@@ -1,7 +1,7 @@
 use rlflow_engine::{action::find_stages, metrics::results, workflow::Workflow};
 use rlflow_store::{Digest, Store};
 
-use crate::{failure::Failure, host::host};
+use crate::{common::shell_quote, failure::Failure, host::host};
 
 /// The artifact that `text` names: `STAGE` (its main output), `STAGE.PORT`, or a digest or its first digits.
 pub fn find(workflow: &Workflow, store: &Store, text: &str) -> Result<Digest, Failure> {
@@ -15,7 +15,10 @@ pub fn find(workflow: &Workflow, store: &Store, text: &str) -> Result<Digest, Fa
         return Err(Failure::request("ambiguous_stage", format!("`{name}` stands for {} stages", points.len()), points.join(", ")));
     };
     let Some((_, _, record)) = results(workflow, store, &host(), &[stage])?.into_iter().next() else {
-        let hint = format!("rlflow run {} {name}", workflow.path.display());
+        let folder = store.folder();
+        let beside = folder == workflow.folder.join(".rlflow");
+        let store = if beside { String::new() } else { format!(" --store {}", shell_quote(&folder.to_string_lossy())) };
+        let hint = format!("rlflow run {}{store} {}", shell_quote(&workflow.path.to_string_lossy()), shell_quote(name));
         return Err(Failure::request("no_result", format!("stage `{name}` has no result yet"), hint));
     };
     let main = || workflow.stages[stage].kind.outputs().first().map(|port| port.name);

@@ -73,7 +73,7 @@ impl Chat {
             if common.json {
                 print_line(&json!({ "prompt": text, "text": reply.text, "tokens": reply.tokens, "ended": reply.ended }).to_string());
             } else {
-                println!();
+                write_piece("\n");
             }
             messages.push(Message::assistant(reply.text));
             turn += 1;

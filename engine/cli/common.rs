@@ -68,11 +68,16 @@ impl WorkflowArgs {
         Ok((workflow, store))
     }
 
-    /// The arguments again, for a command to print.
-    pub fn to_arguments(&self) -> Vec<String> {
-        let mut arguments = vec![self.workflow.display().to_string()];
-        arguments.extend(self.sets.iter().flat_map(|set| ["--set".to_owned(), set.clone()]));
-        arguments
+    /// A command on the same workflow and store, to be printed. `rest` follows these.
+    pub fn command(&self, common: &Common, command: &str, rest: &[&str]) -> String {
+        let (file, store) = (self.workflow.to_string_lossy(), common.store.as_ref().map(|store| store.to_string_lossy()));
+        let mut arguments = vec!["rlflow", command, &*file];
+        arguments.extend(self.sets.iter().flat_map(|set| ["--set", set.as_str()]));
+        if let Some(store) = &store {
+            arguments.extend(["--store", &**store]);
+        }
+        arguments.extend_from_slice(rest);
+        arguments.into_iter().map(shell_quote).collect::<Vec<_>>().join(" ")
     }
 }
 

@@ -1,4 +1,8 @@
-use std::{io::Write, process::ExitCode};
+use std::{
+    io::{ErrorKind, Write},
+    process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use miette::{GraphicalReportHandler, GraphicalTheme};
 
@@ -129,16 +133,46 @@ fn say(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
-/// Writes a line of data to stdout. A reader that went away (`| head`) is not an error.
+/// Whether data for stdout were lost.
+static LOST: AtomicBool = AtomicBool::new(false);
+
+/// Whether data could not be written to stdout: then the command failed, whatever else it did.
+pub fn lost_output() -> bool {
+    LOST.load(Ordering::Relaxed)
+}
+
+/// Takes in how writing to stdout went, and says it once if data were lost. A reader that went away (`| head`) is not an error.
+fn written(result: std::io::Result<()>) {
+    if let Err(error) = result
+        && !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::Interrupted)
+        && !LOST.swap(true, Ordering::Relaxed)
+    {
+        say(&format!("error: cannot write to standard output: {error}\n"));
+    }
+}
+
+/// Standard output for data: what is lost is noted.
+pub struct Stdout;
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        std::io::stdout().write(bytes).inspect_err(|error| written(Err(std::io::Error::from(error.kind()))))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stdout().flush().inspect_err(|error| written(Err(std::io::Error::from(error.kind()))))
+    }
+}
+
+/// Writes a line of data to stdout.
 pub fn print_line(text: &str) {
-    let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush());
+    print_text(&format!("{text}\n"));
 }
 
 /// Writes text that ends itself to stdout.
 pub fn print_text(text: &str) {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    written(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
 }
 
 /// Arguments that cannot be parsed.
@@ -155,8 +189,11 @@ pub fn usage(error: &clap::Error, as_json: bool) -> ExitCode {
         }
         tips.push("see `rlflow --help`");
         print_line(&errors_json("usage", &message.join(" "), Some(&tips.join("; "))).to_string());
-    } else {
+    } else if error.use_stderr() {
+        // There is nobody to tell when stderr is gone.
         let _ = error.print();
+    } else {
+        written(error.print());
     }
-    ExitCode::from(if error.use_stderr() { 2 } else { 0 })
+    ExitCode::from(if error.use_stderr() { 2 } else { u8::from(lost_output()) })
 }

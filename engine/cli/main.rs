@@ -106,11 +106,14 @@ fn main() -> ExitCode {
         Command::Schema(command) => command.run(&cli.common),
         Command::Devices(command) => command.run(&cli.common),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "rlflow", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "rlflow", &mut script);
+            failure::print_text(&String::from_utf8_lossy(&script));
             Ok(Outcome::Done)
         }
     };
     match done {
+        Ok(Outcome::Done) if failure::lost_output() => Outcome::Failed.into(),
         Ok(outcome) => outcome.into(),
         Err(failure) => failure.report(cli.common.json),
     }

@@ -8,8 +8,8 @@ use rlflow_engine::{
 };
 
 use crate::{
-    common::{Common, WorkflowArgs, command_line, shell_quote},
-    failure::{Failure, Outcome, print_text},
+    common::{Common, WorkflowArgs, command_line},
+    failure::{Failure, Outcome, Stdout, print_text},
     host::host,
     progress,
 };
@@ -41,7 +41,7 @@ impl Run {
         let (workflow, store) = self.workflow.open(common)?;
         let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
         if common.json {
-            sinks.push(Box::new(JsonLines::new(std::io::stdout())));
+            sinks.push(Box::new(JsonLines::new(Stdout)));
         }
         if !common.quiet {
             sinks.push(progress::sink(common.verbose > 0));
@@ -54,6 +54,7 @@ impl Run {
             jobs: self.jobs.into(),
             keep_going: self.keep_going,
             command: command_line(),
+            cached_metrics: common.json,
         };
         let summary = rlflow_engine::run(&workflow, &store, &host(), &options, &events, &cancel)?;
         if common.quiet {
@@ -62,7 +63,9 @@ impl Run {
             failed.for_each(|stage| eprintln!("error: {}: {}", stage.name, stage.error.as_deref().unwrap_or("no message")));
         }
         if !common.json {
-            print_text(&run_report(&workflow, &store, &summary, &self.resume_command(common))?);
+            print_text(&run_report(&workflow, &store, &summary, &self.resume_command(common), &|command, rest| {
+                self.workflow.command(common, command, rest)
+            })?);
         }
         let outcome = match (summary.interrupted && !summary.ok(), summary.ok()) {
             (true, _) => Outcome::Interrupted,
@@ -76,19 +79,15 @@ impl Run {
 
     /// The command that goes on where this one stopped: the same without what would start over.
     fn resume_command(&self, common: &Common) -> String {
-        let mut arguments = vec!["rlflow".to_owned(), "run".to_owned()];
-        arguments.extend(self.workflow.to_arguments());
-        arguments.extend(self.stages.iter().cloned());
-        if let Some(store) = &common.store {
-            arguments.extend(["--store".to_owned(), store.display().to_string()]);
-        }
+        let jobs = self.jobs.to_string();
+        let mut rest: Vec<&str> = self.stages.iter().map(String::as_str).collect();
         if self.jobs > 1 {
-            arguments.extend(["--jobs".to_owned(), self.jobs.to_string()]);
+            rest.extend(["--jobs", &jobs]);
         }
         if self.keep_going {
-            arguments.push("--keep-going".to_owned());
+            rest.push("--keep-going");
         }
-        arguments.iter().map(|argument| shell_quote(argument)).collect::<Vec<_>>().join(" ")
+        self.workflow.command(common, "run", &rest)
     }
 }
 

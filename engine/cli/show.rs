@@ -47,7 +47,7 @@ impl Show {
         let stages = find_stages(&workflow, name, "STAGE")?;
         let found = results(&workflow, &store, &host(), &stages)?;
         if found.is_empty() {
-            let hint = format!("rlflow run {} {name}", self.workflow.workflow.display());
+            let hint = self.workflow.command(common, "run", &[name]);
             return Err(Failure::request("no_result", format!("stage `{name}` has no result yet"), hint));
         }
         for (stage, stale, record) in found {

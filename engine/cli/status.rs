@@ -8,7 +8,7 @@ use crate::{
     host::host,
 };
 
-/// Show where each stage stands: cached, stale, partial, failed, running
+/// Show where each stage stands: cached, run, resume, extend, pending, running or failed, and why
 #[derive(Args)]
 pub struct Status {
     #[command(flatten)]

@@ -3,11 +3,12 @@ use std::{
     io::{IsTerminal, Write},
 };
 
+use crate::failure::Stdout;
+
 /// Writes a piece of a model's text to stdout as it comes. False once the reader has gone away.
 pub fn write_piece(text: &str) -> bool {
-    let mut out = std::io::stdout().lock();
-    let text = if out.is_terminal() { visible(text) } else { Cow::Borrowed(text) };
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
+    let text = if std::io::stdout().is_terminal() { visible(text) } else { Cow::Borrowed(text) };
+    Stdout.write_all(text.as_bytes()).and_then(|()| Stdout.flush()).is_ok()
 }
 
 /// `text` with control characters in pictures, so that what a model writes can neither move the cursor nor talk to the

@@ -12,7 +12,7 @@ use rlflow_engine::{
 
 use crate::{
     common::{Common, WorkflowArgs, command_line, registry},
-    failure::{Failure, Outcome, print_line, print_text},
+    failure::{Failure, Outcome, Stdout, print_line, print_text},
     host::host,
     progress,
     run::stop_on_signals,
@@ -48,19 +48,21 @@ impl Watch {
             jobs: self.jobs.into(),
             keep_going: self.keep_going,
             command: command_line(),
+            cached_metrics: common.json,
         };
         let (json, quiet, verbose) = (common.json, common.quiet, common.verbose > 0);
         let sinks = move || -> Vec<Box<dyn Sink>> {
             let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
             if json {
-                sinks.push(Box::new(JsonLines::new(std::io::stdout())));
+                sinks.push(Box::new(JsonLines::new(Stdout)));
             }
             if !quiet {
                 sinks.push(progress::sink(verbose));
             }
             sinks
         };
-        let resume = format!("rlflow watch {}", path.display());
+        let next = |command: &str, rest: &[&str]| self.workflow.command(common, command, rest);
+        let resume = next("watch", &self.stages.iter().map(String::as_str).collect::<Vec<_>>());
         let tell = |event: Watched<'_>| match event {
             Watched::Broken(error) => {
                 Failure::Engine(clone_error(error)).report(json);
@@ -68,7 +70,7 @@ impl Watch {
             }
             Watched::Ran(workflow, summary) => {
                 if !json {
-                    print_text(&run_report(workflow, &store, summary, &resume).unwrap_or_else(|error| format!("{error}\n")));
+                    print_text(&run_report(workflow, &store, summary, &resume, &next).unwrap_or_else(|error| format!("{error}\n")));
                 }
                 say(quiet, "waiting for a change");
             }

@@ -280,9 +280,11 @@ impl<'a> Actions<'a> {
             Some(reason) => reason.into(),
             None => {
                 let has_stage = |name: &str| self.workflow.find(name).is_some();
+                let is_written = |setting: &str| self.workflow.is_written(index, setting);
                 let data = self.data_files(index)?;
                 let data = data.iter().flatten().map(|file| (file.name.as_str(), file.digest)).collect();
-                let current = Current { key: &full_key, inputs: self.by_name(&inputs), files: data, has_stage: &has_stage };
+                let current =
+                    Current { key: &full_key, inputs: self.by_name(&inputs), files: data, is_written: &is_written, has_stage: &has_stage };
                 match (Rerun::find(last.as_ref(), &current), snapshots.first()) {
                     (Rerun { reason: RerunReason::NeverRan, .. }, Some(snapshot)) => RerunReason::Unfinished { step: snapshot.step }.into(),
                     (rerun, _) => rerun,

@@ -193,8 +193,11 @@ impl Event {
             }
             Self::StageFinished(outcome) => {
                 let mut value = outcome.to_json();
-                let stage = value["name"].take();
-                value["stage"] = stage;
+                // Events name their stage `stage`.
+                if let Value::Object(fields) = &mut value {
+                    fields.shift_remove("name");
+                }
+                value["stage"] = outcome.name.as_str().into();
                 value["event"] = "stage_finished".into();
                 value
             }

@@ -91,7 +91,7 @@ impl Session<'_> {
             continues_from_step: snapshots.first().map(|snapshot| snapshot.step),
             devices: self.actions.placement(index).devices.iter().map(ToString::to_string).collect(),
         });
-        let snapshots = Snapshots::new(self.actions.store.snapshots(action.prefix_key), snapshots.clone());
+        let snapshots = Snapshots::new(self.actions.store.snapshots(action.prefix_key), snapshots.clone()).of_action(action.key);
         let started_at = now();
         let reporter = StageReporter::new(&stage.name, self.events, &self.actions.host.numerics);
         let result = self.run(index, action, &snapshots, &reporter);

@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
-use rlflow_api::Placement;
-use rlflow_store::{Digest, LeaseHolder, Retain, Store};
+use rlflow_api::{Placement, extends};
+use rlflow_store::{ActionRecord, Digest, LeaseHolder, Store};
 
 use crate::{
     Host, Rerun, Result,
@@ -45,10 +45,10 @@ impl Status {
 
     /// How an action starts: from a snapshot or from nothing.
     pub fn of(action: &Action) -> Self {
-        match action.snapshots.first().map(|snapshot| snapshot.retain) {
+        match action.snapshots.first() {
             None => Self::Run,
-            Some(Retain::Latest) => Self::Resume,
-            Some(Retain::Keep) => Self::Extend,
+            Some(snapshot) if extends(snapshot, Some(action.key)) => Self::Extend,
+            Some(_) => Self::Resume,
         }
     }
 }
@@ -108,7 +108,11 @@ impl Plan {
                     let above = decided[edge.stage].as_ref().and_then(|above| above.rerun.as_ref());
                     Rerun::depends(&workflow.stages[edge.stage].name, above)
                 });
-                decided[index] = Some(PlannedStage { status: Status::Pending, rerun, ..PlannedStage::new(actions, index) });
+                let stage = &workflow.stages[index];
+                let last = actions.reach.last_result(&actions.workflow_name, &stage.name, stage.kind.name())?;
+                let estimated_seconds = last.and_then(|last| estimate(&last, &stage.identity_settings, 0));
+                let pending = PlannedStage { status: Status::Pending, rerun, estimated_seconds, ..PlannedStage::new(actions, index) };
+                decided[index] = Some(pending);
             }
             let decisions = actions.decide_all(&known, &outputs, &|_| None);
             for (index, decision) in known.into_iter().zip(decisions) {
@@ -174,6 +178,23 @@ fn waves(actions: &Actions<'_>) -> Vec<Vec<usize>> {
     waves
 }
 
+/// How long a stage takes that took what `last` says and has `done` steps behind it. What says how much there is to do
+/// scales the time; none where it is said in another way than last time.
+fn estimate(last: &ActionRecord, settings: &Value, done: u64) -> Option<f64> {
+    let mut seconds = last.provenance.duration_seconds;
+    for amount in ["/train/steps", "/steps", "/train/epochs", "/epochs"] {
+        let of = |settings: &Value| settings.pointer(amount).and_then(Value::as_f64).filter(|amount| *amount > 0.0);
+        let (before, now) = (of(&last.full_key["settings"]), of(settings));
+        let left = now.map(|now| if amount.ends_with("steps") { (now - done as f64).max(0.0) } else { now });
+        match (before, left) {
+            (Some(before), Some(left)) => seconds *= left / before,
+            (None, None) => {}
+            _ => return None,
+        }
+    }
+    Some(seconds)
+}
+
 impl PlannedStage {
     fn new(actions: &Actions<'_>, stage: usize) -> Self {
         Self {
@@ -192,12 +213,14 @@ impl PlannedStage {
 
     fn running(actions: &Actions<'_>, stage: usize, action: &Action) -> Result<Self> {
         let holder = actions.store.lease_holder(action.key)?;
+        let done = action.snapshots.first().map_or(0, |snapshot| snapshot.step);
+        let settings = &actions.workflow.stages[stage].identity_settings;
         Ok(Self {
             status: if holder.is_some() { Status::Running } else { Status::of(action) },
             key: Some(action.key),
             rerun: Some(action.rerun.clone()),
             continues_from_step: action.snapshots.first().map(|snapshot| snapshot.step),
-            estimated_seconds: action.last.as_ref().map(|last| last.provenance.duration_seconds),
+            estimated_seconds: action.last.as_ref().and_then(|last| estimate(last, settings, done)),
             holder,
             ..Self::new(actions, stage)
         })

@@ -58,7 +58,8 @@ impl<'a> Reach<'a> {
     }
 
     /// The result that the workflow's stage had last: of the newest run that reached one, whether that run made it or
-    /// found it. `workflow` is how records name the workflow.
+    /// found it. `workflow` is how records name the workflow. Another workflow's stage of the same name is another stage,
+    /// unless that file is gone: then it was probably renamed to this one.
     pub fn last_result(&self, workflow: &str, stage: &str, kind: &str) -> Result<Option<ActionRecord>> {
         let Some(made) = self.store.last_action(workflow, stage, kind)? else { return Ok(None) };
         let states = match self.states.get() {
@@ -68,6 +69,13 @@ impl<'a> Reach<'a> {
                 self.states.get_or_init(|| read.collect())
             }
         };
+        if made.provenance.workflow != workflow {
+            let used = states.iter().find_map(|state| state.find(self.store, stage, kind));
+            return match used.map(|key| self.store.action(key)).transpose()?.flatten() {
+                Some(used) => Ok(Some(used)),
+                None => Ok(Some(made).filter(|made| !self.is_there(&made.provenance.workflow))),
+            };
+        }
         let is_newest = states.first().is_some_and(|newest| newest.contains(made.key));
         // What no run says that it reached was made by one that was killed, after all others.
         if is_newest || !states.iter().any(|state| state.contains(made.key)) {
@@ -78,6 +86,13 @@ impl<'a> Reach<'a> {
             Some(key) => Ok(self.store.action(key)?.or(Some(made))),
             None => Ok(Some(made)),
         }
+    }
+
+    /// Whether the file of a workflow that records name so is there.
+    fn is_there(&self, workflow: &str) -> bool {
+        let folder = self.store.folder();
+        let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+        folder.parent().unwrap_or(Path::new("")).join(workflow).exists()
     }
 
     /// What a run that was killed had reached when it noted that last; nothing after one that ended.

@@ -223,6 +223,8 @@ pub struct Current<'a> {
     pub inputs: BTreeMap<&'a str, Vec<(&'a str, Digest)>>,
     /// Data files: name and digest.
     pub files: Vec<(&'a str, Digest)>,
+    /// Whether the user wrote a setting: what follows from those by default is told after them.
+    pub is_written: &'a dyn Fn(&str) -> bool,
     /// Whether the workflow has a stage of a name.
     pub has_stage: &'a dyn Fn(&str) -> bool,
 }
@@ -238,8 +240,13 @@ fn compare(last: &ActionRecord, new: &Current<'_>) -> Vec<RerunReason> {
             reasons.push(RerunReason::ImplementationChanged { from, to: to.into() });
         }
     }
-    let settings = changes(&old["settings"], key.settings).into_iter();
-    reasons.extend(settings.map(|change| RerunReason::SettingChanged { setting: change.setting, from: change.from, to: change.to }));
+    let mut settings = changes(&old["settings"], key.settings);
+    settings.sort_by_cached_key(|change| !(new.is_written)(&change.setting));
+    reasons.extend(settings.into_iter().map(|change| RerunReason::SettingChanged {
+        setting: change.setting,
+        from: change.from,
+        to: change.to,
+    }));
     let seed = old["seed"].as_u64();
     if seed != key.seed {
         reasons.push(RerunReason::SeedChanged { from: seed, to: key.seed });
@@ -371,7 +378,13 @@ mod tests {
             let settings = self.settings.clone().into();
             let key = FullKey { kind: "dpo", version: self.version, settings: &settings, seed: self.seed, inputs: digests, files: &files };
             let has_stage = |name: &str| name != "renamed_since";
-            then(&Current { key: &key, inputs, files: self.files.clone(), has_stage: &has_stage })
+            then(&Current {
+                key: &key,
+                inputs,
+                files: self.files.clone(),
+                is_written: &|setting| setting != "aa_derived",
+                has_stage: &has_stage,
+            })
         }
 
         fn record(&self) -> ActionRecord {
@@ -471,5 +484,15 @@ mod tests {
     #[test]
     fn numbers_have_separators() {
         assert_eq!([0, 999, 1000, 1_000_000].map(thousands), ["0", "999", "1,000", "1,000,000"]);
+    }
+
+    #[test]
+    fn what_the_user_wrote_is_told_before_what_follows_from_it() {
+        let before = Made::new().record();
+        let mut now = Made::new();
+        now.settings["aa_derived"] = json!(1);
+        now.settings["beta"] = json!(0.2);
+        let reason = now.with(|current| Rerun::find(Some(&before), current).text());
+        assert_eq!(reason, "beta changed: 0.1 -> 0.2, and aa_derived changed: (unset) -> 1");
     }
 }

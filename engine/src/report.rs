@@ -15,8 +15,15 @@ use crate::{
 const MAIN_METRICS: usize = 3;
 
 /// The end of a run as people read it: one line if everything was cached; else a table of stages, the tables of
-/// evaluations that ran, what failed, and where to look next. `command` is how this program was called.
-pub fn run_report(workflow: &Workflow, store: &Store, summary: &Summary, command: &str) -> Result<String> {
+/// evaluations that ran, what failed, and where to look next. `resume` is the command that goes on; `next` spells out a command
+/// on this workflow and store, with what follows these.
+pub fn run_report(
+    workflow: &Workflow,
+    store: &Store,
+    summary: &Summary,
+    resume: &str,
+    next: &dyn Fn(&str, &[&str]) -> String,
+) -> Result<String> {
     if summary.is_all_cached() {
         let count = summary.stages.len();
         let what = if count == 1 { "the stage is".to_owned() } else { format!("all {count} stages are") };
@@ -32,7 +39,6 @@ pub fn run_report(workflow: &Workflow, store: &Store, summary: &Summary, command
             let _ = write!(out, "\n{}", render(&table));
         }
     }
-    let file = workflow.path.display();
     let failed: Vec<&StageOutcome> =
         summary.stages.iter().filter(|stage| stage.status == StageStatus::Failed && !stage.was_interrupted()).collect();
     for stage in &failed {
@@ -43,15 +49,15 @@ pub fn run_report(workflow: &Workflow, store: &Store, summary: &Summary, command
     }
     let _ = writeln!(out, "\n{} in {}", outcome_line(summary), text::seconds(summary.seconds));
     if summary.ok() {
-        let _ = writeln!(out, "\nnext:\n  rlflow metrics {file}");
+        let _ = writeln!(out, "\nnext:\n  {}", next("metrics", &[]));
         if let Some((stage, _)) = ran(workflow, summary).last() {
-            let _ = writeln!(out, "  rlflow show {file} {}", stage.name);
+            let _ = writeln!(out, "  {}", next("show", &[&stage.name]));
         }
         if let Some(policy) = last_policy(workflow, summary) {
-            let _ = writeln!(out, "  rlflow chat {file} {}", policy.name);
+            let _ = writeln!(out, "  {}", next("chat", &[&policy.name]));
         }
     } else {
-        let _ = writeln!(out, "\nto continue from here:\n  {command}");
+        let _ = writeln!(out, "\nto continue from here:\n  {resume}");
     }
     Ok(out)
 }
@@ -173,7 +179,9 @@ pub fn plan_report(workflow: &Workflow, plan: &Plan, estimates: bool) -> String 
     out.push_str(&text::table(columns, &rows));
     let cached = plan.stages.iter().filter(|stage| stage.status == crate::Status::Cached).count();
     let known: f64 = plan.stages.iter().filter_map(|stage| stage.estimated_seconds).sum();
-    let about = if estimates && known > 0.0 { format!(", about {} by what past runs took", text::seconds(known)) } else { String::new() };
+    let runs = |stage: &&crate::plan::PlannedStage| stage.status != crate::Status::Cached;
+    let about = if plan.stages.iter().filter(runs).all(|stage| stage.estimated_seconds.is_some()) { "about" } else { "at least" };
+    let about = if estimates && known > 0.0 { format!(", {about} {} by what past runs took", text::seconds(known)) } else { String::new() };
     let _ = writeln!(out, "\n{} of {} stages cached{about}", cached, plan.stages.len());
     out
 }

@@ -169,7 +169,7 @@ fn own_axes(base: usize, stage: &Declared, axes: &mut Vec<Axis>, errors: &mut Co
         if let Some(set) = entry_at(&stage.settings, &axis.path).or(stage.seed.filter(|_| axis.path == "seed").map(|_| axis.key)) {
             let error =
                 WorkflowError::new("bad_matrix", format!("`{}` of stage `{}` is set and is a matrix axis too", axis.path, stage.name));
-            refuse(set, error.with_hint(format!("set `matrix.{}` to a list, or take the axis out", axis.path)));
+            refuse(set, error.with_hint(format!("take one of the two out: `{0}`, or `matrix.{0}`", axis.path)));
             continue;
         }
         for value in axis.values.iter().filter(|_| axis.path == "seed") {

@@ -171,6 +171,11 @@ impl Workflow {
         edges::describe(found.kind, &found.config, &context).map_err(told)
     }
 
+    /// Whether a setting of a stage is written somewhere, rather than a default.
+    pub(crate) fn is_written(&self, stage: usize, setting: &str) -> bool {
+        node::is_written(&self.places.stages[stage].written, setting)
+    }
+
     /// The error for a problem with a stage, placed where its setting or input is written.
     pub fn error(&self, stage: usize, problem: &Problem) -> WorkflowError {
         let place = &self.places.stages[stage];

@@ -210,3 +210,18 @@ pub(crate) fn span_of_path(table: &Table, path: &str) -> Option<Span> {
     }
     (node.span != Span::NOWHERE).then_some(node.span)
 }
+
+/// Whether a dotted path is written, itself and not only what it lies in.
+pub(crate) fn is_written(table: &Table, path: &str) -> bool {
+    let mut steps = split_path(path).into_iter();
+    let Some(Step::Key(first)) = steps.next() else { return false };
+    let first = table.get(&first).map(|entry| &entry.node);
+    let found = steps.try_fold(first, |node, step| {
+        Some(match (&node?.data, &step) {
+            (Data::Table(table), Step::Key(key)) => table.get(key).map(|entry| &entry.node),
+            (Data::Array(items), Step::Index(index)) => items.get(*index),
+            _ => None,
+        })
+    });
+    found.flatten().is_some_and(|node| node.span != Span::NOWHERE)
+}

@@ -233,6 +233,8 @@ pub(crate) fn similar_file(path: &Path) -> Option<String> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut names: Vec<String> =
         fs::read_dir(folder).ok()?.take(1000).flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    // A link that leads nowhere is there by this very name.
+    names.retain(|name| name != wanted);
     names.sort();
     did_you_mean(wanted, names.iter().map(String::as_str))
 }

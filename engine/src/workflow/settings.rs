@@ -150,9 +150,16 @@ pub(crate) fn check(stage: &str, span: Span, own: Table, kind: &'static dyn Kind
     let findings = validate(&layer.shape, &written, span);
     let mut errors: Vec<_> = findings.iter().map(|finding| (place(finding, span), refused(stage, kind, finding))).collect();
     let mut usable = Value::Object(table_to_json(&written));
-    findings.iter().rev().for_each(|finding| remove(&mut usable, finding));
-    // Unknown keys change nothing about the rest; a wrong value leaves a gap that checks between settings must not see.
-    let partial = findings.iter().any(|finding| finding.code != "unknown_key");
+    let mut bounded = if findings.is_empty() { Value::Null } else { usable.clone() };
+    findings.iter().rev().for_each(|finding| {
+        remove(&mut usable, finding);
+        match &finding.nearest {
+            Some(nearest) => replace(&mut bounded, finding, nearest),
+            None => remove(&mut bounded, finding),
+        }
+    });
+    // Unknown keys change nothing about the rest; a wrong value leaves a gap.
+    let wrong: Vec<&Finding> = findings.iter().filter(|finding| finding.code != "unknown_key").collect();
     let mut config = match kind.parse(&usable) {
         Ok(config) => Some(config),
         Err(_) if !findings.is_empty() => None,
@@ -169,7 +176,12 @@ pub(crate) fn check(stage: &str, span: Span, own: Table, kind: &'static dyn Kind
         }
         config.forget_settings();
         let config = &*config;
-        let between = if partial { Vec::new() } else { kind.check(config) };
+        let mut between = kind.check(config);
+        if !wrong.is_empty() {
+            // Nobody knows what was meant instead: what is told must be so whatever that is, and not about it.
+            let at_bounds = kind.parse(&bounded).map(|config| kind.check(&config)).unwrap_or_default();
+            between.retain(|problem| at_bounds.contains(problem) && !wrong.iter().any(|finding| concerns(problem, finding)));
+        }
         for problem in between.iter().chain(&device_problems(kind, config)) {
             errors.push(problem_error(stage, span, &written, &BTreeMap::new(), problem));
         }
@@ -215,6 +227,31 @@ fn remove(settings: &mut Value, finding: &Finding) {
     if let Some(Value::Object(object)) = at {
         object.shift_remove(last.split('[').next().unwrap_or(last));
     }
+}
+
+/// Puts `value` where a finding is.
+fn replace(settings: &mut Value, finding: &Finding, value: &Value) {
+    let mut at = Some(settings);
+    for step in split_path(&finding.path) {
+        at = at.and_then(|inner| match step {
+            super::node::Step::Key(key) => inner.get_mut(key),
+            super::node::Step::Index(index) => inner.get_mut(index),
+        });
+    }
+    if let Some(at) = at {
+        *at = value.clone();
+    }
+}
+
+/// Whether a problem is about the setting of a finding, or mentions it.
+fn concerns(problem: &Problem, finding: &Finding) -> bool {
+    let name = finding.path.rsplit('.').next().and_then(|name| name.split('[').next()).unwrap_or_default();
+    let mentions = |text: &str| text.split(|character: char| !character.is_alphanumeric() && character != '_').any(|word| word == name);
+    let inside = |path: &str, of: &str| path.strip_prefix(of).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']));
+    inside(&problem.setting, &finding.path)
+        || inside(&finding.path, &problem.setting)
+        || mentions(&problem.setting)
+        || mentions(&problem.message)
 }
 
 /// Names in backquotes: what serde's messages say about fields.

@@ -446,3 +446,15 @@ fn deep_and_large_files_are_bounded() {
     let axis = "a.".repeat(100_000) + "b";
     assert_eq!(folder.codes(&CHAIN.replace("beta = 1", &format!("matrix = {{ \"{axis}\" = [1] }}")), &[]), ["bad_matrix"]);
 }
+
+#[test]
+fn a_wrong_number_does_not_hide_checks_that_do_not_concern_it() {
+    let folder = Folder::new();
+    let codes = |model: &str, steps: &str| {
+        let broken = CHAIN.replace("train = { steps = 1000", &format!("model = {model}\ntrain = {{ steps = {steps}"));
+        folder.codes(&broken, &[])
+    };
+    assert_eq!(codes("{ heads = 5 }", "0"), ["indivisible", "out_of_range"]);
+    assert_eq!(codes("{ heads = 5 }", "true"), ["indivisible", "wrong_type"]);
+    assert_eq!(codes("{ heads = 5, hidden_size = 0 }", "1"), ["out_of_range"], "what would divide nobody knows");
+}

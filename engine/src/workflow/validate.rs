@@ -19,6 +19,8 @@ pub(crate) struct Finding {
     pub path: String,
     pub message: String,
     pub hint: Option<String>,
+    /// Of a number that is out of range, the nearest that is not.
+    pub nearest: Option<Value>,
 }
 
 /// Checks `settings` against `shape`. Everything wrong with them is found, not only the first.
@@ -58,7 +60,7 @@ impl Checker<'_> {
 
     /// A finding that says nothing.
     fn silent(&self, code: &'static str, span: Span) -> Finding {
-        Finding { code, span, path: String::new(), message: String::new(), hint: None }
+        Finding { code, span, path: String::new(), message: String::new(), hint: None, nearest: None }
     }
 
     /// Whether one of `group` takes what `check` checks, without a word about why the others do not.
@@ -75,7 +77,7 @@ impl Checker<'_> {
     }
 
     fn finding(&self, code: &'static str, span: Span, predicate: String) -> Finding {
-        Finding { code, span, path: self.path.clone(), message: format!("`{}` {predicate}", self.path), hint: None }
+        Finding { code, span, path: self.path.clone(), message: format!("`{}` {predicate}", self.path), hint: None, nearest: None }
     }
 
     fn wrong_type(&self, id: ShapeId, node: &Node) -> Finding {
@@ -175,7 +177,8 @@ impl Checker<'_> {
             || shape.exclusive_maximum.is_some_and(|maximum| number >= maximum);
         if outside {
             let range = range_text(shape).unwrap_or_default();
-            out.push(self.finding("out_of_range", span, format!("must be {range}, found {}", long_number(text))));
+            let finding = self.finding("out_of_range", span, format!("must be {range}, found {}", long_number(text)));
+            out.push(Finding { nearest: nearest(shape, number), ..finding });
         }
     }
 
@@ -275,7 +278,14 @@ impl Checker<'_> {
         let path = if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) };
         let expected = self.shape[id].properties.get(name).map(|field| self.expected(*field));
         let message = format!("needs the setting `{path}`");
-        Finding { code: "missing_setting", span, path, message, hint: expected.map(|expected| format!("add `{name} = ...`, {expected}")) }
+        Finding {
+            code: "missing_setting",
+            span,
+            path,
+            message,
+            hint: expected.map(|expected| format!("add `{name} = ...`, {expected}")),
+            nearest: None,
+        }
     }
 
     fn unknown_key(&self, id: ShapeId, name: &str, span: Span) -> Finding {
@@ -285,21 +295,29 @@ impl Checker<'_> {
         let path = if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) };
         let message = format!("has no setting `{path}`");
         let fields = &self.shape[id].fields;
-        let hint = did_you_mean(name, fields.keys().map(String::as_str)).or_else(|| self.elsewhere(name)).or_else(|| {
+        let hint = did_you_mean(name, fields.keys().map(String::as_str)).or_else(|| self.elsewhere(id, name)).or_else(|| {
             let known: Vec<_> = fields.keys().map(|name| format!("`{name}`")).collect();
             (!known.is_empty() && known.len() <= 30).then(|| format!("known here: {}", known.join(", ")))
         });
-        Finding { code: "unknown_key", span, path, message, hint }
+        Finding { code: "unknown_key", span, path, message, hint, nearest: None }
     }
 
-    /// A table of the same stage that has a setting called `name`: `lr` belongs into `train`.
-    fn elsewhere(&self, name: &str) -> Option<String> {
+    /// A table of the same stage that has a setting called `name`: `lr` belongs in `train`.
+    fn elsewhere(&self, id: ShapeId, name: &str) -> Option<String> {
         let root = &self.shape[self.shape.root].fields;
         if !self.path.is_empty() && root.contains_key(name) {
             return Some(format!("`{name}` stands in the stage itself, outside of `{}`", self.path));
         }
         let (table, _) = root.iter().find(|(_, id)| self.shape[**id].fields.contains_key(name))?;
-        Some(format!("`{name}` belongs into `{table}`: `{table}.{name}`"))
+        if *table == self.path {
+            // Another branch of the union has it.
+            let tag = self.shape[id].properties.iter().find_map(|(tag, field)| match self.shape[*field].allowed.as_deref() {
+                Some([Value::String(value)]) => Some(format!("{tag} = \"{value}\"")),
+                _ => None,
+            });
+            return tag.map(|tag| format!("`{name}` means nothing with {tag}"));
+        }
+        Some(format!("`{name}` belongs in `{table}`: `{table}.{name}`"))
     }
 
     fn one_of(&mut self, id: ShapeId, group: &[ShapeId], node: &Node, open: bool, out: &mut Vec<Finding>) {
@@ -453,6 +471,14 @@ impl Checker<'_> {
             }
         }
     }
+}
+
+/// The bound that `number` is beyond; none if the range ends before it.
+fn nearest(shape: &Shape, number: f64) -> Option<Value> {
+    let below = shape.minimum.filter(|bound| number < *bound);
+    let bound = below.or(shape.maximum.filter(|bound| number > *bound))?;
+    let is_whole = shape.types.contains(&Type::Integer) && bound.fract() == 0.0 && bound.abs() < 9e15;
+    Some(if is_whole { Value::from(bound as i64) } else { Value::from(bound) })
 }
 
 fn known(shape: &Shape) -> impl Iterator<Item = &str> {

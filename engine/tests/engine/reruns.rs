@@ -4,7 +4,7 @@ use rlflow_api::{CancelToken, StageEvent};
 use rlflow_engine::{Request, RunOptions, event::Event, report};
 use rlflow_store::Digest;
 
-use crate::world::{CHAIN, CancelAt, Recorder, World, only, outcomes};
+use crate::world::{CHAIN, CancelAt, Recorder, World, load_file, only, outcomes};
 
 fn force(stage: &str) -> RunOptions {
     RunOptions { request: Request { force: vec![stage.into()], ..Request::default() }, ..RunOptions::default() }
@@ -283,7 +283,7 @@ fn an_interrupted_stage_continues_and_ends_like_an_uninterrupted_one() {
         assert!(stopped.interrupted && !stopped.ok());
         assert_eq!(outcomes(&stopped)[1..3], ["base interrupted: never ran", "a skipped: base was interrupted"]);
         assert_eq!(stopped.stages[1].to_json()["interrupted"], true);
-        let told = report::run_report(&world.load(), &world.store(), &stopped, "rlflow run").unwrap();
+        let told = report::run_report(&world.load(), &world.store(), &stopped, "rlflow run", &|_, _| String::new()).unwrap();
         assert!(told.contains("interrupted: 1 ran, 1 interrupted, 3 skipped in "), "{told}");
         assert_eq!(world.plan().stages[1].error, None);
         assert_eq!(world.planned()[0], format!("base resume: was interrupted after step {step}"));
@@ -345,4 +345,62 @@ fn intermediate_results_outlive_other_settings() {
     world.edit("memo = true", "memo = true\ntrain = { lr = 0.25 }");
     world.run();
     assert_eq!(world.ran(), ["a", "all"]);
+}
+
+#[test]
+fn a_stage_of_another_workflow_is_another_stage_until_that_file_is_gone() {
+    let world = World::new(CHAIN);
+    world.run();
+    world.write("other.toml", &CHAIN.replace("beta = 0.2", "beta = 0.3"));
+    let other = || load_file(&world.path("other.toml"), &[]);
+    let reason = || {
+        let plan = rlflow_engine::Plan::new(&other(), &world.store(), &world.host, &Request::default()).unwrap();
+        plan.stages[3].rerun.as_ref().unwrap().text()
+    };
+    assert_eq!(reason(), "never ran");
+    assert_eq!(rlflow_engine::metrics::results(&other(), &world.store(), &world.host, &[3]).unwrap().len(), 0);
+    std::fs::remove_file(world.path("flow.toml")).unwrap();
+    assert_eq!(reason(), "beta changed: 0.2 -> 0.3");
+}
+
+#[test]
+fn a_run_that_was_killed_before_it_published_is_resumed_and_not_extended() {
+    let world = World::new(CHAIN);
+    let whole = world.run();
+    std::fs::remove_dir_all(world.path(".rlflow/actions")).unwrap();
+    std::fs::create_dir(world.path(".rlflow/actions")).unwrap();
+    let _ = std::fs::remove_dir_all(world.path(".rlflow/index"));
+    let resumed = world.run();
+    assert_eq!(outcomes(&resumed)[1], "base resumed: was interrupted after step 20");
+    assert_eq!(resumed.stages[1].outputs, whole.stages[1].outputs);
+}
+
+#[test]
+fn a_summary_for_scripts_has_the_metrics_of_cached_stages_and_events_name_their_stage_once() {
+    let world = World::new(CHAIN);
+    let recorder = Recorder::default();
+    let first = world.run_watched(&[], &RunOptions::default(), &CancelToken::default(), vec![Box::new(recorder.clone())]);
+    let again = world.run_with(&[], &RunOptions { cached_metrics: true, ..RunOptions::default() });
+    assert!(again.is_all_cached() && !again.stages[1].metrics.is_empty());
+    assert_eq!(again.stages[1].metrics, first.stages[1].metrics);
+    let events = recorder.0.lock().unwrap();
+    let ended: Vec<_> = events.iter().filter(|event| matches!(event, Event::StageFinished(_))).map(|event| event.to_json(0.0)).collect();
+    assert_eq!((&ended[0]["stage"], ended[0].get("name")), (&"data".into(), None));
+}
+
+#[test]
+fn estimates_grow_with_the_steps_and_say_what_they_leave_out() {
+    let world = World::new(&CHAIN.replace("edition = 1", "edition = 1\n[defaults.train]\nsteps = 10\n").replace("seed = 7", ""));
+    world.run();
+    let seconds = |world: &World, stage: usize| world.plan().stages[stage].estimated_seconds.unwrap();
+    world.edit("beta = 0.2", "beta = 0.3");
+    let before = seconds(&world, 3);
+    world.edit("beta = 0.3", "beta = 0.3\ntrain = { steps = 1000 }");
+    assert!((seconds(&world, 3) / before - 100.0).abs() < 1e-6);
+    let told = |world: &World| report::plan_report(&world.load(), &world.plan(), true);
+    assert!(told(&world).contains(", about "), "{}", told(&world));
+    assert!(seconds(&world, 4) > 0.0, "pending stages count");
+    let more = "[stage.c]\nkind = \"trainer\"\ninputs = { model = \"base\" }\nbeta = 0.9\n[stage.all]";
+    world.edit("[stage.all]", more);
+    assert!(told(&world).contains(", at least "), "{}", told(&world));
 }

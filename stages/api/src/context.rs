@@ -140,7 +140,7 @@ impl RunContext<'_> {
     pub fn resume(&self) -> StageResult<Option<(Snapshot, Artifact)>> {
         let Some((snapshot, state)) = self.snapshots.resume() else { return Ok(None) };
         self.reporter.restore(&state.read(RECORD)?);
-        let extended = snapshot.retain == Retain::Keep;
+        let extended = self.snapshots.extends(&snapshot);
         self.reporter.report(StageEvent::Resumed { step: snapshot.step, extended });
         Ok(Some((snapshot, state)))
     }

@@ -35,4 +35,4 @@ pub use placement::{DeviceChoice, DeviceSpec, Execution, Offload, Placement, Zer
 pub use rlflow_store::{
     Artifact, ArtifactBuilder, Blob, Digest, Dtype, Entry, Manifest, Retain, Snapshot, SnapshotLimit, Store, StoreError,
 };
-pub use snapshot::{SnapshotPolicy, Snapshots};
+pub use snapshot::{SnapshotPolicy, Snapshots, extends};

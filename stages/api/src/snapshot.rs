@@ -5,7 +5,7 @@ use std::{
 
 use serde_json::Value;
 
-use rlflow_store::{Artifact, ArtifactBuilder, Retain, Snapshot, SnapshotLimit, SnapshotSet};
+use rlflow_store::{Artifact, ArtifactBuilder, Digest, Retain, Snapshot, SnapshotLimit, SnapshotSet};
 
 use crate::StageResult;
 
@@ -30,10 +30,21 @@ impl Default for SnapshotPolicy {
 /// write is not written every ten seconds.
 const TIME_SHARE: u32 = 20;
 
+/// Where a snapshot's `info` names the action that it was made for.
+const ACTION: &str = "action";
+
+/// Whether the action `key` that continues from `snapshot` extends a run of other settings.
+pub fn extends(snapshot: &Snapshot, key: Option<Digest>) -> bool {
+    let made_for = snapshot.info.get(ACTION).and_then(Value::as_str).and_then(|key| key.parse::<Digest>().ok());
+    snapshot.retain == Retain::Keep && (made_for.is_none() || made_for != key)
+}
+
 /// A stage's own snapshots, as it sees them.
 pub struct Snapshots {
     set: SnapshotSet,
     usable: Vec<Snapshot>,
+    /// Action key that they are made for.
+    key: Option<Digest>,
     policy: Cell<SnapshotPolicy>,
     last: Cell<(Instant, Option<u64>)>,
     /// How long the last one took to write.
@@ -44,7 +55,18 @@ impl Snapshots {
     /// Over `set`; `usable` are those that [`crate::StageKind::can_continue`] accepted, best first.
     pub fn new(set: SnapshotSet, usable: Vec<Snapshot>) -> Self {
         let last = Cell::new((Instant::now(), None));
-        Self { set, usable, policy: Cell::default(), last, cost: Cell::default() }
+        Self { set, usable, key: None, policy: Cell::default(), last, cost: Cell::default() }
+    }
+
+    /// The same, noting in what is written that it is of the action `key`.
+    pub fn of_action(self, key: Digest) -> Self {
+        Self { key: Some(key), ..self }
+    }
+
+    /// Whether going on from `snapshot` continues another, finished run, rather than this one after an interruption: the
+    /// final state of a run that was killed before it published is kept too.
+    pub fn extends(&self, snapshot: &Snapshot) -> bool {
+        extends(snapshot, self.key)
     }
 
     /// Sets when to write.
@@ -86,8 +108,11 @@ impl Snapshots {
     }
 
     /// Writes a snapshot durably.
-    pub fn save(&self, step: u64, retain: Retain, info: Value, state: ArtifactBuilder) -> StageResult<()> {
+    pub fn save(&self, step: u64, retain: Retain, mut info: Value, state: ArtifactBuilder) -> StageResult<()> {
         let start = Instant::now();
+        if let (Value::Object(info), Some(key)) = (&mut info, self.key) {
+            info.insert(ACTION.to_owned(), key.to_string().into());
+        }
         self.set.save(step, retain, info, state, self.policy.get().limit)?;
         self.cost.set(start.elapsed());
         self.last.set((Instant::now(), Some(step)));
