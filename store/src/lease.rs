@@ -106,17 +106,25 @@ impl Store {
 
     pub(crate) fn find_lease_holder(&self, key: Digest) -> Result<Option<LeaseHolder>> {
         let (lock_path, holder_path) = self.lease_paths(key);
-        let file = match File::open(&lock_path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(StoreError::io("open", lock_path)(error)),
-        };
-        match file.try_lock_shared() {
-            // Nobody on this host.
-            Ok(()) => self.living_elsewhere(&holder_path, &lock_path, true),
-            Err(TryLockError::WouldBlock) => Ok(Some(read_holder(&holder_path)?.unwrap_or_else(unknown_holder))),
-            Err(TryLockError::Error(_)) => self.living_elsewhere(&holder_path, &lock_path, false),
+        // Whoever has just locked it writes its name next: that is waited for.
+        for _ in 0..20 {
+            let file = match File::open(&lock_path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(StoreError::io("open", lock_path)(error)),
+            };
+            match file.try_lock_shared() {
+                // Nobody on this host.
+                Ok(()) => return self.living_elsewhere(&holder_path, &lock_path, true),
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(_)) => return self.living_elsewhere(&holder_path, &lock_path, false),
+            }
+            if let Some(holder) = read_holder(&holder_path)? {
+                return Ok(Some(holder));
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
+        Ok(Some(unknown_holder()))
     }
 
     /// Removes the files of a lease whose owner was killed. False if somebody has it.
