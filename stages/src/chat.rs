@@ -1,7 +1,7 @@
 //! Text from a checkpoint, token by token: what `rlflow generate` and `rlflow chat` run.
 
 use rlflow_api::{Artifact, ArtifactType, DeviceSpec, StageError, StageResult};
-use rlflow_model::{Decoder, Draws, Head, Sampling, generate::generate};
+use rlflow_model::{Decoder, Draws, Head, Sampling, checkpoint, generate::generate};
 use rlflow_text::{ChatTokenizer, Message};
 
 use crate::{models, train::burn_device};
@@ -44,8 +44,8 @@ impl ChatModel {
                 "name a stage whose main output is a policy: pretrain, sft, ppo or dpo",
             ));
         }
-        let loaded = models::load_artifact(artifact, Head::Language, 0, &burn_device(&[device])?)?;
-        Ok(Self { decoder: loaded.decoder, tokenizer: models::tokenizer(artifact)? })
+        let (decoder, _) = checkpoint::load(artifact, Head::Language, 0, &burn_device(device)?)?;
+        Ok(Self { decoder, tokenizer: models::tokenizer(artifact)? })
     }
 
     /// Length of the rendered prompt, in tokens.

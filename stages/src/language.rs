@@ -1,7 +1,8 @@
 //! Next-token prediction: what pretraining, supervised fine-tuning and perplexity share.
 
 use burn::tensor::Tensor;
-use rlflow_model::{Decoder, PackedBatch, TokenTargets, parameters::host};
+use rlflow_api::StageResult;
+use rlflow_model::{Decoder, Group, PackedBatch, TokenTargets, parameters::host, ranks::Take};
 
 use crate::train::Sums;
 
@@ -50,11 +51,9 @@ impl LanguageBatch {
     }
 }
 
-/// Sum of cross-entropies over counted tokens, its gradients handed to `take`. Returns loss, entropy and tokens, summed.
-pub fn backward(model: &Decoder, micro: &LanguageBatch, checkpointing: bool, take: &mut dyn FnMut(usize, Tensor<2>)) -> Sums {
-    if micro.counted() == 0 {
-        return vec![0.0; 3];
-    }
+/// Sum of cross-entropies over counted tokens, of which there is one at least; gradients are handed to `take`. Returns loss,
+/// entropy and tokens, summed.
+pub fn backward(model: &Decoder, micro: &LanguageBatch, checkpointing: bool, take: Take<'_>) -> Sums {
     model.backward(
         &micro.batch,
         checkpointing,
@@ -73,13 +72,14 @@ pub fn sum(tensor: &Tensor<1>) -> f64 {
 }
 
 /// Mean cross-entropy over all counted tokens of `batches`.
-pub fn mean_loss<'a>(model: &Decoder, batches: impl IntoIterator<Item = &'a LanguageBatch>) -> Option<f64> {
-    let (mut total, mut count) = (0.0, 0);
-    for micro in batches {
-        if micro.counted() > 0 {
-            total -= model.evaluate(&micro.batch, |head| sum(&head.token_stats(micro.targets.clone()).logprobs));
-            count += micro.counted();
-        }
-    }
-    (count > 0).then(|| total / count as f64)
+///
+/// # Errors
+/// If a rank fails.
+pub fn mean_loss(model: &Group, batches: &[LanguageBatch]) -> StageResult<Option<f64>> {
+    let counted: Vec<&LanguageBatch> = batches.iter().filter(|micro| micro.counted() > 0).collect();
+    let losses = model.map(&counted, |decoder, micro| {
+        decoder.evaluate(&micro.batch, |head| -sum(&head.token_stats(micro.targets.clone()).logprobs))
+    })?;
+    let count: usize = counted.iter().map(|micro| micro.counted()).sum();
+    Ok((count > 0).then(|| losses.into_iter().sum::<f64>() / count as f64))
 }

@@ -2,56 +2,49 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::Device;
 use rlflow_api::{
-    Artifact, ArtifactBuilder, ArtifactMeta, ArtifactType, DescribeContext, Description, Needs, Problem, RunContext, StageError,
+    Artifact, ArtifactBuilder, ArtifactMeta, ArtifactType, DescribeContext, Description, Needs, Placement, Problem, RunContext, StageError,
     StageResult,
 };
-use rlflow_model::{CheckpointInfo, Decoder, Head, checkpoint};
+use rlflow_model::{CheckpointInfo, Group, Head, checkpoint};
 use rlflow_text::ChatTokenizer;
 
-use crate::train::Precision;
+use crate::train::{Precision, layout};
 
 /// A loaded model with where it came from.
 pub struct LoadedModel {
-    /// The network.
-    pub decoder: Decoder,
+    /// The network on its ranks.
+    pub model: Group,
     /// What its artifact says.
     pub info: CheckpointInfo,
     /// The artifact, whose tokenizer files later checkpoints share.
     pub artifact: Artifact,
 }
 
-impl LoadedModel {
-    /// The same model, computing in `precision`.
-    pub fn in_precision(mut self, precision: Precision) -> Self {
-        self.decoder.set_arithmetic(precision.arithmetic());
-        self
-    }
-}
-
-/// Loads the model on `port`.
-pub fn load(context: &RunContext<'_>, port: &str, head: Head, device: &Device) -> StageResult<LoadedModel> {
-    load_artifact(&context.input(port)?.artifact, head, context.seed, device)
+/// Loads the model on `port` to where the stage runs.
+pub fn load(context: &RunContext<'_>, port: &str, head: Head, precision: Precision) -> StageResult<LoadedModel> {
+    load_artifact(&context.input(port)?.artifact, head, context.seed, context.placement, precision)
 }
 
 /// Loads a model artifact.
-pub fn load_artifact(artifact: &Artifact, head: Head, seed: u64, device: &Device) -> StageResult<LoadedModel> {
-    let (decoder, info) = checkpoint::load(artifact, head, seed, device)?;
-    Ok(LoadedModel { decoder, info, artifact: artifact.clone() })
+pub fn load_artifact(artifact: &Artifact, head: Head, seed: u64, placement: &Placement, precision: Precision) -> StageResult<LoadedModel> {
+    let (model, info) = checkpoint::load_on(artifact, head, seed, &layout(placement)?, precision.arithmetic())?;
+    Ok(LoadedModel { model, info, artifact: artifact.clone() })
 }
 
-/// Publishes `decoder` as an artifact of `artifact_type` with the tokenizer files of `tokenizer` (a tokenizer or a model).
+/// Publishes `model` with `head` as an artifact of `artifact_type` with the tokenizer files of `tokenizer` (a tokenizer or a
+/// model).
 pub fn publish(
     context: &RunContext<'_>,
     artifact_type: ArtifactType,
-    decoder: &Decoder,
+    model: &Group,
+    head: Head,
     info: &CheckpointInfo,
     tokenizer: &Artifact,
 ) -> StageResult<Artifact> {
     context.phase("storing the checkpoint");
     let mut builder = context.output(artifact_type);
-    checkpoint::save(decoder, &mut builder, info)?;
+    checkpoint::save(model, head, &mut builder, info)?;
     share_files(&mut builder, tokenizer)?;
     Ok(builder.publish()?)
 }

@@ -16,7 +16,7 @@ use rlflow_api::{
 };
 use rlflow_hf::{HfConfig, WantedTensor, names::file_tensors};
 use rlflow_model::{
-    CheckpointInfo, Decoder, Draws, Head, PackedBatch, Parameters, Sampling, TokenTargets, checkpoint,
+    CheckpointInfo, Decoder, Draws, Group, Head, PackedBatch, Parameters, Sampling, TokenTargets, checkpoint,
     generate::generate,
     parameters::{self, host},
 };
@@ -191,7 +191,7 @@ fn gradients(decoder: &Decoder, batch: &PackedBatch, targets: &TokenTargets, che
             (loss, f64::from(value))
         },
         |slot, gradient| {
-            let values = host(&gradient).into_iter().map(f64::from).collect();
+            let values = host(&gradient.unwrap()).into_iter().map(f64::from).collect();
             assert!(gradients.insert(decoder.parameters().specs()[slot].name.clone(), values).is_none(), "gradient {slot} came twice");
         },
     );
@@ -530,7 +530,7 @@ fn models_of_every_family_made_here_go_out_and_come_back() {
             let mut builder = world.bench.store.artifact(artifact_type.name());
             let digest = CheckpointInfo::of(&tokenizer).unwrap().tokenizer;
             let info = CheckpointInfo { model: config.clone(), head, tokenizer: digest, role: None };
-            checkpoint::save(&decoder, &mut builder, &info).unwrap();
+            checkpoint::save(&Group::of(decoder), head, &mut builder, &info).unwrap();
             for name in ["tokenizer.json", "tokenizer_config.json"] {
                 builder.share(tokenizer.manifest().entry(name).unwrap()).unwrap();
             }

@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use fixtures::{Fixture, close, number, numbers};
 use rlflow_api::{Artifact, ArtifactType, ModelConfig, RunContext, StageEvent, testing};
 use rlflow_model::{
-    CheckpointInfo, Decoder, Gradients, Head, HeadView, Optimizer, OptimizerSettings, PackedBatch, Parameters, checkpoint,
+    CheckpointInfo, Decoder, Gradients, Group, Head, HeadView, Optimizer, OptimizerSettings, PackedBatch, Parameters, checkpoint,
     parameters::{self, host},
 };
 use rlflow_stages::{
@@ -63,7 +63,7 @@ impl Bench {
         let decoder = self.decoder(head, weight);
         let info = CheckpointInfo { model: self.config.clone(), head, tokenizer: "fixture".into(), role: None };
         let mut builder = self.stage.store.artifact(artifact_type.name());
-        checkpoint::save(&decoder, &mut builder, &info).unwrap();
+        checkpoint::save(&Group::of(decoder), head, &mut builder, &info).unwrap();
         builder.publish().unwrap()
     }
 

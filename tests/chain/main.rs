@@ -5,6 +5,7 @@ mod checkpoint;
 mod crash;
 mod fixture;
 mod ppo;
+mod ranks;
 
 use fixture::{ALL, Finished, Fixture, names};
 use serde_json::Value;

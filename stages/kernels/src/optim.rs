@@ -55,16 +55,26 @@ fn adamw_inner<const FMA: bool>(param: &mut [f32], grad: &[f32], first: &mut [f3
     }
 }
 
-/// Sum of squares, over fixed blocks added in order, in f64.
-pub fn sum_of_squares(values: &[f32]) -> f64 {
-    let partial: Vec<f64> = values.par_chunks(BLOCK).map(square_block).collect();
-    partial.into_iter().sum()
+/// Sum of squares of each row of `width` elements, in f64. Whoever holds whole rows gets the same sums for them.
+pub fn row_squares(values: &[f32], width: usize) -> Vec<f64> {
+    let width = width.max(1);
+    let rows = (BLOCK / width).max(1);
+    let mut sums = vec![0.0; values.len() / width];
+    sums.par_chunks_mut(rows).zip(values.par_chunks(rows * width)).for_each(|(sums, values)| square_rows(sums, values, width));
+    sums
 }
 
-multiversion!(fn square_block(values: &[f32]) -> f64 = square_inner);
+multiversion!(fn square_rows(sums: &mut [f64], values: &[f32], width: usize) = square_rows_inner);
 
 #[inline(always)]
-fn square_inner<const FMA: bool>(values: &[f32]) -> f64 {
+fn square_rows_inner<const FMA: bool>(sums: &mut [f64], values: &[f32], width: usize) {
+    for (sum, row) in sums.iter_mut().zip(values.chunks_exact(width)) {
+        *sum = square_row(row);
+    }
+}
+
+#[inline(always)]
+fn square_row(values: &[f32]) -> f64 {
     let mut lanes = [0.0f64; 8];
     let (chunks, tail) = values.as_chunks::<8>();
     for chunk in chunks {

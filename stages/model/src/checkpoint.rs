@@ -1,12 +1,13 @@
 //! Checkpoints as artifacts: one tensor entry per weight under its Llama name, and the config in the metadata.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::Device;
 use rlflow_api::{Artifact, ArtifactBuilder, Dtype, ModelConfig, StageError, StageResult};
+use rlflow_kernels::matmul::Arithmetic;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Decoder, Optimizer, OptimizerSettings,
-    parameters::{Head, ParameterSpec, Parameters, SCORE_WEIGHT, host, initial, specs},
+    Decoder, Group, Layout,
+    parameters::{Head, ParameterSpec, SCORE_WEIGHT, initial, specs},
 };
 
 /// What a model artifact says about itself.
@@ -71,32 +72,50 @@ fn widened(dtype: Dtype, content: &[u8]) -> Vec<f32> {
     }
 }
 
-/// Loads a model with `head` on top. Weights that the checkpoint lacks for that head (a scalar head on a policy) are
-/// drawn from `seed`; those it has beyond it are left.
+/// Loads a model with `head` on top onto the ranks of `layout`, weight by weight. Weights that the checkpoint lacks for that
+/// head (a scalar head on a policy) are drawn from `seed`; those it has beyond it are left.
+///
+/// # Errors
+/// If a tensor of the trunk is missing or misshapen.
+pub fn load_on(
+    artifact: &Artifact,
+    head: Head,
+    seed: u64,
+    layout: &Layout,
+    arithmetic: Arithmetic,
+) -> StageResult<(Group, CheckpointInfo)> {
+    let info = CheckpointInfo::of(artifact)?;
+    let fresh = initial(&info.model, seed, 0.02);
+    let group = Group::new(&info.model, head, layout, arithmetic, |spec| {
+        let absent = spec.name == SCORE_WEIGHT && artifact.manifest().entry(SCORE_WEIGHT).is_none();
+        if absent { Ok(fresh(spec)) } else { read(artifact, spec) }
+    })?;
+    Ok((group, info))
+}
+
+/// [`load_on`] one device, in f32.
 ///
 /// # Errors
 /// If a tensor of the trunk is missing or misshapen.
 pub fn load(artifact: &Artifact, head: Head, seed: u64, device: &Device) -> StageResult<(Decoder, CheckpointInfo)> {
-    let info = CheckpointInfo::of(artifact)?;
-    let (specs, _) = specs(&info.model, head);
-    let fresh = initial(&info.model, seed, 0.02);
-    let parameters = Parameters::from_data(specs, device, |spec| {
-        let absent = spec.name == SCORE_WEIGHT && artifact.manifest().entry(SCORE_WEIGHT).is_none();
-        if absent { Ok(fresh(spec)) } else { read(artifact, spec) }
-    })?;
-    Ok((Decoder::new(info.model.clone(), head, parameters, device.clone()), info))
+    let (group, info) = load_on(artifact, head, seed, &Layout::one(device.clone()), Arithmetic::F32)?;
+    Ok((group.first().clone(), info))
 }
 
-/// Adds all weights of `decoder` to `builder`, and `info` as its metadata.
+/// Adds to `builder` the weights of `model` that a model with `head` has, and `info` as its metadata.
 ///
 /// # Errors
-/// If the store cannot be written, or a weight is not finite.
-pub fn save(decoder: &Decoder, builder: &mut ArtifactBuilder, info: &CheckpointInfo) -> StageResult<()> {
-    for (slot, spec) in decoder.parameters().specs().iter().enumerate() {
+/// If the store cannot be written.
+///
+/// # Panics
+/// If `model` lacks a weight for that head.
+pub fn save(model: &Group, head: Head, builder: &mut ArtifactBuilder, info: &CheckpointInfo) -> StageResult<()> {
+    let by_name = model.first().parameters().by_name();
+    for spec in specs(model.config(), head).0 {
         let shape: Vec<u64> = spec.shape.iter().map(|size| *size as u64).collect();
-        builder.put_tensor(&spec.name, Dtype::F32, &shape, &bytes(&decoder.parameters().host(slot)))?;
+        builder.put_tensor(&spec.name, Dtype::F32, &shape, &bytes(&model.weight(by_name[spec.name.as_str()])))?;
     }
-    let info = CheckpointInfo { model: decoder.config().clone(), head: decoder.head(), ..info.clone() };
+    let info = CheckpointInfo { model: model.config().clone(), head, ..info.clone() };
     builder.metadata(serde_json::to_value(info).map_err(|error| StageError::invalid(error.to_string()))?);
     Ok(())
 }
@@ -105,12 +124,13 @@ pub fn save(decoder: &Decoder, builder: &mut ArtifactBuilder, info: &CheckpointI
 ///
 /// # Errors
 /// If the store cannot be written.
-pub fn save_state(prefix: &str, decoder: &Decoder, optimizer: &Optimizer, builder: &mut ArtifactBuilder) -> StageResult<()> {
-    let (first, second, step) = optimizer.state();
-    save_weights(prefix, decoder, builder)?;
-    put_tensors(&format!("{prefix}.first_moments"), first, builder)?;
-    put_tensors(&format!("{prefix}.second_moments"), second, builder)?;
-    builder.put(&format!("{prefix}.optimizer_step"), &step.to_le_bytes())?;
+pub fn save_state(prefix: &str, model: &Group, builder: &mut ArtifactBuilder) -> StageResult<()> {
+    save_weights(prefix, model, builder)?;
+    for (part, name) in ["first_moments", "second_moments"].into_iter().enumerate() {
+        let moments = |slot: usize| model.moments(slot).map(|both| bytes(&both[part])).unwrap_or_default();
+        builder.put(&format!("{prefix}.{name}"), &all_slots(model, moments))?;
+    }
+    builder.put(&format!("{prefix}.optimizer_step"), &model.steps().to_le_bytes())?;
     Ok(())
 }
 
@@ -118,54 +138,54 @@ pub fn save_state(prefix: &str, decoder: &Decoder, optimizer: &Optimizer, builde
 ///
 /// # Errors
 /// If the store cannot be written.
-pub fn save_weights(prefix: &str, decoder: &Decoder, builder: &mut ArtifactBuilder) -> StageResult<()> {
-    put_tensors(&format!("{prefix}.weights"), decoder.parameters().tensors(), builder)
+pub fn save_weights(prefix: &str, model: &Group, builder: &mut ArtifactBuilder) -> StageResult<()> {
+    Ok(builder.put(&format!("{prefix}.weights"), &all_slots(model, |slot| bytes(&model.weight(slot))))?)
 }
 
-fn put_tensors(name: &str, tensors: &[Tensor<2>], builder: &mut ArtifactBuilder) -> StageResult<()> {
-    let mut content = Vec::new();
-    for tensor in tensors {
-        content.extend(bytes(&host(tensor)));
-    }
-    Ok(builder.put(name, &content)?)
+fn all_slots(model: &Group, of: impl Fn(usize) -> Vec<u8>) -> Vec<u8> {
+    (0..model.specs().len()).flat_map(of).collect()
 }
 
-/// Goes back to a state that [`save_state`] stored.
+/// Goes back to a state that [`save_state`] stored. `model` is prepared to be trained ([`Group::train`]).
 ///
 /// # Errors
 /// If the state is not one of this model.
-pub fn load_state(prefix: &str, state: &Artifact, decoder: &mut Decoder, settings: OptimizerSettings) -> StageResult<Optimizer> {
+pub fn load_state(prefix: &str, state: &Artifact, model: &mut Group) -> StageResult<()> {
     let step = state.read(&format!("{prefix}.optimizer_step"))?;
     let step = u64::from_le_bytes(step[..].try_into().map_err(|_| StageError::invalid("snapshot without a step count"))?);
-    let moments = |name: &str| read_tensors(&format!("{prefix}.{name}"), state, decoder);
-    let optimizer = Optimizer::restore(settings, moments("first_moments")?, moments("second_moments")?, step);
-    load_weights(prefix, state, decoder)?;
-    Ok(optimizer)
+    let [first, second] = ["first_moments", "second_moments"].map(|name| state.read(&format!("{prefix}.{name}")));
+    let (first, second) = (floats(&first?), floats(&second?));
+    let trained: Vec<usize> = (0..model.specs().len()).map(|slot| model.moments(slot).map_or(0, |[first, _]| first.len())).collect();
+    if [&first, &second].iter().any(|moments| moments.len() != trained.iter().sum::<usize>()) {
+        return Err(foreign(state));
+    }
+    let mut start = 0;
+    for (slot, len) in trained.into_iter().enumerate() {
+        model.set_moments(slot, [&first[start..start + len], &second[start..start + len]]);
+        start += len;
+    }
+    model.set_steps(step);
+    load_weights(prefix, state, model)
 }
 
 /// Goes back to weights that [`save_weights`] or [`save_state`] stored.
 ///
 /// # Errors
 /// If they are not those of this model.
-pub fn load_weights(prefix: &str, state: &Artifact, decoder: &mut Decoder) -> StageResult<()> {
-    let weights = read_tensors(&format!("{prefix}.weights"), state, decoder)?;
-    decoder.parameters_mut().tensors_mut().iter_mut().zip(weights).for_each(|(slot, tensor)| *slot = tensor);
+pub fn load_weights(prefix: &str, state: &Artifact, model: &mut Group) -> StageResult<()> {
+    let content = floats(&state.read(&format!("{prefix}.weights"))?);
+    let lens: Vec<usize> = model.specs().iter().map(ParameterSpec::len).collect();
+    if content.len() != lens.iter().sum::<usize>() {
+        return Err(foreign(state));
+    }
+    let mut start = 0;
+    for (slot, len) in lens.into_iter().enumerate() {
+        model.set_weight(slot, &content[start..start + len]);
+        start += len;
+    }
     Ok(())
 }
 
-/// The tensors of entry `name`, shaped like the parameters of `decoder`.
-fn read_tensors(name: &str, state: &Artifact, decoder: &Decoder) -> StageResult<Vec<Tensor<2>>> {
-    let content = floats(&state.read(name)?);
-    let mut rest = content.as_slice();
-    let specs = decoder.parameters().specs().iter();
-    specs
-        .map(|spec| {
-            let (values, tail) = rest
-                .split_at_checked(spec.len())
-                .ok_or_else(|| StageError::invalid(format!("snapshot {} is not one of this model", state.digest().short())))?;
-            rest = tail;
-            let dims = if spec.shape.len() == 1 { [1, spec.len()] } else { [spec.shape[0], spec.shape[1]] };
-            Ok(Tensor::from_data(TensorData::new(values.to_vec(), dims), decoder.device()))
-        })
-        .collect()
+fn foreign(state: &Artifact) -> StageError {
+    StageError::invalid(format!("snapshot {} is not one of this model", state.digest().short()))
 }

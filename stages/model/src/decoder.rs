@@ -146,6 +146,11 @@ impl Decoder {
         self.arithmetic = arithmetic;
     }
 
+    /// The format of the products' operands.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
     /// Shape of the network.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -244,18 +249,93 @@ impl Decoder {
         read(&HeadView { decoder: self, normed, lm_head: self.slots.lm_head.map(weight), score: self.slots.score.map(weight) })
     }
 
+    /// All weights on this device: a copy of them where ranks hold shares (all must call it), else the same decoder.
+    pub fn whole(&self) -> Self {
+        if !self.parameters.is_shared() {
+            return self.clone();
+        }
+        let specs = self.parameters.specs().to_vec();
+        let tensors = (0..specs.len()).map(|slot| self.parameters.get(slot)).collect();
+        Self { parameters: Parameters::from_tensors(specs, tensors, None), ..self.clone() }
+    }
+
+    /// Takes part in [`Decoder::whole`] of another rank.
+    pub(crate) fn attend_whole(&self) {
+        if self.parameters.is_shared() {
+            self.attend(0..self.parameters.specs().len());
+        }
+    }
+
+    /// Takes part in a forward pass of the other ranks without a batch of its own.
+    pub(crate) fn attend_evaluate(&self) {
+        if self.parameters.is_shared() {
+            self.attend_forward();
+            self.attend(self.head_slots());
+        }
+    }
+
+    /// Takes part in a forward and backward pass of the other ranks: gathers what they gather and hands over no gradient
+    /// wherever they hand over one.
+    pub(crate) fn attend_backward(&self, take: &mut dyn FnMut(usize, Option<Tensor<2>>)) {
+        let shared = self.parameters.is_shared();
+        if shared {
+            self.attend_forward();
+            self.attend(self.head_slots());
+        }
+        self.head_gradients().for_each(|slot| take(slot, None));
+        for block in self.slots.blocks.iter().rev() {
+            if shared {
+                self.attend(block.all());
+            }
+            block.all().for_each(|slot| take(slot, None));
+        }
+        if shared {
+            self.attend(self.tables());
+        }
+        self.tables().for_each(|slot| take(slot, None));
+    }
+
+    fn attend(&self, slots: impl Iterator<Item = usize>) {
+        slots.for_each(|slot| drop(self.parameters.get(slot)));
+    }
+
+    fn attend_forward(&self) {
+        self.attend(self.tables());
+        self.slots.blocks.iter().for_each(|block| self.attend(block.all()));
+    }
+
+    /// Slots that the embedding reads, in order.
+    fn tables(&self) -> impl Iterator<Item = usize> + use<> {
+        std::iter::once(self.slots.embed).chain(self.slots.positions)
+    }
+
+    /// Slots that the head reads, in order.
+    fn head_slots(&self) -> impl Iterator<Item = usize> + use<> {
+        let Affine { weight, bias } = self.slots.norm;
+        std::iter::once(weight).chain(bias).chain(self.slots.lm_head).chain(self.slots.score)
+    }
+
+    /// Slots whose gradients the head hands over, in order. That of tied embeddings waits for the embedding's.
+    fn head_gradients(&self) -> impl Iterator<Item = usize> + use<> {
+        let embed = self.slots.embed;
+        self.head_slots().filter(move |slot| *slot != embed)
+    }
+
     /// Forward and backward pass. `loss` builds a scalar `[1]` on the end of the forward pass; `take` receives each
-    /// weight's gradient, last block first, each weight once. Returns what `loss` returned beside the scalar.
+    /// weight's gradient, if it has one, last block first, each weight once and always in the same order. Returns what
+    /// `loss` returned beside the scalar.
     ///
     /// With `checkpointing` a block keeps its input only and is computed again when its turn comes: the same bits,
-    /// less memory, a third more work.
+    /// less memory, a third more work. Where ranks hold shares of the weights it is always so, because a block's weights
+    /// are dropped after its forward pass.
     pub fn backward<T>(
         &self,
         batch: &PackedBatch,
         checkpointing: bool,
         loss: impl FnOnce(&HeadView<'_>) -> (Tensor<1>, T),
-        mut take: impl FnMut(usize, Tensor<2>),
+        mut take: impl FnMut(usize, Option<Tensor<2>>),
     ) -> T {
+        let checkpointing = checkpointing || self.parameters.is_shared();
         let constant = |slot: usize| self.parameters.get(slot);
         let mut segments = Vec::with_capacity(self.slots.blocks.len());
         let mut x = self.embed(batch, &mut { constant });
@@ -283,20 +363,12 @@ impl Decoder {
         drop(view);
         let mut gradients = loss.backward();
         let mut upstream = hidden.grad_remove(&mut gradients).unwrap_or_else(|| hidden.clone().inner().zeros_like());
-        if let Some(gradient) = score.and_then(|score| score.grad_remove(&mut gradients)) {
-            take(self.slots.score.unwrap_or_default(), gradient);
-        }
-        for (slot, weight) in [(Some(self.slots.norm.weight), Some(norm.weight)), (self.slots.norm.bias, norm.bias)] {
-            if let (Some(slot), Some(gradient)) = (slot, weight.and_then(|weight| weight.grad_remove(&mut gradients))) {
-                take(slot, gradient);
-            }
-        }
         // With tied embeddings the head's gradient waits for the embedding's, so that each weight is taken once.
-        let mut head_gradient = lm_head.and_then(|head| head.grad_remove(&mut gradients));
-        if self.slots.lm_head != Some(self.slots.embed)
-            && let (Some(slot), Some(gradient)) = (self.slots.lm_head, head_gradient.take())
-        {
-            take(slot, gradient);
+        let mut head_gradient = None;
+        let head_weights = [Some(norm.weight), norm.bias, lm_head, score].into_iter().flatten();
+        for (slot, weight) in self.head_slots().zip(head_weights) {
+            let gradient = weight.grad_remove(&mut gradients);
+            if slot == self.slots.embed { head_gradient = gradient } else { take(slot, gradient) }
         }
         drop(gradients);
 
@@ -315,7 +387,7 @@ impl Decoder {
         for (slot, weight) in tables {
             let gradient = weight.grad_remove(&mut gradients).unwrap_or_else(|| weight.inner().zeros_like());
             let head = head_gradient.take_if(|_| slot == self.slots.embed);
-            take(slot, head.map_or_else(|| gradient.clone(), |head| accumulate(head, gradient.clone())));
+            take(slot, Some(head.map_or_else(|| gradient.clone(), |head| accumulate(head, gradient.clone()))));
         }
         result
     }
@@ -347,12 +419,10 @@ struct Segment {
 
 impl Segment {
     /// Hands over the weights' gradients and returns the input's.
-    fn backward(self, decoder: &Decoder, upstream: Tensor<2>, take: &mut impl FnMut(usize, Tensor<2>)) -> Tensor<2> {
+    fn backward(self, decoder: &Decoder, upstream: Tensor<2>, take: &mut impl FnMut(usize, Option<Tensor<2>>)) -> Tensor<2> {
         let mut gradients = decoder.backward_from(self.output, upstream);
         for (slot, weight) in self.weights {
-            if let Some(gradient) = weight.grad_remove(&mut gradients) {
-                take(slot, gradient);
-            }
+            take(slot, weight.grad_remove(&mut gradients));
         }
         let input = self.input;
         input.grad_remove(&mut gradients).unwrap_or_else(|| input.inner().zeros_like())

@@ -2,7 +2,8 @@
 //!
 //! In data order: [`fused`] are the operations, [`composed`] the same from plain tensors; [`parameters`] names and holds
 //! weights; [`Decoder`] runs forward and backward, one autodiff segment per block; [`checkpoint`] stores and loads;
-//! [`Optimizer`] updates at the rate of [`schedule`]; [`generate`] samples over a key-value cache.
+//! [`Optimizer`] updates at the rate of [`schedule`]; [`ranks`] do all that on several devices at a ZeRO level; [`generate`]
+//! samples over a key-value cache.
 
 pub mod checkpoint;
 pub mod composed;
@@ -11,6 +12,7 @@ pub mod fused;
 pub mod generate;
 mod optimizer;
 pub mod parameters;
+pub mod ranks;
 pub mod schedule;
 
 pub use checkpoint::CheckpointInfo;
@@ -19,4 +21,5 @@ pub use fused::TokenTargets;
 pub use generate::{Completion, Draws, Sampling};
 pub use optimizer::{Gradients, Optimizer, OptimizerSettings};
 pub use parameters::{Head, ParameterSpec, Parameters};
+pub use ranks::{Group, Layout};
 pub use schedule::{LearningRate, Schedule};

@@ -1,11 +1,16 @@
 //! AdamW with clipping by the global norm.
 
-use burn::tensor::Tensor;
-use rlflow_kernels::optim::{AdamW, adamw, add_assign, sum_of_squares};
+use std::ops::Range;
 
-use crate::parameters::{Parameters, flex_view, host, update_in_place};
+use burn::tensor::{Device, Tensor};
+use rlflow_kernels::optim::{AdamW, adamw, add_assign, row_squares};
 
-/// Gradients of all weights, summed over micro-batches in their order.
+use crate::{
+    parameters::{ParameterSpec, Parameters, flex_view, host, update_in_place},
+    ranks::{cut, paste},
+};
+
+/// Gradients of all weights, or of one rank's share of each, summed over micro-batches in their order.
 #[derive(Debug, Clone, Default)]
 pub struct Gradients {
     sums: Vec<Option<Tensor<2>>>,
@@ -17,13 +22,21 @@ impl Gradients {
         Self { sums: vec![None; count] }
     }
 
-    /// Adds a micro-batch's gradient of the weight in `slot`.
-    pub fn add(&mut self, slot: usize, gradient: Tensor<2>) {
-        let sum = &mut self.sums[slot];
-        *sum = Some(match sum.take() {
-            Some(sum) => accumulate(sum, gradient),
-            None => gradient,
+    /// Adds a micro-batch's gradient of the weight in `slot`, if there is one.
+    pub fn add(&mut self, slot: usize, gradient: Option<Tensor<2>>) {
+        let Some(gradient) = gradient else { return };
+        self.change(slot, |sum| {
+            Some(match sum {
+                Some(sum) => accumulate(sum, gradient),
+                None => gradient,
+            })
         });
+    }
+
+    /// Replaces the sum for the weight in `slot` by what `change` makes of it.
+    pub(crate) fn change(&mut self, slot: usize, change: impl FnOnce(Option<Tensor<2>>) -> Option<Tensor<2>>) {
+        let sum = &mut self.sums[slot];
+        *sum = change(sum.take());
     }
 
     /// The sum for the weight in `slot`.
@@ -31,18 +44,9 @@ impl Gradients {
         self.sums[slot].as_ref()
     }
 
-    /// Multiplies everything by `factor`.
-    pub fn scale(&mut self, factor: f32) {
-        for sum in self.sums.iter_mut().flatten() {
-            if !update_in_place([sum], |[sum]| sum.iter_mut().for_each(|value| *value *= factor)) {
-                *sum = sum.clone() * factor;
-            }
-        }
-    }
-
-    /// L2 norm over all weights.
-    pub fn norm(&self) -> f64 {
-        self.sums.iter().flatten().map(sum_of_squares_of).sum::<f64>().sqrt()
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.sums.iter_mut().for_each(|sum| *sum = None);
     }
 
     /// First weight whose gradient is not finite, with an offending value.
@@ -64,11 +68,19 @@ pub(crate) fn accumulate(mut sum: Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
     if done { sum } else { sum + gradient }
 }
 
-fn sum_of_squares_of(tensor: &Tensor<2>) -> f64 {
-    match flex_view(tensor) {
-        Some(view) => sum_of_squares(view.as_slice().expect("views are contiguous f32")),
-        None => sum_of_squares(&host(tensor)),
+/// Sum of squares of each row of `width` elements within `range` of a tensor's elements.
+fn row_squares_of(tensor: &Tensor<2>, range: Range<usize>, width: usize) -> Vec<f64> {
+    if let Some(view) = flex_view(tensor) {
+        return row_squares(&view.as_slice().expect("views are contiguous f32")[range], width);
     }
+    let rows = range.len() / width.max(1);
+    if rows == 0 {
+        return Vec::new();
+    }
+    // Squares are summed where they are: downloading a gradient would take longer than the step.
+    let [lines, columns] = tensor.dims();
+    let part = tensor.clone().reshape([1, lines * columns]).narrow(1, range.start, range.len()).reshape([rows, width]);
+    host(&(part.clone() * part).sum_dim(1)).into_iter().map(f64::from).collect()
 }
 
 /// Settings that stay the same over a run.
@@ -84,24 +96,34 @@ pub struct OptimizerSettings {
     pub grad_clip: f64,
 }
 
-/// AdamW (arXiv:1711.05101) with torch's definitions, one state per weight.
+/// AdamW (arXiv:1711.05101) with torch's definitions: moments of each weight, or of one rank's share of it.
 #[derive(Debug, Clone)]
 pub struct Optimizer {
     settings: OptimizerSettings,
+    /// Elements of each weight that are updated here.
+    shares: Vec<Range<usize>>,
     first: Vec<Tensor<2>>,
     second: Vec<Tensor<2>>,
     step: u64,
 }
 
+/// Where the elements `share` of a weight stand in a tensor that holds the weight or only that share.
+fn within(tensor: &Tensor<2>, share: &Range<usize>) -> Range<usize> {
+    let [rows, columns] = tensor.dims();
+    if rows * columns == share.len() { 0..share.len() } else { share.clone() }
+}
+
 impl Optimizer {
-    /// Zero moments for `parameters`.
+    /// Zero moments for all of `parameters`.
     pub fn new(parameters: &Parameters, settings: OptimizerSettings) -> Self {
-        Self { settings, first: parameters.zeros_like(), second: parameters.zeros_like(), step: 0 }
+        let shares = parameters.specs().iter().map(|spec| 0..spec.len()).collect();
+        Self { settings, shares, first: parameters.zeros_like(), second: parameters.zeros_like(), step: 0 }
     }
 
-    /// Moments and step count as stored by a snapshot.
-    pub fn restore(settings: OptimizerSettings, first: Vec<Tensor<2>>, second: Vec<Tensor<2>>, step: u64) -> Self {
-        Self { settings, first, second, step }
+    /// Zero moments for `shares`, a range of each weight's elements.
+    pub(crate) fn of_shares(shares: Vec<Range<usize>>, device: &Device, settings: OptimizerSettings) -> Self {
+        let zeros = || shares.iter().map(|share| Tensor::zeros([1, share.len()], device)).collect();
+        Self { settings, first: zeros(), second: zeros(), shares: shares.clone(), step: 0 }
     }
 
     /// First moments, second moments, steps done.
@@ -109,13 +131,39 @@ impl Optimizer {
         (&self.first, &self.second, self.step)
     }
 
+    /// Goes back to `step` steps done.
+    pub(crate) fn set_step(&mut self, step: u64) {
+        self.step = step;
+    }
+
+    /// First and second moments, to be replaced in place.
+    pub(crate) fn moments_mut(&mut self) -> [&mut [Tensor<2>]; 2] {
+        [&mut self.first, &mut self.second]
+    }
+
     /// One update with gradients that are sums: each is divided by `denominator`, the batch's count, here and nowhere
     /// else. Returns the norm before clipping. Weights without a gradient stay as they are. Nothing is changed when
     /// the norm is not finite.
     pub fn step(&mut self, parameters: &mut Parameters, gradients: &Gradients, denominator: f64, lr: f64) -> f64 {
-        let norm = gradients.norm() / denominator;
+        let squares = self.row_squares(parameters.specs(), gradients);
+        let norm = norm(&[squares], parameters.specs().len()) / denominator;
+        self.update(parameters, gradients, norm, denominator, lr);
+        norm
+    }
+
+    /// Sums of squares of the gradients' rows that are updated here, by weight.
+    pub(crate) fn row_squares(&self, specs: &[ParameterSpec], gradients: &Gradients) -> Vec<Vec<f64>> {
+        let of = |(slot, spec): (usize, &ParameterSpec)| match gradients.get(slot) {
+            Some(gradient) => row_squares_of(gradient, within(gradient, &self.shares[slot]), spec.row_width()),
+            None => Vec::new(),
+        };
+        specs.iter().enumerate().map(of).collect()
+    }
+
+    /// [`Optimizer::step`] with the gradients' `norm` known.
+    pub(crate) fn update(&mut self, parameters: &mut Parameters, gradients: &Gradients, norm: f64, denominator: f64, lr: f64) {
         if !norm.is_finite() {
-            return norm;
+            return;
         }
         self.step += 1;
         // As torch.nn.utils.clip_grad_norm_: the small constant keeps a zero norm harmless.
@@ -132,20 +180,31 @@ impl Optimizer {
                 step: self.step,
                 grad_scale: (clip / denominator) as f32,
             };
+            let share = &self.shares[slot];
+            let (ours, theirs) = (within(parameter, share), within(gradient, share));
             let (first, second) = (&mut self.first[slot], &mut self.second[slot]);
             let view = flex_view(gradient);
             let done = view.as_ref().is_some_and(|view| {
                 let gradient: &[f32] = view.as_slice().expect("views are contiguous f32");
                 update_in_place([&mut *parameter, &mut *first, &mut *second], |[parameter, first, second]| {
-                    adamw(parameter, gradient, first, second, settings);
+                    adamw(&mut parameter[ours.clone()], &gradient[theirs.clone()], first, second, settings);
                 })
             });
-            if !done {
-                composed_adamw(parameter, gradient, first, second, settings);
+            if !done && !share.is_empty() {
+                let dims = first.dims();
+                let mut updated = cut(parameter, ours.clone()).reshape(dims);
+                composed_adamw(&mut updated, &cut(gradient, theirs).reshape(dims), first, second, settings);
+                paste(parameter, ours, &updated);
             }
         }
-        norm
     }
+}
+
+/// L2 norm over `count` weights from the sums of squares of their rows: by rank, then by weight. Rows are added in their
+/// order whoever holds them.
+pub(crate) fn norm(squares: &[Vec<Vec<f64>>], count: usize) -> f64 {
+    let of = |slot: usize| squares.iter().flat_map(|of_rank| &of_rank[slot]).sum::<f64>();
+    (0..count).map(of).sum::<f64>().sqrt()
 }
 
 /// The same update from plain tensor operations, for devices without the kernel.

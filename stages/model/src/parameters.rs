@@ -1,11 +1,13 @@
 //! Names, shapes and storage of a model's weights. Names and layouts are those of Llama checkpoints.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use rlflow_api::{CounterRng, ModelConfig, Positions};
 use rlflow_kernels::{Affine, AttentionParts, MlpParts};
+
+use crate::ranks::{Collective, join};
 
 /// What stands on top of the decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -56,7 +58,13 @@ impl ParameterSpec {
         self.shape.len() > 1
     }
 
-    fn dims(&self) -> [usize; 2] {
+    /// Elements of a row along the first dimension; 1 for vectors.
+    pub fn row_width(&self) -> usize {
+        self.shape.iter().skip(1).product()
+    }
+
+    /// Shape of the tensor that holds it: vectors are one row.
+    pub(crate) fn dims(&self) -> [usize; 2] {
         match self.shape[..] {
             [columns] => [1, columns],
             [rows, columns] => [rows, columns],
@@ -71,6 +79,16 @@ impl ParameterSpec {
 pub struct BlockSlots {
     pub attention: AttentionParts<usize>,
     pub mlp: MlpParts<usize>,
+}
+
+impl BlockSlots {
+    /// All of them, in the order in which the block asks for its weights and hands over their gradients.
+    pub fn all(&self) -> impl Iterator<Item = usize> + use<> {
+        let mut slots = Vec::with_capacity(16);
+        self.attention.map(|slot| slots.push(*slot));
+        self.mlp.map(|slot| slots.push(*slot));
+        slots.into_iter()
+    }
 }
 
 /// Where each weight stands.
@@ -150,11 +168,13 @@ impl SpecList {
     }
 }
 
-/// Weights on a device, all of rank 2 (vectors as one row), without autodiff.
+/// Weights on a device, all of rank 2 (vectors as one row), without autodiff; or one rank's share of each.
 #[derive(Debug, Clone)]
 pub struct Parameters {
     specs: Vec<ParameterSpec>,
     tensors: Vec<Tensor<2>>,
+    /// With whom the weights are shared, where they are.
+    shared_with: Option<Arc<dyn Collective>>,
 }
 
 impl Parameters {
@@ -169,7 +189,17 @@ impl Parameters {
     ) -> Result<Self, E> {
         let tensors =
             specs.iter().map(|spec| Ok(Tensor::from_data(TensorData::new(data(spec)?, spec.dims()), device))).collect::<Result<_, E>>()?;
-        Ok(Self { specs, tensors })
+        Ok(Self { specs, tensors, shared_with: None })
+    }
+
+    /// Around tensors that are there: whole weights, or, with `shared_with`, this rank's share of each (`[1, elements]`).
+    pub(crate) fn from_tensors(specs: Vec<ParameterSpec>, tensors: Vec<Tensor<2>>, shared_with: Option<Arc<dyn Collective>>) -> Self {
+        Self { specs, tensors, shared_with }
+    }
+
+    /// Whether this is one rank's share.
+    pub fn is_shared(&self) -> bool {
+        self.shared_with.is_some()
     }
 
     /// Zeros of the same shapes, on the same device.
@@ -182,17 +212,25 @@ impl Parameters {
         &self.specs
     }
 
-    /// The weight in `slot`.
+    /// The weight in `slot`, gathered from all ranks where each holds a share: then all must ask for the same weights in the
+    /// same order.
     pub fn get(&self, slot: usize) -> Tensor<2> {
-        self.tensors[slot].clone()
+        let own = self.tensors[slot].clone();
+        match &self.shared_with {
+            None => own,
+            Some(world) => {
+                let device = own.device();
+                join(&world.all_gather(own), self.specs[slot].dims(), &device)
+            }
+        }
     }
 
-    /// All weights.
+    /// What is held of all weights.
     pub fn tensors(&self) -> &[Tensor<2>] {
         &self.tensors
     }
 
-    /// All weights, to be replaced in place.
+    /// What is held of all weights, to be replaced in place.
     pub fn tensors_mut(&mut self) -> &mut [Tensor<2>] {
         &mut self.tensors
     }
@@ -202,7 +240,7 @@ impl Parameters {
         self.specs.iter().map(ParameterSpec::len).sum()
     }
 
-    /// Elements of one weight on the host.
+    /// What is held of one weight, on the host.
     pub fn host(&self, slot: usize) -> Vec<f32> {
         host(&self.tensors[slot])
     }

@@ -10,7 +10,7 @@ use rlflow_api::{
     Artifact, ArtifactType, DescribeContext, Description, Dtype, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot,
     StageError, StageKind, StageResult,
 };
-use rlflow_model::{Decoder, Head, Schedule, checkpoint};
+use rlflow_model::{Group, Head, Schedule, checkpoint};
 use rlflow_text::{PreferenceDataset, Split};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -20,9 +20,9 @@ pub use loss::{DpoLoss, IpoNorm};
 use task::{DpoTask, ReferencedPair, answered_batch, frozen_logps};
 
 use crate::{
-    models,
+    models::{self, LoadedModel},
     pairs::{Pair, Pairs, TooLong},
-    train::{self, RowOrder, TrainDefaults, TrainExecution, TrainSettings, burn_device},
+    train::{self, RowOrder, TrainDefaults, TrainExecution, TrainSettings},
 };
 
 /// See the module.
@@ -133,7 +133,7 @@ impl StageKind for Dpo {
     }
 
     fn check(config: &DpoConfig) -> Vec<Problem> {
-        [config.train.check("train"), config.check_loss(), train::check_placement(&config.execution.placement)].concat()
+        [config.train.check("train"), config.check_loss()].concat()
     }
 
     fn describe(config: &DpoConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
@@ -163,10 +163,9 @@ impl StageKind for Dpo {
 
     fn run(config: &DpoConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "ref", "data"])?;
-        let device = burn_device(&context.placement.devices)?;
-        let mut model = models::load(context, "model", Head::Language, &device)?.in_precision(config.execution.precision);
+        let LoadedModel { mut model, info, artifact } = models::load(context, "model", Head::Language, config.execution.precision)?;
         let data = &context.input("data")?.artifact;
-        let length = model.decoder.config().context;
+        let length = model.config().context;
         let train = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Truncate);
         let heldout = Pairs::from_rows(&PreferenceDataset::load(data, Split::HeldOut)?, length, TooLong::Truncate);
         context.metrics(0, &[("truncated_pairs", train.truncated as f64), ("dropped_pairs", train.dropped as f64)]);
@@ -176,8 +175,8 @@ impl StageKind for Dpo {
         let reference = context.optional_input("ref").unwrap_or(context.input("model")?).artifact.clone();
         let precision = config.execution.precision;
         let load_reference = || {
-            let loaded = models::load_artifact(&reference, Head::Language, context.seed, &device)?;
-            Ok::<_, StageError>(loaded.in_precision(precision).decoder)
+            let loaded = models::load_artifact(&reference, Head::Language, context.seed, context.placement, precision)?;
+            Ok::<_, StageError>(loaded.model)
         };
         let (train, heldout) = if config.loss.has_reference() {
             let key = json!({
@@ -185,11 +184,11 @@ impl StageKind for Dpo {
                 "context": length, "micro_batch_size": plan.micro_batch_size, "precision": precision,
             });
             let stored = context.memo(&key, || {
-                let decoder = load_reference()?;
+                let model = load_reference()?;
                 context.phase("reference log-probabilities");
                 let mut builder = context.output(ArtifactType::Rollouts);
                 for (name, pairs) in [("train", &train.pairs), ("heldout", &heldout.pairs)] {
-                    let logps = reference_logps(context, &decoder, pairs, plan.micro_batch_size)?;
+                    let logps = reference_logps(context, &model, pairs, plan.micro_batch_size)?;
                     builder.put_tensor(name, Dtype::F32, &[logps.len() as u64], &checkpoint::bytes(&logps))?;
                 }
                 Ok(builder.publish()?)
@@ -213,20 +212,24 @@ impl StageKind for Dpo {
             reference: if config.loss == DpoLoss::Kto { Some(load_reference()?) } else { None },
         };
         context.phase("training");
-        train::train(context, &plan, &config.execution, &mut model.decoder, &mut task)?;
-        let artifact = models::publish(context, ArtifactType::Policy, &model.decoder, &model.info, &model.artifact)?;
+        train::train(context, &plan, &config.execution, &mut model, &mut task)?;
+        let artifact = models::publish(context, ArtifactType::Policy, &model, Head::Language, &info, &artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }
 }
 
 /// Summed log-probabilities of chosen and rejected answers, alternating.
-fn reference_logps(context: &RunContext<'_>, model: &Decoder, pairs: &[Pair], micro_batch_size: usize) -> StageResult<Vec<f32>> {
+fn reference_logps(context: &RunContext<'_>, model: &Group, pairs: &[Pair], micro_batch_size: usize) -> StageResult<Vec<f32>> {
     let mut logps = Vec::with_capacity(2 * pairs.len());
-    for pairs in pairs.chunks(micro_batch_size) {
+    let batches: Vec<&[Pair]> = pairs.chunks(micro_batch_size).collect();
+    // In portions, so that an interrupt is not waited for long.
+    for portion in batches.chunks(8 * model.ranks().len()) {
         context.check_cancelled()?;
-        let sums = frozen_logps(model, &answered_batch(pairs.iter(), false));
-        let (chosen, rejected) = sums.split_at(pairs.len());
-        logps.extend(chosen.iter().zip(rejected).flat_map(|(c, r)| [*c, *r]));
+        let sums = model.map(portion, |decoder, pairs| frozen_logps(decoder, &answered_batch(pairs.iter(), false)))?;
+        for sums in sums {
+            let (chosen, rejected) = sums.split_at(sums.len() / 2);
+            logps.extend(chosen.iter().zip(rejected).flat_map(|(c, r)| [*c, *r]));
+        }
     }
     Ok(logps)
 }

@@ -1,6 +1,6 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use rlflow_api::StageResult;
-use rlflow_model::{Decoder, TokenStats, parameters::host};
+use rlflow_model::{Decoder, Group, TokenStats, parameters::host, ranks::Take};
 
 use super::{
     DpoConfig,
@@ -93,7 +93,7 @@ pub(super) struct DpoTask {
     /// Longest sequence.
     pub context: usize,
     /// The reference, where it has something to say about answers that are not in the data (KTO).
-    pub reference: Option<Decoder>,
+    pub reference: Option<Group>,
 }
 
 impl DpoTask {
@@ -205,17 +205,18 @@ impl Task for DpoTask {
         Ok(self.split(&rows.iter().map(|row| &self.pairs[*row]).collect::<Vec<_>>()))
     }
 
-    fn prepare(&self, model: &Decoder, batches: &mut [DpoBatch]) {
-        let Some(reference) = &self.reference else { return };
+    fn prepare(&self, model: &Group, batches: &mut [DpoBatch]) -> StageResult<()> {
+        let Some(reference) = &self.reference else { return Ok(()) };
+        let mismatched: Vec<AnsweredBatch> = batches.iter().map(|batch| AnsweredBatch::new(&batch.mismatched, 1.0)).collect();
+        let [policy, reference] = [model, reference].map(|model| model.map(&mismatched, frozen_logps));
         let (mut total, mut count) = (0.0, 0);
-        for batch in batches.iter() {
-            let answered = AnsweredBatch::new(&batch.mismatched, 1.0);
-            let (policy, reference) = (frozen_logps(model, &answered), frozen_logps(reference, &answered));
+        for (policy, reference) in policy?.into_iter().zip(reference?) {
             total += policy.iter().zip(&reference).map(|(policy, reference)| f64::from(policy - reference)).sum::<f64>();
             count += policy.len();
         }
         let kl = (total / count.max(1) as f64).max(0.0);
         batches.iter_mut().for_each(|batch| batch.kl = kl);
+        Ok(())
     }
 
     fn denominator(&self, micro_batches: &[DpoBatch]) -> f64 {
@@ -226,7 +227,7 @@ impl Task for DpoTask {
         micro_batch.answered.batch.tokens() as u64
     }
 
-    fn backward(&self, model: &Decoder, micro_batch: &DpoBatch, checkpointing: bool, take: &mut dyn FnMut(usize, Tensor<2>)) -> Sums {
+    fn backward(&self, model: &Decoder, micro_batch: &DpoBatch, checkpointing: bool, take: Take<'_>) -> Sums {
         let loss = |head: &rlflow_model::HeadView<'_>| {
             let stats = head.token_stats(micro_batch.answered.targets.clone());
             self.losses(micro_batch, stats)
@@ -260,19 +261,18 @@ impl Task for DpoTask {
         metrics
     }
 
-    fn evaluate(&self, model: &Decoder) -> StageResult<Vec<(&'static str, f64)>> {
+    fn evaluate(&self, model: &Group) -> StageResult<Vec<(&'static str, f64)>> {
         if self.heldout.is_empty() {
             return Ok(Vec::new());
         }
         let mut total = vec![0.0; SUMS];
         for pairs in self.heldout.chunks(self.plan.batch_size) {
             let mut batches = self.split(&pairs.iter().collect::<Vec<_>>());
-            self.prepare(model, &mut batches);
-            for batch in &batches {
-                let sums =
-                    model.evaluate(&batch.answered.batch, |head| self.losses(batch, head.token_stats(batch.answered.targets.clone())).1);
-                total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
-            }
+            self.prepare(model, &mut batches)?;
+            let each = model.map(&batches, |decoder, batch| {
+                decoder.evaluate(&batch.answered.batch, |head| self.losses(batch, head.token_stats(batch.answered.targets.clone())).1)
+            })?;
+            each.into_iter().for_each(|sums| total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum));
         }
         let metrics = self.metrics(&total, self.heldout.len() as f64);
         let renamed =

@@ -8,7 +8,7 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, Input, InputPort, OutputPort, Problem, RunContext,
     Sample, StageError, StageEvent, StageKind, StageResult, Table,
 };
-use rlflow_model::{Completion, Decoder, Draws, Head, Sampling, generate::generate, parameters::host};
+use rlflow_model::{Completion, Decoder, Draws, Group, Head, Sampling, parameters::host};
 use rlflow_text::{ChatTokenizer, PromptDataset, PromptRow, Split, TokenDataset, tokenize_corpus};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -23,7 +23,7 @@ use crate::{
     pairs::{Answered, AnsweredBatch},
     pretrain::{self, Windows},
     reward_model::ScoredBatch,
-    train::{burn_device, check_placement},
+    train::Precision,
 };
 
 /// See the module.
@@ -129,7 +129,7 @@ impl StageKind for Eval {
 
     fn check(config: &EvalConfig) -> Vec<Problem> {
         let problems = config.rule.iter().flat_map(|rule| rule.check("rule"));
-        problems.chain(check_placement(&config.execution)).collect()
+        problems.collect()
     }
 
     fn describe(config: &EvalConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
@@ -186,15 +186,15 @@ struct Evaluation<'a> {
     held_out: bool,
     tokenizer: ChatTokenizer,
     rule: Option<rule::CompiledRule>,
-    judge: Option<Decoder>,
-    reference: (Artifact, Decoder),
+    judge: Option<Group>,
+    reference: Group,
     heldout_text: Vec<LanguageBatch>,
 }
 
 impl<'a> Evaluation<'a> {
     fn load(config: &'a EvalConfig, context: &'a RunContext<'a>) -> StageResult<Self> {
         models::check_same_tokenizer(context, &["models", "prompts", "judge", "baseline", "ref"])?;
-        let device = burn_device(&context.placement.devices)?;
+        let load = |artifact, head| models::load_artifact(artifact, head, context.seed, context.placement, Precision::Fp32);
         let prompts = &context.input("prompts")?.artifact;
         let mut rows = PromptDataset::load(prompts, Split::HeldOut)?;
         let held_out = !rows.is_empty();
@@ -207,8 +207,8 @@ impl<'a> Evaluation<'a> {
         let first = &context.input("models")?.artifact;
         let tokenizer = models::tokenizer(first)?;
         let reference = context.optional_input("ref").map_or(first, |input| &input.artifact);
-        let reference = (reference.clone(), models::load_artifact(reference, Head::Language, context.seed, &device)?.decoder);
-        let length = reference.1.config().context;
+        let reference = load(reference, Head::Language)?.model;
+        let length = reference.config().context;
         let limit = config.max_prompts.unwrap_or(usize::MAX);
         let fits = |row: &&PromptRow| row.ids.len() + config.max_new_tokens <= length;
         let rows: Vec<PromptRow> = rows.rows().iter().filter(fits).take(limit).cloned().collect();
@@ -222,7 +222,7 @@ impl<'a> Evaluation<'a> {
             context.warning("no prompt is held out: all prompts are used, those that models were trained on too");
         }
         let judge = match context.optional_input("judge") {
-            Some(input) => Some(models::load_artifact(&input.artifact, Head::Score, context.seed, &device)?.decoder),
+            Some(input) => Some(load(&input.artifact, Head::Score)?.model),
             None => None,
         };
         let heldout_text = match context.optional_input("corpus") {
@@ -287,7 +287,7 @@ impl<'a> Evaluation<'a> {
     fn evaluate(&self, name: &str, artifact: &Artifact) -> StageResult<ModelResult> {
         let (config, context) = (self.config, self.context);
         context.phase(&format!("answers of {name}"));
-        let model = models::load_artifact(artifact, Head::Language, context.seed, self.reference.1.device())?.decoder;
+        let model = models::load_artifact(artifact, Head::Language, context.seed, context.placement, Precision::Fp32)?.model;
         let sampling = Sampling {
             temperature: config.temperature,
             top_k: config.top_k,
@@ -301,7 +301,7 @@ impl<'a> Evaluation<'a> {
             let ids: Vec<&[u32]> = rows.iter().map(|row| row.ids.as_slice()).collect();
             // The same draws for every model: what differs between answers is the model.
             let draws = Draws { seed: context.seed, purpose: "eval/answers", step: group as u64 };
-            completions.extend(generate(&model, &ids, &sampling, draws, |_, _| !context.cancel.is_cancelled()));
+            completions.extend(model.generate(&ids, &sampling, draws, |_, _| !context.cancel.is_cancelled())?);
             context.check_cancelled()?;
         }
         let answered: Vec<Answered> = (prompts.iter().zip(&completions))
@@ -315,25 +315,31 @@ impl<'a> Evaluation<'a> {
                 .collect(),
             None => Vec::new(),
         };
-        let mut rewards = Vec::new();
+        let groups: Vec<&[Answered]> = answered.chunks(config.batch_size).collect();
+        let rewards = match &self.judge {
+            Some(judge) => judge.map(&groups, |decoder, group| {
+                ScoredBatch::new(group.iter().map(|answered| answered.ids.as_slice())).scores(decoder)
+            })?,
+            None => Vec::new(),
+        };
+        let temperature = if config.temperature > 0.0 { config.temperature } else { 1.0 };
+        let batches: Vec<AnsweredBatch> = groups.iter().map(|group| AnsweredBatch::new(*group, temperature)).collect();
+        let logprobs = |decoder: &Decoder, batch: &AnsweredBatch| {
+            host(&decoder.evaluate(&batch.batch, |head| head.token_stats(batch.targets.clone()).logprobs))
+        };
+        let [ours, theirs] = [&model, &self.reference].map(|model| model.map(&batches, logprobs));
         let mut kl = Vec::with_capacity(answered.len());
-        for group in answered.chunks(config.batch_size) {
-            if let Some(judge) = &self.judge {
-                rewards.extend(ScoredBatch::new(group.iter().map(|answered| answered.ids.as_slice())).scores(judge));
-            }
-            let batch = AnsweredBatch::new(group, if config.temperature > 0.0 { config.temperature } else { 1.0 });
-            let logprobs = |model: &Decoder| host(&model.evaluate(&batch.batch, |head| head.token_stats(batch.targets.clone()).logprobs));
-            let (ours, theirs) = (logprobs(&model), logprobs(&self.reference.1));
+        for ((batch, ours), theirs) in batches.iter().zip(ours?).zip(theirs?) {
             let mut start = 0;
             for len in &batch.answer_lens {
                 kl.push((start..start + len).map(|at| f64::from(ours[at]) - f64::from(theirs[at])).sum());
                 start += len;
             }
         }
-        let perplexity = language::mean_loss(&model, &self.heldout_text).map(f64::exp);
+        let perplexity = language::mean_loss(&model, &self.heldout_text)?.map(f64::exp);
         let lengths = completions.iter().map(|completion| completion.ids.len() as f64).collect();
         let ended = completions.iter().map(|completion| f64::from(u8::from(completion.ended))).collect();
-        Ok(ModelResult { name: name.to_owned(), texts, lengths, ended, right, rewards, kl, perplexity })
+        Ok(ModelResult { name: name.to_owned(), texts, lengths, ended, right, rewards: rewards.concat(), kl, perplexity })
     }
 
     fn report(&self, results: &[ModelResult], numbers: &[Vec<(&str, f64)>], baseline: &str) {

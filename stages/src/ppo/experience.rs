@@ -1,5 +1,5 @@
 use rlflow_api::StageResult;
-use rlflow_model::{Decoder, Draws, Sampling, generate::generate, parameters::host};
+use rlflow_model::{Decoder, Draws, Sampling, parameters::host};
 
 use super::{Run, config::KlPlacement};
 use crate::{
@@ -68,7 +68,7 @@ impl Experience {
             stop_ids: run.tokenizer.stop_ids(),
         };
         let draws = Draws { seed: context.seed, purpose: "ppo/rollout", step };
-        let completions = generate(&run.actor.decoder, &prompts, &sampling, draws, |_, _| !context.cancel.is_cancelled());
+        let completions = run.actor.model.generate(&prompts, &sampling, draws, |_, _| !context.cancel.is_cancelled())?;
         context.check_cancelled()?;
         let mut samples: Vec<AnswerSample> = rows
             .iter()
@@ -95,26 +95,27 @@ impl Experience {
         context.phase("scoring");
         let micro = run.actor.train.micro_batch_size;
         let kl_coef = run.kl_coef;
-        let mut raw_scores = Vec::with_capacity(samples.len());
-        for group in mini_batches(samples.len(), config.num_mini_batches).into_iter().flat_map(|range| chunks(range, micro)) {
-            let batch = AnsweredBatch::new(samples[group.clone()].iter().map(|sample| &sample.answered), config.temperature);
-            let (logprobs, entropies) = token_values(&run.actor.decoder, &batch);
-            let (ref_logprobs, _) = token_values(&run.reference, &batch);
-            let values = match &run.critic {
-                Some(critic) => scores_at_targets(&critic.decoder, &batch),
-                None => scores_at_targets(&run.actor.decoder, &batch),
-            };
-            let whole = ScoredBatch::new(samples[group.clone()].iter().map(|sample| sample.answered.ids.as_slice()));
-            let scores = whole.scores(&run.reward);
+        let groups: Vec<_> = mini_batches(samples.len(), config.num_mini_batches).into_iter().flat_map(|range| chunks(range, micro)).collect();
+        let in_group = |group: &std::ops::Range<usize>| samples[group.clone()].iter().map(|sample| &sample.answered);
+        let answered: Vec<AnsweredBatch> = groups.iter().map(|group| AnsweredBatch::new(in_group(group), config.temperature)).collect();
+        let whole: Vec<ScoredBatch> =
+            groups.iter().map(|group| ScoredBatch::new(in_group(group).map(|answered| answered.ids.as_slice()))).collect();
+        let policy = run.actor.model.map(&answered, token_values)?;
+        let references = run.reference.map(&answered, token_values)?;
+        let critic = run.critic.as_ref().map_or(&run.actor.model, |critic| &critic.model);
+        let values = critic.map(&answered, scores_at_targets)?;
+        let scores = run.reward.map(&whole, |decoder, whole| whole.scores(decoder))?;
+        let raw_scores = scores.concat();
+        for (number, (group, batch)) in groups.into_iter().zip(&answered).enumerate() {
+            let ((logprobs, entropies), (ref_logprobs, _), values) = (&policy[number], &references[number], &values[number]);
             let mut start = 0;
-            for ((sample, len), score) in samples[group].iter_mut().zip(&batch.answer_lens).zip(scores) {
+            for (sample, len) in samples[group].iter_mut().zip(&batch.answer_lens) {
                 let range = start..start + len;
                 start += len;
                 sample.old_logprobs = logprobs[range.clone()].to_vec();
                 sample.entropies = entropies[range.clone()].to_vec();
                 sample.ref_logprobs = ref_logprobs[range.clone()].to_vec();
                 sample.values = values[range].to_vec();
-                raw_scores.push(score);
             }
         }
         run.score_moments.update(&raw_scores);

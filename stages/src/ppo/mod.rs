@@ -22,7 +22,7 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, Needs, OutputPort, Problem, Retain, RunContext, Sample,
     Snapshot, StageError, StageEvent, StageKind, StageResult,
 };
-use rlflow_model::{Decoder, Head, Optimizer, checkpoint};
+use rlflow_model::{Group, Head, checkpoint};
 use rlflow_text::{PromptDataset, Split};
 use serde_json::json;
 
@@ -32,7 +32,7 @@ pub use roles::{ActorRole, CriticRole, RefRole, RewardRole};
 use self::{experience::Experience, ptx::Ptx, score_moments::ScoreMoments, update::Updated};
 use crate::{
     models::{self, LoadedModel},
-    train::{RowOrder, burn_device},
+    train::RowOrder,
 };
 
 /// See the module.
@@ -163,8 +163,7 @@ impl StageKind for Ppo {
 
 /// The actor and the critic: two models, or two heads of one.
 struct Trained {
-    decoder: Decoder,
-    optimizer: Optimizer,
+    model: Group,
     train: RoleTrain,
     loaded: LoadedModelInfo,
 }
@@ -176,13 +175,13 @@ struct LoadedModelInfo {
 
 impl Trained {
     fn new(loaded: LoadedModel) -> StageResult<Self> {
-        let LoadedModel { decoder, info, artifact } = loaded;
+        let LoadedModel { mut model, info, artifact } = loaded;
         let role = info.role.clone().unwrap_or_default();
         let mut train: RoleTrain =
             serde_json::from_value(role).map_err(|error| StageError::invalid(format!("the role's settings: {error}")))?;
         train.normalise();
-        let optimizer = Optimizer::new(decoder.parameters(), train.optimizer());
-        Ok(Self { decoder, optimizer, train, loaded: LoadedModelInfo { info, artifact } })
+        model.train(train.optimizer(), |_| false);
+        Ok(Self { model, train, loaded: LoadedModelInfo { info, artifact } })
     }
 }
 
@@ -195,14 +194,14 @@ struct Run<'a> {
     actor: Trained,
     /// Absent with a shared backbone.
     critic: Option<Trained>,
-    reference: Decoder,
-    reward: Decoder,
+    reference: Group,
+    reward: Group,
     tokenizer: rlflow_text::ChatTokenizer,
     kl_coef: f64,
     score_moments: ScoreMoments,
     ptx: Option<Ptx>,
     /// Moving average of the actor, if one is kept.
-    average: Option<Decoder>,
+    average: Option<Group>,
     /// Gradient norms of the newest minibatch: actor, critic.
     last_norms: (f64, f64),
 }
@@ -211,25 +210,25 @@ impl<'a> Run<'a> {
     fn load(config: &'a PpoConfig, context: &'a RunContext<'a>) -> StageResult<Self> {
         models::check_same_tokenizer(context, &["prompts", "actor", "critic", "ref", "reward"])?;
         let load = |port: &str, head: Head| -> StageResult<LoadedModel> {
-            let device = burn_device(&context.input(port)?.placement.devices)?;
-            Ok(models::load(context, port, head, &device)?.in_precision(config.precision))
+            let role = context.input(port)?;
+            models::load_artifact(&role.artifact, head, context.seed, &role.placement, config.precision)
         };
         let actor_head = if config.share_backbone { Head::LanguageAndScore } else { Head::Language };
         let actor = Trained::new(load("actor", actor_head)?)?;
         let critic = Trained::new(load("critic", Head::Score)?)?;
         let (actor, critic) = if config.share_backbone {
             let mut shared = actor;
-            share_score_head(&mut shared.decoder, &critic.decoder);
+            share_score_head(&mut shared.model, &critic.model);
             (shared, None)
         } else {
             (actor, Some(critic))
         };
-        let reference = load("ref", Head::Language)?.decoder;
-        let reward = load("reward", Head::Score)?.decoder;
+        let reference = load("ref", Head::Language)?.model;
+        let reward = load("reward", Head::Score)?.model;
         let tokenizer = models::tokenizer(&actor.loaded.artifact)?;
 
         let prompts = PromptDataset::load(&context.input("prompts")?.artifact, Split::Train)?;
-        let room = actor.decoder.config().context.min(reward.config().context);
+        let room = actor.model.config().context.min(reward.config().context);
         let usable: Vec<usize> = (0..prompts.len()).filter(|row| prompts.row(*row).ids.len() + config.max_new_tokens <= room).collect();
         let dropped = prompts.len() - usable.len();
         if prompts.is_empty() {
@@ -253,7 +252,7 @@ impl<'a> Run<'a> {
         }
         let order = RowOrder::new(context.seed, "ppo/prompts", usable.len(), config.shuffle);
         let ptx_batch = config.batch_size.div_ceil(config.num_mini_batches);
-        let length = actor.decoder.config().context;
+        let length = actor.model.config().context;
         let ptx = Ptx::load(context, &tokenizer, length, config.ptx_coef, ptx_batch, actor.train.micro_batch_size)?;
         Ok(Self {
             config,
@@ -261,7 +260,7 @@ impl<'a> Run<'a> {
             prompts,
             usable,
             order,
-            average: config.ema_decay.map(|_| actor.decoder.clone()),
+            average: config.ema_decay.map(|_| actor.model.frozen_copy()).transpose()?,
             actor,
             critic,
             reference,
@@ -279,9 +278,9 @@ impl<'a> Run<'a> {
         context.snapshots.set_policy(config.snapshots.policy());
         let mut first = 0;
         if let Some((snapshot, state)) = context.resume()? {
-            self.actor.optimizer = checkpoint::load_state("actor", &state, &mut self.actor.decoder, self.actor.train.optimizer())?;
+            checkpoint::load_state("actor", &state, &mut self.actor.model)?;
             if let Some(critic) = &mut self.critic {
-                critic.optimizer = checkpoint::load_state("critic", &state, &mut critic.decoder, critic.train.optimizer())?;
+                checkpoint::load_state("critic", &state, &mut critic.model)?;
             }
             let coefficient = state.read("kl_coef")?;
             let bytes = coefficient[..].try_into().map_err(|_| StageError::invalid("snapshot without a KL coefficient"))?;
@@ -302,7 +301,7 @@ impl<'a> Run<'a> {
             let kl_coef = self.kl_coef;
             let updated = self.update(&experience, step)?;
             if let (Some(average), Some(decay)) = (&mut self.average, config.ema_decay) {
-                move_average(average, &self.actor.decoder, decay);
+                average.blend(&self.actor.model, decay);
             }
             self.report(step, &experience, &updated, kl_coef)?;
             self.kl_coef = config.kl_controller.next(kl_coef, experience.mean_kl(), experience.samples.len());
@@ -320,9 +319,9 @@ impl<'a> Run<'a> {
             let last = done == config.steps;
             if last || context.cancel.is_cancelled() || context.snapshots.is_due(done) {
                 let mut state = context.snapshots.builder();
-                checkpoint::save_state("actor", &self.actor.decoder, &self.actor.optimizer, &mut state)?;
+                checkpoint::save_state("actor", &self.actor.model, &mut state)?;
                 if let Some(critic) = &self.critic {
-                    checkpoint::save_state("critic", &critic.decoder, &critic.optimizer, &mut state)?;
+                    checkpoint::save_state("critic", &critic.model, &mut state)?;
                 }
                 state.put("kl_coef", &self.kl_coef.to_le_bytes())?;
                 state.put("score_moments", &self.score_moments.to_bytes())?;
@@ -368,32 +367,23 @@ impl<'a> Run<'a> {
         let context = self.context;
         let without_role = |loaded: &LoadedModelInfo| rlflow_model::CheckpointInfo { role: None, ..loaded.info.clone() };
         let actor_info = without_role(&self.actor.loaded);
-        let (policy, critic) = match &self.critic {
-            Some(critic) => (self.actor.decoder.clone(), critic.decoder.clone()),
-            None => (self.actor.decoder.with_head(Head::Language), self.actor.decoder.with_head(Head::Score)),
-        };
+        // With a shared backbone both outputs come from the actor, each with its own head.
+        let critic = self.critic.as_ref().map_or(&self.actor.model, |critic| &critic.model);
         let source = &self.actor.loaded.artifact;
-        let model = models::publish(context, ArtifactType::Policy, &policy, &actor_info, source)?;
-        let critic = models::publish(context, ArtifactType::Critic, &critic, &actor_info, source)?;
-        let ema = match self.average {
-            Some(average) => models::publish(context, ArtifactType::Policy, &average.with_head(Head::Language), &actor_info, source)?,
+        let publish = |artifact_type, model: &Group, head| models::publish(context, artifact_type, model, head, &actor_info, source);
+        let model = publish(ArtifactType::Policy, &self.actor.model, Head::Language)?;
+        let critic = publish(ArtifactType::Critic, critic, Head::Score)?;
+        let ema = match &self.average {
+            Some(average) => publish(ArtifactType::Policy, average, Head::Language)?,
             None => model.clone(),
         };
         Ok(BTreeMap::from([("model".into(), model), ("critic".into(), critic), ("ema".into(), ema)]))
     }
 }
 
-/// `average = decay average + (1 - decay) model`, weight by weight.
-fn move_average(average: &mut Decoder, model: &Decoder, decay: f64) {
-    for (average, weight) in average.parameters_mut().tensors_mut().iter_mut().zip(model.parameters().tensors()) {
-        *average = average.clone() * decay + weight.clone() * (1.0 - decay);
-    }
-}
-
 /// Puts the critic's scalar head on the actor's trunk.
-fn share_score_head(actor: &mut Decoder, critic: &Decoder) {
-    if let (Some(to), Some(from)) = (actor.slots().score, critic.slots().score) {
-        let weight = critic.parameters().get(from);
-        actor.parameters_mut().tensors_mut()[to] = weight;
+fn share_score_head(actor: &mut Group, critic: &Group) {
+    if let (Some(to), Some(from)) = (actor.first().slots().score, critic.first().slots().score) {
+        actor.set_weight(to, &critic.weight(from));
     }
 }

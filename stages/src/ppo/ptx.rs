@@ -1,6 +1,5 @@
-use burn::tensor::Tensor;
 use rlflow_api::{ArtifactType, RunContext, StageError, StageResult};
-use rlflow_model::{Decoder, Gradients};
+use rlflow_model::{Group, HeadView};
 use rlflow_text::{ChatTokenizer, ConversationDataset, ConversationRow, Split, TokenDataset, tokenize_corpus};
 
 use crate::{
@@ -56,9 +55,12 @@ impl Ptx {
         Ok(Some(Self { rows, batch_size, micro_batch_size, coefficient }))
     }
 
-    /// Adds the gradient of this update's part of the loss, for gradients that will be divided by `tokens`. `update` counts
-    /// updates over the whole run. Returns the mean cross-entropy.
-    pub fn add_gradients(&mut self, update: u64, decoder: &Decoder, tokens: f64, gradients: &mut Gradients) -> f64 {
+    /// Adds the gradient of this update's part of the loss to those of `model`, which will be divided by `tokens`. `update`
+    /// counts updates over the whole run. Returns the mean cross-entropy.
+    ///
+    /// # Errors
+    /// If a rank fails.
+    pub fn add_gradients(&mut self, update: u64, model: &mut Group, tokens: f64) -> StageResult<f64> {
         let batches: Vec<LanguageBatch> = match &mut self.rows {
             Rows::Conversations { rows, order } => {
                 let chosen = order.batch(update, self.batch_size);
@@ -72,19 +74,15 @@ impl Ptx {
         };
         let counted = batches.iter().map(LanguageBatch::counted).sum::<usize>().max(1) as f64;
         let scale = self.coefficient * tokens / counted;
-        let mut total = 0.0;
-        for batch in batches.iter().filter(|batch| batch.counted() > 0) {
-            total += decoder.backward(
-                &batch.batch,
-                false,
-                |head| {
-                    let logprobs = head.token_stats(batch.targets.clone()).logprobs;
-                    let loss = -sum(&logprobs);
-                    (logprobs.sum() * -scale, loss)
-                },
-                |slot, gradient: Tensor<2>| gradients.add(slot, gradient),
-            );
-        }
-        total / counted
+        let batches: Vec<&LanguageBatch> = batches.iter().filter(|batch| batch.counted() > 0).collect();
+        let losses = model.backward(&batches, |decoder, batch, take| {
+            let loss = |head: &HeadView<'_>| {
+                let logprobs = head.token_stats(batch.targets.clone()).logprobs;
+                let loss = -sum(&logprobs);
+                (logprobs.sum() * -scale, loss)
+            };
+            decoder.backward(&batch.batch, false, loss, take)
+        })?;
+        Ok(losses.into_iter().sum::<f64>() / counted)
     }
 }

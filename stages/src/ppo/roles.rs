@@ -11,10 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::config::RoleTrain;
-use crate::{
-    models,
-    train::{burn_device, check_placement},
-};
+use crate::{models, train::Precision};
 
 /// Settings of a role that is trained.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
@@ -77,8 +74,7 @@ macro_rules! role {
             const DRAWS: bool = $gives as u8 == ArtifactType::Critic as u8;
 
             fn check(config: &$config) -> Vec<Problem> {
-                let problems = config.train().map(RoleTrain::check).unwrap_or_default();
-                [problems, check_placement(&config.execution)].concat()
+                config.train().map(RoleTrain::check).unwrap_or_default()
             }
 
             fn describe(_: &$config, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
@@ -134,7 +130,6 @@ fn publish(context: &RunContext<'_>, artifact_type: ArtifactType, train: Option<
         builder.metadata(serde_json::to_value(info).map_err(|error| rlflow_api::StageError::invalid(error.to_string()))?);
         return Ok(builder.publish()?);
     }
-    let device = burn_device(&context.placement.devices)?;
-    let loaded = models::load(context, "model", head, &device)?;
-    models::publish(context, artifact_type, &loaded.decoder, &CheckpointInfo { role, ..info }, source)
+    let loaded = models::load(context, "model", head, Precision::Fp32)?;
+    models::publish(context, artifact_type, &loaded.model, head, &CheckpointInfo { role, ..info }, source)
 }

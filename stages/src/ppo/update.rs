@@ -1,6 +1,6 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use rlflow_api::{CounterRng, StageError, StageResult};
-use rlflow_model::{Decoder, Gradients, HeadView, parameters::host};
+use rlflow_model::{HeadView, parameters::host};
 
 use super::{
     Run, Trained,
@@ -66,10 +66,29 @@ struct PolicySums {
     kl: f64,
 }
 
+impl PolicySums {
+    fn add(&mut self, more: &Self) {
+        self.loss += more.loss;
+        self.entropy += more.entropy;
+        self.squared_logratio += more.squared_logratio;
+        self.clipped += more.clipped;
+        self.ratio += more.ratio;
+        self.ratio_error = self.ratio_error.max(more.ratio_error);
+        self.kl += more.kl;
+    }
+}
+
 #[derive(Default)]
 struct ValueSums {
     loss: f64,
     clipped: f64,
+}
+
+impl ValueSums {
+    fn add(&mut self, more: &Self) {
+        self.loss += more.loss;
+        self.clipped += more.clipped;
+    }
 }
 
 /// Answers of one pass as constant vectors over their tokens.
@@ -219,23 +238,43 @@ impl Run<'_> {
         update: u64,
     ) -> StageResult<(PolicySums, ValueSums, Option<f64>)> {
         let (config, kl_coef) = (self.config, self.kl_coef);
-        let (mut policy, mut value) = (PolicySums::default(), ValueSums::default());
         let micro = |trained: &Trained| -> Vec<MicroBatch> {
             let pieces = chunks(0..samples.len(), trained.train.micro_batch_size);
             pieces.into_iter().map(|piece| MicroBatch::new(&samples[piece], config, samples.len(), tokens as usize)).collect()
         };
         let shared = self.critic.is_none();
-        let mut gradients = accumulate(&self.actor.decoder, &micro(&self.actor), |batch, head| {
-            let loss = batch.policy_loss(head, config, kl_coef, &mut policy);
-            if shared { loss + batch.value_loss(head, config, &mut value) } else { loss }
-        });
-        let ptx = self.ptx.as_mut().map(|ptx| ptx.add_gradients(update, &self.actor.decoder, tokens, &mut gradients));
-        let norm = apply(&mut self.actor, &gradients, tokens, config.steps, step);
+        let each = self.actor.model.backward(&micro(&self.actor), |decoder, batch, take| {
+            let loss = |head: &HeadView<'_>| {
+                let (mut policy, mut value) = (PolicySums::default(), ValueSums::default());
+                let loss = batch.policy_loss(head, config, kl_coef, &mut policy);
+                let loss = if shared { loss + batch.value_loss(head, config, &mut value) } else { loss };
+                (loss, (policy, value))
+            };
+            decoder.backward(&batch.answered.batch, false, loss, take)
+        })?;
+        let (mut policy, mut value) = (PolicySums::default(), ValueSums::default());
+        for (more_policy, more_value) in &each {
+            policy.add(more_policy);
+            value.add(more_value);
+        }
+        let ptx = match &mut self.ptx {
+            Some(ptx) => Some(ptx.add_gradients(update, &mut self.actor.model, tokens)?),
+            None => None,
+        };
+        let norm = apply(&mut self.actor, tokens, config.steps, step)?;
         self.last_norms = (norm, norm);
         self.check_norm("actor", norm, step)?;
         if let Some(critic) = &mut self.critic {
-            let gradients = accumulate(&critic.decoder, &micro(critic), |batch, head| batch.value_loss(head, config, &mut value));
-            let norm = apply(critic, &gradients, tokens, config.steps, step);
+            let batches = micro(critic);
+            let each = critic.model.backward(&batches, |decoder, batch, take| {
+                let loss = |head: &HeadView<'_>| {
+                    let mut value = ValueSums::default();
+                    (batch.value_loss(head, config, &mut value), value)
+                };
+                decoder.backward(&batch.answered.batch, false, loss, take)
+            })?;
+            each.iter().for_each(|more| value.add(more));
+            let norm = apply(critic, tokens, config.steps, step)?;
             self.last_norms.1 = norm;
             self.check_norm("critic", norm, step)?;
         }
@@ -251,15 +290,7 @@ impl Run<'_> {
     }
 }
 
-fn accumulate(decoder: &Decoder, batches: &[MicroBatch], mut loss: impl FnMut(&MicroBatch, &HeadView<'_>) -> Tensor<1>) -> Gradients {
-    let mut gradients = Gradients::new(decoder.parameters().specs().len());
-    for batch in batches {
-        decoder.backward(&batch.answered.batch, false, |head| (loss(batch, head), ()), |slot, gradient| gradients.add(slot, gradient));
-    }
-    gradients
-}
-
-fn apply(trained: &mut Trained, gradients: &Gradients, tokens: f64, steps: u64, step: u64) -> f64 {
+fn apply(trained: &mut Trained, tokens: f64, steps: u64, step: u64) -> StageResult<f64> {
     let lr = trained.train.learning_rate(steps).at(step);
-    trained.optimizer.step(trained.decoder.parameters_mut(), gradients, tokens, lr)
+    trained.model.update(tokens, lr)
 }

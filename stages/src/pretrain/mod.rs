@@ -8,12 +8,11 @@ mod windows;
 
 use std::collections::BTreeMap;
 
-use burn::tensor::Tensor;
 use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot,
     StageError, StageKind, StageResult,
 };
-use rlflow_model::{CheckpointInfo, Decoder, Head, Parameters, Schedule, parameters};
+use rlflow_model::{CheckpointInfo, Decoder, Group, Head, Schedule, parameters, ranks::Take};
 use rlflow_text::{ChatTokenizer, Split, TokenDataset, tokenize_corpus};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -24,7 +23,7 @@ use crate::{
     language::{self, LanguageBatch, LanguageBatchBuilder},
     model_settings::ModelSettings,
     models,
-    train::{self, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings, burn_device},
+    train::{self, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings, layout},
 };
 
 /// See the module.
@@ -88,7 +87,6 @@ impl StageKind for Pretrain {
     fn check(config: &PretrainConfig) -> Vec<Problem> {
         let mut problems = config.train.check("train");
         problems.extend(config.model.iter().flat_map(|model| model.check("model")));
-        problems.extend(train::check_placement(&config.execution.placement));
         problems
     }
 
@@ -138,23 +136,20 @@ impl StageKind for Pretrain {
     }
 
     fn run(config: &PretrainConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
-        let device = burn_device(&context.placement.devices)?;
         let tokenizer_artifact = &context.input("tokenizer")?.artifact;
         let tokenizer = ChatTokenizer::load(tokenizer_artifact)?;
         models::check_same_tokenizer(context, &["tokenizer", "model"])?;
         let tokens = tokenize_corpus(context, &context.input("corpus")?.artifact, &tokenizer)?;
+        let precision = config.execution.precision;
         let mut model = match (&config.model, context.optional_input("model")) {
-            (_, Some(_)) => models::load(context, "model", Head::Language, &device)?.decoder,
+            (_, Some(_)) => models::load(context, "model", Head::Language, precision)?.model,
             (Some(settings), None) => {
                 let shape = settings.config(tokenizer.vocab_size());
-                let (specs, _) = parameters::specs(&shape, Head::Language);
                 let fresh = parameters::initial(&shape, context.seed, settings.init_std);
-                let Ok(parameters) = Parameters::from_data::<std::convert::Infallible>(specs, &device, |spec| Ok(fresh(spec)));
-                Decoder::new(shape, Head::Language, parameters, device)
+                Group::new(&shape, Head::Language, &layout(context.placement)?, precision.arithmetic(), |spec| Ok(fresh(spec)))?
             }
             (None, None) => return Err(StageError::invalid("neither `model` settings nor `inputs.model`")),
         };
-        model.set_arithmetic(config.execution.precision.arithmetic());
         context.phase("training");
         let train = TokenDataset::load(&tokens, Split::Train)?;
         let heldout = TokenDataset::load(&tokens, Split::HeldOut)?;
@@ -169,7 +164,7 @@ impl StageKind for Pretrain {
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
         let digest = tokenizer.digest().to_string();
         let info = CheckpointInfo { model: model.config().clone(), head: Head::Language, tokenizer: digest, role: None };
-        let artifact = models::publish(context, ArtifactType::Policy, &model, &info, tokenizer_artifact)?;
+        let artifact = models::publish(context, ArtifactType::Policy, &model, Head::Language, &info, tokenizer_artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }
 }
@@ -205,11 +200,15 @@ impl Task for PretrainTask {
         micro_batches.iter().map(LanguageBatch::counted).sum::<usize>() as f64
     }
 
+    fn counts(&self, micro_batch: &LanguageBatch) -> bool {
+        micro_batch.counted() > 0
+    }
+
     fn tokens(&self, micro_batch: &LanguageBatch) -> u64 {
         micro_batch.batch.tokens() as u64
     }
 
-    fn backward(&self, model: &Decoder, micro_batch: &LanguageBatch, checkpointing: bool, take: &mut dyn FnMut(usize, Tensor<2>)) -> Sums {
+    fn backward(&self, model: &Decoder, micro_batch: &LanguageBatch, checkpointing: bool, take: Take<'_>) -> Sums {
         language::backward(model, micro_batch, checkpointing, take)
     }
 
@@ -217,14 +216,14 @@ impl Task for PretrainTask {
         vec![("loss", sums[0] / denominator), ("entropy", sums[1] / denominator), ("num_tokens", sums[2])]
     }
 
-    fn evaluate(&self, model: &Decoder) -> StageResult<Vec<(&'static str, f64)>> {
+    fn evaluate(&self, model: &Group) -> StageResult<Vec<(&'static str, f64)>> {
         let rows = self.heldout.rows() as u64;
         let mut heldout = self.heldout.clone();
         let batches: Vec<LanguageBatch> = (0..rows)
             .step_by(self.plan.micro_batch_size)
             .map(|first| batch(&mut heldout, first..(first + self.plan.micro_batch_size as u64).min(rows)))
             .collect();
-        let Some(loss) = language::mean_loss(model, &batches) else { return Ok(Vec::new()) };
+        let Some(loss) = language::mean_loss(model, &batches)? else { return Ok(Vec::new()) };
         Ok(vec![("eval/loss", loss), ("eval/perplexity", loss.exp())])
     }
 }

@@ -7,16 +7,16 @@ use rlflow_api::{
     Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageKind,
     StageResult,
 };
-use rlflow_model::{Decoder, Head, PackedBatch, Schedule, parameters::host};
+use rlflow_model::{Decoder, Group, Head, PackedBatch, Schedule, parameters::host, ranks::Take};
 use rlflow_text::{PreferenceDataset, Split};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     losses::pairwise_reward_loss,
-    models,
+    models::{self, LoadedModel},
     pairs::{Answered, Pair, Pairs, TooLong},
-    train::{self, RowOrder, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings, burn_device},
+    train::{self, RowOrder, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings},
 };
 
 /// See the module.
@@ -80,7 +80,7 @@ impl StageKind for RewardModel {
     }
 
     fn check(config: &RewardModelConfig) -> Vec<Problem> {
-        [config.train.check("train"), train::check_placement(&config.execution.placement)].concat()
+        config.train.check("train")
     }
 
     fn describe(config: &RewardModelConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
@@ -106,10 +106,9 @@ impl StageKind for RewardModel {
 
     fn run(config: &RewardModelConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "data"])?;
-        let device = burn_device(&context.placement.devices)?;
-        let mut model = models::load(context, "model", Head::Score, &device)?.in_precision(config.execution.precision);
+        let LoadedModel { mut model, info, artifact } = models::load(context, "model", Head::Score, config.execution.precision)?;
         let data = &context.input("data")?.artifact;
-        let length = model.decoder.config().context;
+        let length = model.config().context;
         let train = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Drop);
         context.metrics(0, &[("dropped_pairs", train.dropped as f64)]);
         train.tell_losses(context, length)?;
@@ -119,8 +118,8 @@ impl StageKind for RewardModel {
         let order = RowOrder::new(context.seed, "reward_model/order", pairs.len(), plan.shuffle);
         let mut task = RewardTask { pairs, heldout, order, plan: plan.clone(), config: config.clone() };
         context.phase("training");
-        train::train(context, &plan, &config.execution, &mut model.decoder, &mut task)?;
-        let artifact = models::publish(context, ArtifactType::Reward, &model.decoder, &model.info, &model.artifact)?;
+        train::train(context, &plan, &config.execution, &mut model, &mut task)?;
+        let artifact = models::publish(context, ArtifactType::Reward, &model, Head::Score, &info, &artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }
 }
@@ -209,7 +208,7 @@ impl Task for RewardTask {
         micro_batch.scored.batch.tokens() as u64
     }
 
-    fn backward(&self, model: &Decoder, micro_batch: &PairBatch, checkpointing: bool, take: &mut dyn FnMut(usize, Tensor<2>)) -> Sums {
+    fn backward(&self, model: &Decoder, micro_batch: &PairBatch, checkpointing: bool, take: Take<'_>) -> Sums {
         model.backward(
             &micro_batch.scored.batch,
             checkpointing,
@@ -233,17 +232,19 @@ impl Task for RewardTask {
         ]
     }
 
-    fn evaluate(&self, model: &Decoder) -> StageResult<Vec<(&'static str, f64)>> {
+    fn evaluate(&self, model: &Group) -> StageResult<Vec<(&'static str, f64)>> {
         if self.heldout.is_empty() {
             return Ok(Vec::new());
         }
-        let mut sums = [0.0; 5];
-        for pairs in self.heldout.chunks(self.plan.micro_batch_size) {
-            let batch = PairBatch::new(&pairs.iter().collect::<Vec<_>>(), self.config.margin);
-            let scores = model.evaluate(&batch.scored.batch, |head| head.scores(batch.scored.last_rows.clone()));
+        let batch = |pairs: &[Pair]| PairBatch::new(&pairs.iter().collect::<Vec<_>>(), self.config.margin);
+        let batches: Vec<PairBatch> = self.heldout.chunks(self.plan.micro_batch_size).map(batch).collect();
+        let each = model.map(&batches, |decoder, batch| {
+            let scores = decoder.evaluate(&batch.scored.batch, |head| head.scores(batch.scored.last_rows.clone()));
             let losses = batch.losses(scores.clone(), self.config.center_rewards_coefficient);
-            sums.iter_mut().zip(batch.statistics(&losses, &scores)).for_each(|(sum, value)| *sum += value);
-        }
+            batch.statistics(&losses, &scores)
+        })?;
+        let mut sums = [0.0; 5];
+        each.into_iter().for_each(|more| sums.iter_mut().zip(more).for_each(|(sum, value)| *sum += value));
         let pairs = self.heldout.len() as f64;
         Ok(vec![("eval/loss", sums[0] / pairs), ("eval/accuracy", sums[1] / pairs)])
     }

@@ -3,20 +3,19 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::Tensor;
 use rlflow_api::{
     Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageError,
     StageKind, StageResult,
 };
-use rlflow_model::{Decoder, Head, Schedule};
+use rlflow_model::{Decoder, Group, Head, Schedule, ranks::Take};
 use rlflow_text::{ConversationDataset, ConversationRow, Split};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     language::{self, LanguageBatch, LanguageBatchBuilder},
-    models,
-    train::{self, RowOrder, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings, burn_device},
+    models::{self, LoadedModel},
+    train::{self, RowOrder, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings},
 };
 
 /// See the module.
@@ -71,7 +70,7 @@ impl StageKind for Sft {
     }
 
     fn check(config: &SftConfig) -> Vec<Problem> {
-        [config.train.check("train"), train::check_placement(&config.execution.placement)].concat()
+        config.train.check("train")
     }
 
     fn describe(config: &SftConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
@@ -97,10 +96,9 @@ impl StageKind for Sft {
 
     fn run(config: &SftConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "data"])?;
-        let device = burn_device(&context.placement.devices)?;
-        let mut model = models::load(context, "model", Head::Language, &device)?.in_precision(config.execution.precision);
+        let LoadedModel { mut model, info, artifact } = models::load(context, "model", Head::Language, config.execution.precision)?;
         let data = &context.input("data")?.artifact;
-        let length = model.decoder.config().context;
+        let length = model.config().context;
         let rows = usable_rows(&ConversationDataset::load(data, Split::Train)?, length);
         context.metrics(0, &[("truncated_rows", rows.truncated as f64), ("dropped_rows", rows.dropped as f64)]);
         let all = rows.rows.len() + rows.dropped;
@@ -128,8 +126,8 @@ impl StageKind for Sft {
         let order = RowOrder::new(context.seed, "sft/order", rows.rows.len(), plan.shuffle);
         let mut task = SftTask { rows: rows.rows, heldout, order, plan: plan.clone() };
         context.phase("training");
-        train::train(context, &plan, &config.execution, &mut model.decoder, &mut task)?;
-        let artifact = models::publish(context, ArtifactType::Policy, &model.decoder, &model.info, &model.artifact)?;
+        train::train(context, &plan, &config.execution, &mut model, &mut task)?;
+        let artifact = models::publish(context, ArtifactType::Policy, &model, Head::Language, &info, &artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }
 }
@@ -185,11 +183,15 @@ impl Task for SftTask {
         micro_batches.iter().map(LanguageBatch::counted).sum::<usize>() as f64
     }
 
+    fn counts(&self, micro_batch: &LanguageBatch) -> bool {
+        micro_batch.counted() > 0
+    }
+
     fn tokens(&self, micro_batch: &LanguageBatch) -> u64 {
         micro_batch.batch.tokens() as u64
     }
 
-    fn backward(&self, model: &Decoder, micro_batch: &LanguageBatch, checkpointing: bool, take: &mut dyn FnMut(usize, Tensor<2>)) -> Sums {
+    fn backward(&self, model: &Decoder, micro_batch: &LanguageBatch, checkpointing: bool, take: Take<'_>) -> Sums {
         language::backward(model, micro_batch, checkpointing, take)
     }
 
@@ -197,8 +199,8 @@ impl Task for SftTask {
         vec![("loss", sums[0] / denominator), ("entropy", sums[1] / denominator), ("num_tokens", sums[2])]
     }
 
-    fn evaluate(&self, model: &Decoder) -> StageResult<Vec<(&'static str, f64)>> {
+    fn evaluate(&self, model: &Group) -> StageResult<Vec<(&'static str, f64)>> {
         let batches: Vec<LanguageBatch> = self.heldout.chunks(self.plan.micro_batch_size).map(batch).collect();
-        Ok(language::mean_loss(model, &batches).map(|loss| ("eval/loss", loss)).into_iter().collect())
+        Ok(language::mean_loss(model, &batches)?.map(|loss| ("eval/loss", loss)).into_iter().collect())
     }
 }

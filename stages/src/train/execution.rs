@@ -1,8 +1,11 @@
 use std::time::Duration;
 
 use burn::tensor::Device;
-use rlflow_api::{DeviceChoice, DeviceSpec, Execution, Problem, SnapshotLimit, SnapshotPolicy, StageError, StageResult};
+#[cfg(not(feature = "cuda"))]
+use rlflow_api::StageError;
+use rlflow_api::{DeviceSpec, Execution, Placement, SnapshotLimit, SnapshotPolicy, StageResult};
 use rlflow_kernels::matmul::Arithmetic;
+use rlflow_model::Layout;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -84,37 +87,26 @@ impl SnapshotSettings {
         SnapshotPolicy { every_steps: self.snapshot_every, every, limit }
     }
 }
-/// Placements that this version cannot run, found before anything does.
-pub fn check_placement(execution: &Execution) -> Vec<Problem> {
-    let ranks = match &execution.device {
-        DeviceChoice::One(_) => 1,
-        DeviceChoice::List(devices) => devices.len(),
-        DeviceChoice::CpuRanks { cpu } => *cpu,
-    };
-    if ranks <= 1 {
-        return Vec::new();
-    }
-    let message = format!("{ranks} ranks were asked for; this version runs a stage on one");
-    vec![Problem::new("too_many_ranks", "device", message).hint("name a single device: the result is the same")]
+/// The Burn devices of a placement, one per rank.
+///
+/// # Errors
+/// If this build lacks one of them.
+pub fn layout(placement: &Placement) -> StageResult<Layout> {
+    let devices = placement.devices.iter().map(|device| burn_device(*device)).collect::<StageResult<_>>()?;
+    Ok(Layout { devices, zero: placement.zero })
 }
 
-/// The Burn device of a placement's first rank.
+/// A Burn device.
 ///
 /// # Errors
 /// If this build has no such device.
-pub fn burn_device(devices: &[DeviceSpec]) -> StageResult<Device> {
-    if devices.len() > 1 {
-        return Err(StageError::invalid_with_hint(
-            format!("{} ranks were asked for; this version runs a stage on one", devices.len()),
-            "set `device` to a single device",
-        ));
-    }
-    match devices.first() {
-        None | Some(DeviceSpec::Cpu) => Ok(Device::flex()),
+pub fn burn_device(device: DeviceSpec) -> StageResult<Device> {
+    match device {
+        DeviceSpec::Cpu => Ok(Device::flex()),
         #[cfg(feature = "cuda")]
-        Some(DeviceSpec::Cuda(index)) => Ok(Device::cuda(*index)),
+        DeviceSpec::Cuda(index) => Ok(Device::cuda(index)),
         #[cfg(not(feature = "cuda"))]
-        Some(device) => Err(StageError::invalid_with_hint(
+        device => Err(StageError::invalid_with_hint(
             format!("{device} was asked for, and this rlflow was built without CUDA"),
             "build with `--features cuda`, or set `device = \"cpu\"`",
         )),

@@ -5,7 +5,7 @@ mod order;
 mod settings;
 mod trainer;
 
-pub use execution::{Precision, SnapshotSettings, TrainExecution, burn_device, check_placement};
+pub use execution::{Precision, SnapshotSettings, TrainExecution, burn_device, layout};
 pub use order::RowOrder;
 pub use settings::{TrainDefaults, TrainPlan, TrainSettings};
 pub use trainer::{Sums, Task, needs, train};

@@ -1,8 +1,7 @@
 use std::time::Instant;
 
-use burn::tensor::Tensor;
 use rlflow_api::{ModelConfig, Needs, Retain, RunContext, StageError, StageEvent, StageResult};
-use rlflow_model::{Decoder, Gradients, Optimizer, Schedule, checkpoint};
+use rlflow_model::{Decoder, Group, Schedule, checkpoint, ranks::Take};
 use serde_json::json;
 
 use super::{TrainExecution, TrainPlan};
@@ -11,7 +10,7 @@ use super::{TrainExecution, TrainPlan};
 pub type Sums = Vec<f64>;
 
 /// What a trainer does with its data; the loop around it is [`train`].
-pub trait Task {
+pub trait Task: Sync {
     /// The sequences of one forward and backward pass.
     type MicroBatch: Sync;
 
@@ -19,34 +18,42 @@ pub trait Task {
     fn micro_batches(&mut self, step: u64) -> StageResult<Vec<Self::MicroBatch>>;
 
     /// What the losses of a step need to know of all its micro-batches under the weights that it starts from.
-    fn prepare(&self, _model: &Decoder, _micro_batches: &mut [Self::MicroBatch]) {}
+    ///
+    /// # Errors
+    /// If a rank fails.
+    fn prepare(&self, _model: &Group, _micro_batches: &mut [Self::MicroBatch]) -> StageResult<()> {
+        Ok(())
+    }
 
     /// What the step's sums of losses are divided by: its counted tokens, or its pairs.
     fn denominator(&self, micro_batches: &[Self::MicroBatch]) -> f64;
 
+    /// Whether anything of the micro-batch counts in the loss; if not, nothing is computed.
+    fn counts(&self, _micro_batch: &Self::MicroBatch) -> bool {
+        true
+    }
+
     /// Tokens that the network sees, for speed.
     fn tokens(&self, micro_batch: &Self::MicroBatch) -> u64;
 
-    /// Gradients of the *sum* of losses, handed to `take`; returns sums for metrics, the loss first.
-    fn backward(
-        &self,
-        model: &Decoder,
-        micro_batch: &Self::MicroBatch,
-        checkpointing: bool,
-        take: &mut dyn FnMut(usize, Tensor<2>),
-    ) -> Sums;
+    /// Gradients of the *sum* of losses, handed to `take` as [`Decoder::backward`] does; returns sums for metrics, the loss
+    /// first.
+    fn backward(&self, model: &Decoder, micro_batch: &Self::MicroBatch, checkpointing: bool, take: Take<'_>) -> Sums;
 
     /// Metrics of a step from its sums, the loss first.
     fn metrics(&self, sums: &Sums, denominator: f64) -> Vec<(&'static str, f64)>;
 
     /// Metrics on held-out data.
-    fn evaluate(&self, model: &Decoder) -> StageResult<Vec<(&'static str, f64)>>;
+    ///
+    /// # Errors
+    /// If a rank fails.
+    fn evaluate(&self, model: &Group) -> StageResult<Vec<(&'static str, f64)>>;
 }
 
 const STATE: &str = "model";
 
 /// Trains `model` over all steps of `plan`, from the newest usable snapshot if there is one. What it leaves behind
-/// (weights, metrics) is the same as that of an uninterrupted run, to the bit.
+/// (weights, metrics) is the same as that of an uninterrupted run, to the bit, and on the CPU the same on any ranks.
 ///
 /// # Errors
 /// If data cannot be read, a value is not finite, or the user interrupts (after a snapshot).
@@ -54,7 +61,7 @@ pub fn train<T: Task>(
     context: &RunContext<'_>,
     plan: &TrainPlan,
     execution: &TrainExecution,
-    model: &mut Decoder,
+    model: &mut Group,
     task: &mut T,
 ) -> StageResult<()> {
     let schedule = &plan.learning_rate;
@@ -62,17 +69,17 @@ pub fn train<T: Task>(
     if needed > plan.steps {
         context.warning(format!("the schedule's warmup and decay take {needed} steps, but the data give only {}", plan.steps));
     }
-    let mut optimizer = Optimizer::new(model.parameters(), plan.optimizer);
+    model.train(plan.optimizer, |_| false);
     context.snapshots.set_policy(execution.snapshots.policy());
     let mut first = 0;
     if let Some((snapshot, state)) = context.resume()? {
-        optimizer = checkpoint::load_state(STATE, &state, model, plan.optimizer)?;
+        checkpoint::load_state(STATE, &state, model)?;
         first = snapshot.step;
     }
     let stable_until = plan.learning_rate.stable_until();
-    let snapshot = |done: u64, retain: Retain, model: &Decoder, optimizer: &Optimizer| {
+    let snapshot = |done: u64, retain: Retain, model: &Group| {
         let mut state = context.snapshots.builder();
-        checkpoint::save_state(STATE, model, optimizer, &mut state)?;
+        checkpoint::save_state(STATE, model, &mut state)?;
         context.save_snapshot(done, retain, json!({ "total_steps": plan.steps, "stable_until": stable_until }), state)
     };
     let (start, mut tokens, mut last_report) = (Instant::now(), 0, None::<Instant>);
@@ -85,20 +92,20 @@ pub fn train<T: Task>(
                 "look at the rows with `rlflow show`: are there assistant turns, and do they fit the context?",
             ));
         }
-        task.prepare(model, &mut micro_batches);
-        let mut gradients = Gradients::new(model.parameters().specs().len());
+        task.prepare(model, &mut micro_batches)?;
+        tokens += micro_batches.iter().map(|micro_batch| task.tokens(micro_batch)).sum::<u64>();
+        let counted: Vec<&T::MicroBatch> = micro_batches.iter().filter(|micro_batch| task.counts(micro_batch)).collect();
+        let checkpointing = execution.gradient_checkpointing;
+        let each = model.backward(&counted, |decoder, micro_batch, take| task.backward(decoder, micro_batch, checkpointing, take))?;
         let mut sums: Sums = Vec::new();
-        for micro_batch in &micro_batches {
-            tokens += task.tokens(micro_batch);
-            let more =
-                task.backward(model, micro_batch, execution.gradient_checkpointing, &mut |slot, gradient| gradients.add(slot, gradient));
+        for more in each {
             sums.resize(more.len().max(sums.len()), 0.0);
             sums.iter_mut().zip(more).for_each(|(sum, value)| *sum += value);
         }
         let lr = plan.learning_rate.at(step);
-        let norm = optimizer.step(model.parameters_mut(), &gradients, denominator, lr);
+        let norm = model.update(denominator, lr)?;
         let metrics = task.metrics(&sums, denominator);
-        check_finite(step + 1, &metrics, norm, &gradients, model, context)?;
+        check_finite(step + 1, &metrics, norm, model, context)?;
         context.metrics(step + 1, &[&metrics[..], &[("grad_norm", norm), ("learning_rate", lr)]].concat());
 
         let done = step + 1;
@@ -125,9 +132,9 @@ pub fn train<T: Task>(
             last_report = Some(Instant::now());
         }
         if last || done == stable_until {
-            snapshot(done, Retain::Keep, model, &optimizer)?;
+            snapshot(done, Retain::Keep, model)?;
         } else if context.cancel.is_cancelled() || context.snapshots.is_due(done) {
-            snapshot(done, Retain::Latest, model, &optimizer)?;
+            snapshot(done, Retain::Latest, model)?;
         }
         context.check_cancelled()?;
     }
@@ -141,8 +148,7 @@ fn check_finite(
     step: u64,
     metrics: &[(&'static str, f64)],
     norm: f64,
-    gradients: &Gradients,
-    model: &Decoder,
+    model: &Group,
     context: &RunContext<'_>,
 ) -> StageResult<()> {
     let last_snapshot = context.snapshots.last_step();
@@ -150,8 +156,8 @@ fn check_finite(
         return Err(StageError::NonFinite { step, tensor: (*name).into(), value: *value as f32, last_snapshot });
     }
     if !norm.is_finite() {
-        let (slot, value) = gradients.first_non_finite().unwrap_or((0, norm as f32));
-        let tensor = format!("the gradient of {}", model.parameters().specs()[slot].name);
+        let found = model.first_non_finite().map(|(spec, value)| (format!("the gradient of {}", spec.name), value));
+        let (tensor, value) = found.unwrap_or_else(|| ("the gradient norm".into(), norm as f32));
         return Err(StageError::NonFinite { step, tensor, value, last_snapshot });
     }
     Ok(())
