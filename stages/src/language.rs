@@ -77,9 +77,8 @@ pub fn sum(tensor: &Tensor<1>) -> f64 {
 /// If a rank fails.
 pub fn mean_loss(model: &Group, batches: &[LanguageBatch]) -> StageResult<Option<f64>> {
     let counted: Vec<&LanguageBatch> = batches.iter().filter(|micro| micro.counted() > 0).collect();
-    let losses = model.map(&counted, |decoder, micro| {
-        decoder.evaluate(&micro.batch, |head| -sum(&head.token_stats(micro.targets.clone()).logprobs))
-    })?;
+    let losses = model
+        .map(&counted, |decoder, micro| decoder.evaluate(&micro.batch, |head| -sum(&head.token_stats(micro.targets.clone()).logprobs)))?;
     let count: usize = counted.iter().map(|micro| micro.counted()).sum();
     Ok((count > 0).then(|| losses.into_iter().sum::<f64>() / count as f64))
 }

@@ -317,9 +317,8 @@ impl<'a> Evaluation<'a> {
         };
         let groups: Vec<&[Answered]> = answered.chunks(config.batch_size).collect();
         let rewards = match &self.judge {
-            Some(judge) => judge.map(&groups, |decoder, group| {
-                ScoredBatch::new(group.iter().map(|answered| answered.ids.as_slice())).scores(decoder)
-            })?,
+            Some(judge) => judge
+                .map(&groups, |decoder, group| ScoredBatch::new(group.iter().map(|answered| answered.ids.as_slice())).scores(decoder))?,
             None => Vec::new(),
         };
         let temperature = if config.temperature > 0.0 { config.temperature } else { 1.0 };

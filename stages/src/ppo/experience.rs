@@ -95,7 +95,8 @@ impl Experience {
         context.phase("scoring");
         let micro = run.actor.train.micro_batch_size;
         let kl_coef = run.kl_coef;
-        let groups: Vec<_> = mini_batches(samples.len(), config.num_mini_batches).into_iter().flat_map(|range| chunks(range, micro)).collect();
+        let groups: Vec<_> =
+            mini_batches(samples.len(), config.num_mini_batches).into_iter().flat_map(|range| chunks(range, micro)).collect();
         let in_group = |group: &std::ops::Range<usize>| samples[group.clone()].iter().map(|sample| &sample.answered);
         let answered: Vec<AnsweredBatch> = groups.iter().map(|group| AnsweredBatch::new(in_group(group), config.temperature)).collect();
         let whole: Vec<ScoredBatch> =

@@ -144,13 +144,7 @@ pub fn train<T: Task>(
     Ok(())
 }
 
-fn check_finite(
-    step: u64,
-    metrics: &[(&'static str, f64)],
-    norm: f64,
-    model: &Group,
-    context: &RunContext<'_>,
-) -> StageResult<()> {
+fn check_finite(step: u64, metrics: &[(&'static str, f64)], norm: f64, model: &Group, context: &RunContext<'_>) -> StageResult<()> {
     let last_snapshot = context.snapshots.last_step();
     if let Some((name, value)) = metrics.iter().find(|(_, value)| !value.is_finite()) {
         return Err(StageError::NonFinite { step, tensor: (*name).into(), value: *value as f32, last_snapshot });

@@ -61,8 +61,7 @@ impl Group {
         let (specs, _) = specs(config, head);
         let count = layout.devices.len();
         let zero = if count > 1 { layout.zero } else { 0 };
-        let shares: Arc<[Vec<Range<usize>>]> =
-            specs.iter().map(|spec| (0..count).map(|rank| share(spec, rank, count)).collect()).collect();
+        let shares: Arc<[Vec<Range<usize>>]> = specs.iter().map(|spec| (0..count).map(|rank| share(spec, rank, count)).collect()).collect();
         let mut tensors: Vec<Vec<Tensor<2>>> = vec![Vec::with_capacity(specs.len()); count];
         for (spec, shares) in specs.iter().zip(shares.iter()) {
             let values = data(spec)?;
