@@ -7,7 +7,8 @@ use clap::{
 use tracing_subscriber::EnvFilter;
 
 use rlflow_engine::{
-    Registry,
+    Host, Registry,
+    settled::Settled,
     workflow::{LoadOptions, Workflow, load},
 };
 use rlflow_store::{Store, StoreError};
@@ -51,6 +52,14 @@ impl WorkflowArgs {
     /// Reads and checks the workflow.
     pub fn load(&self) -> Result<Workflow, Failure> {
         Ok(load(&self.workflow, &LoadOptions { sets: self.sets.clone() }, &registry())?)
+    }
+
+    /// The workflow with its store, if it was found before that all of its stages are cached, and nothing has changed.
+    pub fn settled(&self, common: &Common, host: &Host) -> Option<Settled> {
+        let folder = common.store_folder(self.workflow.parent().unwrap_or(Path::new("")));
+        // Whatever is wrong is found, and told, on the long way.
+        let store = if folder.is_dir() { Store::open(&folder).ok()? } else { return None };
+        Settled::find(&self.workflow, &self.sets, &store, host)
     }
 
     /// Reads the workflow and opens its store.

@@ -50,11 +50,12 @@ impl Log {
                     (Some(true), _) => "ok",
                     (Some(false), true) => "interrupted",
                     (Some(false), false) => "failed",
+                    (None, _) if run.running => "running",
                     (None, _) => "did not end",
                 };
                 let ran = run.stages.iter().filter(|stage| stage["status"] != "skipped");
                 let ran: Vec<&str> = ran.filter_map(|stage| stage["stage"].as_str()).collect();
-                let what = if ran.is_empty() { format!("all {} cached", run.cached) } else { ran.join(", ") };
+                let what = if ran.is_empty() && run.ok.is_some() { format!("all {} cached", run.cached) } else { ran.join(", ") };
                 let time = run.seconds.map(text::seconds).unwrap_or_default();
                 vec![run.id.clone(), local_time(run.time), ended.into(), time, run.workflow.clone(), text::clip(&what, 60)]
             })

@@ -1,6 +1,9 @@
 use clap::Args;
 
-use rlflow_engine::{Request, report::plan_report};
+use rlflow_engine::{
+    Request,
+    report::{nothing_to_run, plan_report},
+};
 
 use crate::{
     common::{Common, WorkflowArgs},
@@ -26,13 +29,21 @@ pub struct Plan {
 
 impl Plan {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
-        let (workflow, store) = self.workflow.look(common)?;
         let request = Request { stages: self.stages, force: self.force, no_cache: self.no_cache };
-        let plan = rlflow_engine::Plan::new(&workflow, &store, &host(), &request)?;
+        let host = host();
+        if request == Request::default()
+            && !common.json
+            && let Some(settled) = self.workflow.settled(common, &host)
+        {
+            print_text(&nothing_to_run(settled.stages()));
+            return Ok(Outcome::Done);
+        }
+        let (workflow, store) = self.workflow.look(common)?;
+        let plan = rlflow_engine::Plan::new(&workflow, &store, &host, &request)?;
         if common.json {
             print_line(&plan.to_json(&workflow).to_string());
         } else if plan.is_all_cached() {
-            print_text(&format!("everything is cached: nothing of {} stages would run\n", plan.stages.len()));
+            print_text(&nothing_to_run(plan.stages.len()));
         } else {
             print_text(&plan_report(&workflow, &plan, true));
         }

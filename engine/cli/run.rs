@@ -1,10 +1,12 @@
+use std::time::Instant;
+
 use clap::Args;
 
 use rlflow_api::CancelToken;
 use rlflow_engine::{
     Request, RunOptions,
     event::{Events, JsonLines, Sink, StageStatus},
-    report::run_report,
+    report::{nothing_ran, run_report},
 };
 
 use crate::{
@@ -38,6 +40,17 @@ pub struct Run {
 
 impl Run {
     pub fn run(self, common: &Common) -> Result<Outcome, Failure> {
+        let (started, host) = (Instant::now(), host());
+        let request = Request { stages: self.stages.clone(), force: self.force.clone(), no_cache: self.no_cache };
+        // Scripts and who wants to read more are told about every stage.
+        let is_short = request == Request::default() && !common.json && common.verbose == 0;
+        if is_short
+            && let Some(settled) = self.workflow.settled(common, &host)
+            && let Some(seconds) = settled.run(&command_line(), self.jobs.into(), started)
+        {
+            print_text(&nothing_ran(settled.stages(), seconds));
+            return Ok(Outcome::Done);
+        }
         let (workflow, store) = self.workflow.open(common)?;
         let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
         if common.json {
@@ -50,13 +63,13 @@ impl Run {
         let cancel = CancelToken::default();
         stop_on_signals(&cancel);
         let options = RunOptions {
-            request: Request { stages: self.stages.clone(), force: self.force.clone(), no_cache: self.no_cache },
+            request,
             jobs: self.jobs.into(),
             keep_going: self.keep_going,
             command: command_line(),
             cached_metrics: common.json,
         };
-        let summary = rlflow_engine::run(&workflow, &store, &host(), &options, &events, &cancel)?;
+        let summary = rlflow_engine::run(&workflow, &store, &host, &options, &events, &cancel)?;
         if common.quiet {
             // Progress is what nobody wants to read; why it failed is not.
             let failed = summary.stages.iter().filter(|stage| stage.status == StageStatus::Failed && !stage.was_interrupted());

@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock, PoisonError},
     thread,
+    time::SystemTime,
 };
 
 use rlflow_api::{DataFile, Placement, Problem, ZeroSetting, data_format};
@@ -123,11 +124,16 @@ pub struct Actions<'a> {
     files: Vec<OnceLock<Vec<Vec<KeyFile>>>>,
     /// Every data file is looked at once, so that all stages see one state of it.
     digests: Mutex<HashMap<PathBuf, FileDigest>>,
+    /// Before anything of the store was looked at.
+    pub(crate) began: SystemTime,
+    /// Whether all stages were asked for, and what is cached counts.
+    pub(crate) is_plain: bool,
 }
 
 impl<'a> Actions<'a> {
     /// Checks the request: stage names, and devices of the selected stages.
     pub fn new(workflow: &'a Workflow, store: &'a Store, host: &'a Host, request: &Request) -> Result<Self> {
+        let began = SystemTime::now();
         let mut errors = Vec::new();
         let mut resolve = |names: &[String], what: &str| {
             let found = names.iter().map(|name| find_stages(workflow, name, what));
@@ -164,7 +170,7 @@ impl<'a> Actions<'a> {
         }
         let files = (0..count).map(|_| OnceLock::new()).collect();
         store.expect_lookups(selected.iter().filter(|selected| **selected).count());
-        let workflow_name = workflow_name(workflow, store);
+        let workflow_name = workflow_name(&workflow.path, store);
         let reach = Reach::new(workflow, store);
         let no_cache = request.no_cache;
         Ok(Self {
@@ -180,6 +186,8 @@ impl<'a> Actions<'a> {
             placements,
             files,
             digests: Mutex::default(),
+            began,
+            is_plain: *request == Request::default(),
         })
     }
 
@@ -245,6 +253,12 @@ impl<'a> Actions<'a> {
         // Hashed without the lock: other stages' files need not wait for a large one.
         let digest = self.store.file_digest(path)?;
         Ok(*known().entry(path.to_owned()).or_insert(digest))
+    }
+
+    /// Every data file that was looked at, with its digest.
+    pub(crate) fn seen_files(&self) -> Vec<(PathBuf, Digest)> {
+        let known = self.digests.lock().unwrap_or_else(PoisonError::into_inner);
+        known.iter().map(|(path, found)| (path.clone(), found.digest)).collect()
     }
 
     /// Decides about a stage whose inputs are all known. `must_run` is a reason to run it even if it is cached.
@@ -469,9 +483,9 @@ pub fn find_stages(workflow: &Workflow, name: &str, what: &str) -> Result<Vec<us
 }
 
 /// The workflow's path from the folder that holds the store; absolute if it is elsewhere.
-pub fn workflow_name(workflow: &Workflow, store: &Store) -> String {
+pub fn workflow_name(workflow: &Path, store: &Store) -> String {
     let absolute = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let path = absolute(&workflow.path);
+    let path = absolute(workflow);
     let folder = absolute(store.folder());
     folder.parent().and_then(|parent| path.strip_prefix(parent).ok()).unwrap_or(&path).to_string_lossy().into_owned()
 }

@@ -77,6 +77,24 @@ pub struct StageOutcome {
 }
 
 impl StageOutcome {
+    /// Of a stage that ended so, with nothing else known of it.
+    pub fn new(name: &str, kind: &str, status: StageStatus) -> Self {
+        Self {
+            name: name.to_owned(),
+            kind: kind.to_owned(),
+            key: None,
+            status,
+            seconds: 0.0,
+            rerun: None,
+            outputs: Outputs::default(),
+            metrics: BTreeMap::new(),
+            same_output: false,
+            interrupted: false,
+            error: None,
+            hint: None,
+        }
+    }
+
     /// Whether it was stopped, rather than failing by itself.
     pub fn was_interrupted(&self) -> bool {
         self.interrupted
@@ -294,7 +312,14 @@ impl<W: Write + Send> Sink for JsonLines<W> {
 
 /// Cached stages that a run's log names one by one. Of more it only keeps the number: a run of 10,000 cached stages
 /// writes two short lines.
-const MAX_CACHED_LOGGED: usize = 256;
+pub(crate) const MAX_CACHED_LOGGED: usize = 256;
+
+/// The last line of a run's log: `cached` counts stages that `finished` need not name.
+pub(crate) fn finished_line(finished: Event, cached: usize, time: f64) -> Value {
+    let mut value = finished.to_json(time);
+    value["cached"] = cached.into();
+    value
+}
 
 /// The run's own record, `runs/<id>/events.jsonl`. Progress is left out.
 pub struct RunLogSink {
@@ -317,9 +342,8 @@ impl Sink for RunLogSink {
                 let is_cached = |stage: &&StageOutcome| stage.status == StageStatus::Cached;
                 let cached = stages.iter().filter(is_cached).count();
                 let named = stages.iter().filter(|stage| cached <= MAX_CACHED_LOGGED || !is_cached(stage)).cloned().collect();
-                let mut value = Event::Finished { ok: *ok, interrupted: *interrupted, seconds: *seconds, stages: named }.to_json(time);
-                value["cached"] = cached.into();
-                self.log.append(&value)
+                let finished = Event::Finished { ok: *ok, interrupted: *interrupted, seconds: *seconds, stages: named };
+                self.log.append(&finished_line(finished, cached, time))
             }
             event => self.log.append(&event.to_json(time)),
         };

@@ -32,8 +32,10 @@ pub struct PastRun {
     pub command: Vec<String>,
     /// Machine.
     pub host: String,
-    /// How it ended; none if it did not (killed, or still running).
+    /// How it ended; none if it did not.
     pub ok: Option<bool>,
+    /// Whether it has not ended yet: its process is still there. Else a run without an end was killed.
+    pub running: bool,
     /// Whether the user stopped it.
     pub interrupted: bool,
     /// How long it took.
@@ -41,7 +43,7 @@ pub struct PastRun {
     /// Stages whose results were there.
     pub cached: u64,
     /// Stages that were not cached, as `run --json` shows them when they end, with the devices that they ran on. Their
-    /// status is `started` if the log does not tell their end: they run, or were killed.
+    /// status is `started` if the log does not tell their end: they run, or were killed with the run.
     pub stages: Vec<Value>,
     /// Every stage with its key, cached ones too (unless there were very many): known once a run has ended.
     pub keys: BTreeMap<String, Digest>,
@@ -50,7 +52,11 @@ pub struct PastRun {
 /// Past runs, newest first. A log that cannot be read is left out with a warning.
 pub fn past_runs(store: &Store, limit: usize) -> Result<Vec<PastRun>> {
     let folders = store.runs()?;
-    Ok(folders.iter().filter_map(|folder| read_run(folder)).take(limit).collect())
+    let mut runs: Vec<PastRun> = folders.iter().filter_map(|folder| read_run(folder)).take(limit).collect();
+    for run in runs.iter_mut().filter(|run| run.ok.is_none()) {
+        run.running = store.is_run_live(&run.id);
+    }
+    Ok(runs)
 }
 
 fn read_run(folder: &Path) -> Option<PastRun> {
@@ -61,6 +67,7 @@ fn read_run(folder: &Path) -> Option<PastRun> {
         command: Vec::new(),
         host: String::new(),
         ok: None,
+        running: false,
         interrupted: false,
         seconds: None,
         cached: 0,

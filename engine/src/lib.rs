@@ -23,6 +23,7 @@ pub mod record;
 pub mod report;
 /// Settings by dotted path, and what differs between two sets of them.
 pub mod settings;
+pub mod settled;
 pub mod text;
 pub mod watch;
 

@@ -6,7 +6,7 @@ use rlflow_store::{ActionRecord, Digest, LeaseHolder, Store};
 use crate::{
     Host, Rerun, Result,
     action::{Action, Actions, Decision, Outputs, Request},
-    history,
+    history, settled,
     workflow::Workflow,
 };
 
@@ -144,6 +144,12 @@ impl Plan {
             }
         }
         let mut plan = Self { stages: workflow.order.iter().filter_map(|index| decided[*index].take()).collect() };
+        if plan.is_all_cached() {
+            let key = |planned: &PlannedStage| Some((planned.stage, planned.key?, outputs[planned.stage].as_ref()?));
+            let mut cached: Vec<_> = plan.stages.iter().filter_map(key).collect();
+            cached.sort_unstable_by_key(|(stage, ..)| *stage);
+            settled::note(actions, cached.into_iter(), None);
+        }
         history::mark_failures(&mut plan, actions.store, &actions.workflow_name)?;
         Ok(plan)
     }

@@ -102,12 +102,14 @@ impl<'a> Reach<'a> {
 
     /// Notes what a run has reached so far.
     pub fn record_running(&self, keys: &[Digest]) -> Result<()> {
-        Ok(self.store.record_use(&self.name(Note::Running), keys)?)
+        self.store.record_use(&self.name(Note::Running), keys)?;
+        Ok(())
     }
 
     /// Notes what a run reached in the end. Of stages that it did not come to (`left`), what was noted before stays:
-    /// that they were not asked for, or failed, says nothing about the results that they had.
-    pub fn record(&self, keys: &[Digest], left: Option<&dyn Fn(&str) -> bool>) -> Result<()> {
+    /// that they were not asked for, or failed, says nothing about the results that they had. The digest is what the store knows
+    /// this note by, among those that it has under [`Reach::results_name`].
+    pub fn record(&self, keys: &[Digest], left: Option<&dyn Fn(&str) -> bool>) -> Result<Option<Digest>> {
         let Some(left) = left else { return Ok(self.store.record_use(&self.name(Note::Results), keys)?) };
         let reached: HashSet<Digest> = keys.iter().copied().collect();
         // Keys of snapshots name no stage.
@@ -132,7 +134,13 @@ impl<'a> Reach<'a> {
         if stay.is_empty() && keys.is_empty() && before.is_empty() {
             return Ok(());
         }
-        Ok(self.store.record_use(&self.name(Note::Memos), &[&stay[..], keys].concat())?)
+        self.store.record_use(&self.name(Note::Memos), &[&stay[..], keys].concat())?;
+        Ok(())
+    }
+
+    /// What the store calls the notes of [`Reach::record`].
+    pub fn results_name(&self) -> String {
+        self.name(Note::Results)
     }
 
     /// What was noted, newest first.

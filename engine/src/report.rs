@@ -25,9 +25,7 @@ pub fn run_report(
     next: &dyn Fn(&str, &[&str]) -> String,
 ) -> Result<String> {
     if summary.is_all_cached() {
-        let count = summary.stages.len();
-        let what = if count == 1 { "the stage is".to_owned() } else { format!("all {count} stages are") };
-        return Ok(format!("everything is cached: {what} up to date ({})\n", text::seconds(summary.seconds)));
+        return Ok(nothing_ran(summary.stages.len(), summary.seconds));
     }
     let mut out = text::table(&["stage", "result", "time", "metrics", "why"], &rows(workflow, summary));
     for (stage, outcome) in ran(workflow, summary) {
@@ -60,6 +58,17 @@ pub fn run_report(
         let _ = writeln!(out, "\nto continue from here:\n  {resume}");
     }
     Ok(out)
+}
+
+/// The end of a run of `stages` stages that were all cached.
+pub fn nothing_ran(stages: usize, seconds: f64) -> String {
+    let what = if stages == 1 { "the stage is".to_owned() } else { format!("all {stages} stages are") };
+    format!("everything is cached: {what} up to date ({})\n", text::seconds(seconds))
+}
+
+/// A plan of `stages` stages that are all cached.
+pub fn nothing_to_run(stages: usize) -> String {
+    format!("everything is cached: nothing of {stages} stages would run\n")
 }
 
 fn outcome_line(summary: &Summary) -> String {

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use rlflow_api::{CancelToken, StageError, StageEvent};
 use rlflow_store::{ActionRecord, Digest, Store, StoreError};
@@ -16,6 +16,7 @@ use crate::{
     event::{Event, Events, RunLogSink, StageOutcome, StageStatus, now},
     execute::{Attempt, Session},
     schedule::Schedule,
+    settled,
     tensorboard::TensorBoard,
     workflow::Workflow,
 };
@@ -85,11 +86,8 @@ pub fn run(
 ) -> Result<Summary> {
     let started = Instant::now();
     let actions = Actions::new(workflow, store, host, &options.request)?;
-    let host_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let header = json!({
-        "event": "run", "time": now(), "workflow": actions.workflow_name, "name": workflow.name, "command": options.command,
-        "host": host_name, "pid": std::process::id(), "rlflow_version": env!("CARGO_PKG_VERSION"), "numerics": host.numerics,
-    });
+    let host_name = host_name();
+    let header = run_header(&actions.workflow_name, &workflow.name, &options.command, &host.numerics);
     // A store that cannot be written still answers a run in which everything is cached.
     let (log, log_error) = match store.begin_run(&header) {
         Ok(log) => (Some(Arc::new(log)), None),
@@ -112,7 +110,12 @@ pub fn run(
     if did_work || options.cached_metrics {
         runner.add_cached_metrics();
     }
-    runner.record_end();
+    let reached = runner.record_end();
+    if !did_work {
+        let found = runner.outcomes.iter().zip(&runner.outputs).enumerate();
+        let cached = found.filter_map(|(stage, (outcome, outputs))| Some((stage, outcome.as_ref()?.key?, outputs.as_ref()?)));
+        settled::note(&actions, cached, reached);
+    }
     let stages: Vec<StageOutcome> = runner.outcomes.into_iter().flatten().collect();
     let (ok, interrupted, seconds) = (stages.iter().all(has_result), cancel.is_cancelled(), started.elapsed().as_secs_f64());
     let finished = Event::Finished { ok, interrupted, seconds, stages };
@@ -126,6 +129,18 @@ pub fn run(
         tracing::warn!(%error, "the run's log may be lost in a power cut");
     }
     Ok(summary)
+}
+
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// First line of a run's log. `workflow` is how records name it, `name` its own name.
+pub(crate) fn run_header(workflow: &str, name: &str, command: &[String], numerics: &str) -> Value {
+    json!({
+        "event": "run", "time": now(), "workflow": workflow, "name": name, "command": command,
+        "host": host_name(), "pid": std::process::id(), "rlflow_version": env!("CARGO_PKG_VERSION"), "numerics": numerics,
+    })
 }
 
 fn has_result(outcome: &StageOutcome) -> bool {
@@ -378,8 +393,8 @@ impl<'a> Runner<'a> {
         self.warn_of(reach.record_running(&[self.reached(), memos].concat()));
     }
 
-    /// Tells the store what this workflow reaches, so that `gc` keeps it.
-    fn record_end(&self) {
+    /// Tells the store what this workflow reaches, so that `gc` keeps it. What the store knows that by, if it could be told.
+    fn record_end(&self) -> Option<Digest> {
         let actions = self.session.actions;
         let names = |which: &dyn Fn(Option<&StageOutcome>) -> bool| -> HashSet<&str> {
             let stages = actions.workflow.stages.iter().zip(&self.outcomes);
@@ -388,20 +403,19 @@ impl<'a> Runner<'a> {
         let left = names(&|outcome| !outcome.is_some_and(has_result));
         let is_left = |stage: &str| left.contains(stage);
         let is_whole = left.is_empty();
-        self.warn_of(actions.reach.record(&self.reached(), if is_whole { None } else { Some(&is_left) }));
+        let reached = self.warn_of(actions.reach.record(&self.reached(), if is_whole { None } else { Some(&is_left) })).flatten();
         if self.noted.is_some() {
             let memos = self.memo_keys();
             let did_not_run = names(&|outcome| !outcome.is_some_and(|outcome| did_run(outcome.status)));
             self.warn_of(actions.reach.record_memos(&memos, &self.left, |stage| did_not_run.contains(stage)));
             self.warn_of(actions.reach.record_running(&[]));
         }
+        reached
     }
 
     /// That something cannot be noted harms no result.
-    fn warn_of(&self, noted: Result<()>) {
-        if let Err(error) = noted {
-            tracing::warn!(%error, "a collection may take this workflow's results");
-        }
+    fn warn_of<T>(&self, noted: Result<T>) -> Option<T> {
+        noted.inspect_err(|error| tracing::warn!(%error, "a collection may take this workflow's results")).ok()
     }
 
     /// The metrics of cached stages, for the table at the end of a run that did something.
@@ -443,19 +457,6 @@ impl<'a> Runner<'a> {
 
     fn outcome(&self, stage: usize, status: StageStatus) -> StageOutcome {
         let stage = &self.session.actions.workflow.stages[stage];
-        StageOutcome {
-            name: stage.name.clone(),
-            kind: stage.kind.name().to_owned(),
-            key: None,
-            status,
-            seconds: 0.0,
-            rerun: None,
-            outputs: Outputs::default(),
-            metrics: BTreeMap::new(),
-            same_output: false,
-            interrupted: false,
-            error: None,
-            hint: None,
-        }
+        StageOutcome::new(&stage.name, stage.kind.name(), status)
     }
 }

@@ -11,6 +11,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::{Digest, Result, Store, StoreError, store::is_on_network, tree_hash::hash_file};
 
 /// A data file's content digest and size.
@@ -26,7 +28,8 @@ pub struct FileDigest {
 const HASHED_PER_LOOKUP: u64 = 16 << 10;
 
 /// What a file's content is recognised by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "(u64, i128, i128, u64)", from = "(u64, i128, i128, u64)")]
 pub(crate) struct FileStamp {
     pub size_bytes: u64,
     pub modified_ns: i128,
@@ -56,6 +59,18 @@ impl FileStamp {
         let now = now.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as i128);
         let left = self.modified_ns.max(self.changed_ns) + resolution - now;
         (left <= resolution).then(|| Duration::from_nanos(left.max(0) as u64))
+    }
+}
+
+impl From<FileStamp> for (u64, i128, i128, u64) {
+    fn from(stamp: FileStamp) -> Self {
+        (stamp.size_bytes, stamp.modified_ns, stamp.changed_ns, stamp.inode)
+    }
+}
+
+impl From<(u64, i128, i128, u64)> for FileStamp {
+    fn from((size_bytes, modified_ns, changed_ns, inode): (u64, i128, i128, u64)) -> Self {
+        Self { size_bytes, modified_ns, changed_ns, inode }
     }
 }
 
@@ -118,6 +133,13 @@ impl Store {
             self.file_memory().put(name, read, digest);
         }
         Ok(digest)
+    }
+
+    /// Whether this store object found a data file to have `digest` when it looked like `stamp`.
+    pub(crate) fn remembers(&self, path: &Path, stamp: &FileStamp, digest: Digest) -> bool {
+        let Ok(path) = std::path::absolute(path) else { return false };
+        let name = Digest::of(path.as_os_str().as_encoded_bytes());
+        self.file_memory().get(name, stamp).is_some_and(|known| known.digest == digest)
     }
 
     pub(crate) fn count_hashed_bytes(&self) -> u64 {

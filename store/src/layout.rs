@@ -85,6 +85,11 @@ impl Layout {
         self.root.join("pins")
     }
 
+    /// Notes that workflows had nothing to do.
+    pub fn settled(&self) -> PathBuf {
+        self.root.join("settled")
+    }
+
     pub fn uses(&self) -> PathBuf {
         self.root.join("uses")
     }

@@ -74,24 +74,24 @@ impl Store {
     }
 
     /// Remembers which keys a workflow's run reached: what `gc` keeps for it. Best made before stages run and again
-    /// when all keys are known. Does nothing in a read-only store.
-    pub fn record_use(&self, workflow: &str, keys: &[Digest]) -> Result<()> {
+    /// when all keys are known. Does nothing in a read-only store. The digest is what [`Store::is_newest_use`] knows it by.
+    pub fn record_use(&self, workflow: &str, keys: &[Digest]) -> Result<Option<Digest>> {
         if self.is_read_only() {
-            return Ok(());
+            return Ok(None);
         }
         let mut keys = keys.to_vec();
         keys.sort_unstable();
         keys.dedup();
-        let folder = self.layout().uses().join(Digest::of(workflow.as_bytes()).to_string());
+        let folder = self.uses_of(workflow);
         let used = Use { workflow: workflow.to_owned(), keys };
         // Its fields stand in canonical order, so this is canonical JSON, in a fraction of the time for thousands of keys.
         let body = serde_json::to_vec(&used).map_err(|error| StoreError::Format { path: folder.clone(), message: error.to_string() })?;
         check_length(&folder, &body)?;
-        let name = Digest::of(&body).to_string();
+        let name = Digest::of(&body);
         let known = newest_first(&folder)?;
-        let path = folder.join(&name);
+        let path = folder.join(name.to_string());
         if known.first().is_some_and(|newest| *newest == path) {
-            return Ok(());
+            return Ok(Some(name));
         }
         // Written anew even when it is known: its number makes it the newest. Losing it in a power cut costs a
         // recollection at worst, so it is not synced.
@@ -102,7 +102,17 @@ impl Store {
             let _ = fs::remove_file(number_path(&old));
             let _ = fs::remove_file(old);
         }
-        Ok(())
+        Ok(Some(name))
+    }
+
+    /// Whether what a workflow reached last is what [`Store::record_use`] called `used`.
+    pub fn is_newest_use(&self, workflow: &str, used: Digest) -> bool {
+        let folder = self.uses_of(workflow);
+        newest_first(&folder).is_ok_and(|known| known.first() == Some(&folder.join(used.to_string())))
+    }
+
+    fn uses_of(&self, workflow: &str) -> PathBuf {
+        self.layout().uses().join(Digest::of(workflow.as_bytes()).to_string())
     }
 
     /// What the workflows of this store reached: for each workflow its newest state first.

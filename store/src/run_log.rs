@@ -94,6 +94,11 @@ impl Store {
         }
     }
 
+    /// Whether the process that began a run still has it open.
+    pub fn is_run_live(&self, id: &str) -> bool {
+        is_live(&self.layout().runs().join(id))
+    }
+
     pub(crate) fn list_runs(&self) -> Result<Vec<PathBuf>> {
         let runs = self.layout().runs();
         let mut names = run_names(&runs)?;

@@ -42,7 +42,7 @@ pub struct Usage {
     pub unreferenced_bytes: u64,
     /// Bytes of manifests, actions and other small files.
     pub record_bytes: u64,
-    /// Bytes of temporary and damaged files and of the index.
+    /// Bytes of temporary and damaged files, of the index and of notes that nothing was to be done.
     pub scratch_bytes: u64,
 }
 
@@ -105,7 +105,7 @@ impl Store {
             blobs: sizes.len(),
             unreferenced_bytes: sizes.iter().filter(|(digest, _)| !used.contains(digest)).map(|(_, size)| size).sum(),
             record_bytes: sum(root, &["manifests", "actions", "runs", "partial", "pins", "uses", "leases"])?,
-            scratch_bytes: sum(root, &["tmp", "damaged", "index"])?,
+            scratch_bytes: sum(root, &["tmp", "damaged", "index", "settled"])?,
         })
     }
 

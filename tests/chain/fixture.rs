@@ -45,13 +45,24 @@ pub const ALL: [&str; 15] = [
     "eval",
 ];
 
-/// A copy of the quickstart with a store of its own.
+/// A copy of the quickstart with stores of its own.
 pub struct Fixture {
     folder: tempfile::TempDir,
+    shrink: &'static [&'static str],
 }
 
 impl Fixture {
+    /// Shrunk.
     pub fn new() -> Self {
+        Self::with(SHRINK)
+    }
+
+    /// As users have it: minutes.
+    pub fn full_size() -> Self {
+        Self::with(&[])
+    }
+
+    fn with(shrink: &'static [&'static str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("workflows");
         fs::create_dir(folder.path().join("quickstart")).unwrap();
@@ -62,7 +73,7 @@ impl Fixture {
                 fs::copy(&path, folder.path().join("quickstart").join(path.file_name().unwrap())).unwrap();
             }
         }
-        Self { folder }
+        Self { folder, shrink }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -78,24 +89,41 @@ impl Fixture {
         self.rlflow(store, &["run", "--json"], sets)
     }
 
-    /// `rlflow` with `arguments` on the shrunk workflow.
+    /// `rlflow` with `arguments` on the workflow.
     pub fn rlflow(&self, store: &str, arguments: &[&str], sets: &[&str]) -> Command {
         // The index is never the truth: every test must pass without it, too.
         if std::env::var_os("RLFLOW_TEST_WITHOUT_INDEX").is_some() {
             let _ = fs::remove_dir_all(self.path(store).join("index"));
         }
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rlflow"));
+        let mut command = binary();
         command.args(arguments).arg(self.path("quickstart.toml")).arg("--store").arg(self.path(store));
-        for set in SHRINK.iter().chain(sets) {
+        for set in self.shrink.iter().chain(sets) {
             command.args(["--set", set]);
         }
         command.env_remove("RLFLOW_STORE").stdin(Stdio::null());
         command
     }
 
+    /// `rlflow` with `arguments` that are about a store, whatever workflow filled it.
+    pub fn on_store(&self, store: &str, arguments: &[&str]) -> Output {
+        let mut command = binary();
+        command.args(arguments).arg("--store").arg(self.path(store)).env_remove("RLFLOW_STORE").output().unwrap()
+    }
+
+    /// What `arguments` say of the workflow as JSON.
+    pub fn json(&self, store: &str, arguments: &[&str], sets: &[&str]) -> Value {
+        let output = self.rlflow(store, arguments, sets).arg("--json").output().unwrap();
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)))
+    }
+
     pub fn run(&self, store: &str, sets: &[&str]) -> Finished {
         Finished::of(self.command(store, sets).output().unwrap())
     }
+}
+
+/// The command. Runs of an hour name a copy, which no build replaces meanwhile.
+fn binary() -> Command {
+    Command::new(std::env::var_os("RLFLOW_TEST_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_rlflow").into()))
 }
 
 /// The last event of a run.

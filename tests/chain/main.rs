@@ -7,6 +7,12 @@ mod fixture;
 mod ppo;
 mod ranks;
 
+use std::{
+    process::{Command, Output, Stdio},
+    thread::sleep,
+    time::Duration,
+};
+
 use fixture::{ALL, Finished, Fixture, names};
 use serde_json::Value;
 
@@ -132,4 +138,47 @@ fn a_longer_run_continues_a_shorter_one() {
     let falling = ["stage.ppo.steps=5"];
     fixture.run("falling", &[]).succeeded();
     assert!(fixture.run("falling", &falling).succeeded().with_status(&["ran"]).contains("ppo"));
+}
+
+/// Questions about a store while a run fills it are answered, and say so.
+#[test]
+fn a_run_can_be_looked_at() {
+    let fixture = Fixture::new();
+    let endless = ["stage.pretrain.train={ steps = 1000000, batch_size = 4, lr = 3e-3 }"];
+    let mut run = fixture.command("store", &endless).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let status = |stage: &str| {
+        let told = fixture.json("store", &["status"], &endless);
+        let stages = told["stages"].as_array().unwrap();
+        stages.iter().find(|told| told["name"] == stage).unwrap()["status"].as_str().unwrap().to_owned()
+    };
+    while !fixture.path("store/VERSION").exists() || status("pretrain") != "running" {
+        assert!(run.try_wait().unwrap().is_none(), "the run ended by itself");
+        sleep(Duration::from_millis(10));
+    }
+    let log = || serde_json::from_slice::<Value>(&fixture.on_store("store", &["log", "--json"]).stdout).unwrap()["runs"][0].clone();
+    let text = |output: Output| String::from_utf8(output.stdout).unwrap();
+    let running = log();
+    assert_eq!((&running["running"], &running["ok"]), (&true.into(), &Value::Null), "{running}");
+    let stages = running["stages"].as_array().unwrap();
+    let told: Vec<_> = stages.iter().map(|told| (told["stage"].as_str().unwrap(), told["status"].as_str().unwrap())).collect();
+    assert!(told.contains(&("corpus", "ran")) && told.contains(&("pretrain", "started")), "{told:?}");
+    assert!(text(fixture.on_store("store", &["log"])).contains(" running "));
+    let one = text(fixture.on_store("store", &["log", running["id"].as_str().unwrap()]));
+    assert!(one.lines().any(|line| line.starts_with("pretrain") && line.contains("started") && line.contains("never ran")), "{one}");
+
+    let show = |stage: &str| fixture.rlflow("store", &["show", "--json"], &endless).arg(stage).output().unwrap();
+    let corpus: Value = serde_json::from_slice(&show("corpus").stdout).unwrap();
+    assert_eq!((&corpus["name"], &corpus["stale"]), (&"corpus".into(), &false.into()));
+    let unfinished = show("pretrain");
+    assert!(unfinished.status.code() == Some(2) && text(unfinished).contains("no_result"));
+    let plan = fixture.json("store", &["plan"], &endless);
+    assert_eq!((&plan["stages"][0]["status"], &plan["stages"][2]["status"]), (&"cached".into(), &"running".into()));
+    assert_eq!(plan["stages"][2]["reason"]["kind"], "never_ran");
+    assert!(fixture.on_store("store", &["fsck"]).status.success());
+
+    assert!(Command::new("kill").args(["-INT", &run.id().to_string()]).status().unwrap().success());
+    assert_eq!(run.wait().unwrap().code(), Some(130));
+    let ended = log();
+    assert_eq!((&ended["running"], &ended["ok"], &ended["interrupted"]), (&false.into(), &false.into(), &true.into()));
+    assert_eq!(ended["id"], running["id"], "looking is no run");
 }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use rlflow_api::DataSource;
+use serde::{Deserialize, Serialize};
 
 use super::{
     WorkflowError,
@@ -18,26 +19,65 @@ const MAX_FILES: usize = 100_000;
 /// Deepest folder that is looked into.
 const MAX_DEPTH: usize = 32;
 
+/// A data source as it was looked for, and what was found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Lookup {
+    /// Folder of the file that names it.
+    pub folder: PathBuf,
+    pattern: String,
+    directory: bool,
+    endings: Vec<String>,
+    /// The files, sorted.
+    pub files: Vec<PathBuf>,
+}
+
+impl Lookup {
+    /// The same as seen from anywhere. Nothing where the current folder is not known.
+    pub fn absolute(&self) -> Option<Self> {
+        let absolute = |path: &PathBuf| std::path::absolute(path).ok();
+        // The folder of `file.toml` is "", which is no path.
+        let folder = absolute(&Path::new(".").join(&self.folder))?;
+        Some(Self { folder, files: self.files.iter().map(absolute).collect::<Option<_>>()?, ..self.clone() })
+    }
+
+    /// Whether the same files are found now. For one that is absolute.
+    pub fn finds_the_same(&self) -> bool {
+        let endings: Vec<&str> = self.endings.iter().map(String::as_str).collect();
+        let found = find(&self.folder, &self.pattern, self.directory, &endings);
+        let absolute = |path: &PathBuf| std::path::absolute(path).ok();
+        found.is_ok_and(|found| found.iter().map(absolute).eq(self.files.iter().cloned().map(Some)))
+    }
+}
+
+/// What is looked for where: folder, pattern, whether it is a directory, endings.
+type Wanted = (PathBuf, String, bool, &'static [&'static str]);
+
 /// Finds data files; each path is looked up once, however many stages name it.
 #[derive(Default)]
 pub(crate) struct Finder {
-    found: HashMap<(PathBuf, bool, &'static [&'static str]), Result<Vec<PathBuf>, WorkflowError>>,
+    found: HashMap<Wanted, Result<Vec<PathBuf>, WorkflowError>>,
 }
 
 impl Finder {
     /// The files that `source` names, sorted; `folder` is where the file stands that says so.
     pub fn find(&mut self, source: &DataSource, folder: &Path) -> Result<Vec<PathBuf>, WorkflowError> {
-        let key = (folder.join(&source.pattern), source.directory, source.endings);
-        let find = || if source.directory { directory(&key.0, &source.pattern, source.endings) } else { files(folder, &source.pattern) };
-        match self.found.get(&key) {
-            Some(found) => found.clone(),
-            None => {
-                let found = find();
-                self.found.insert(key, found.clone());
-                found
-            }
-        }
+        let DataSource { pattern, directory, endings, .. } = source;
+        let wanted = (folder.to_owned(), pattern.clone(), *directory, *endings);
+        self.found.entry(wanted).or_insert_with(|| find(folder, pattern, *directory, endings)).clone()
     }
+
+    /// Everything that was found.
+    pub fn into_lookups(self) -> Vec<Lookup> {
+        let lookup = |((folder, pattern, directory, endings), found): (Wanted, Result<Vec<PathBuf>, WorkflowError>)| {
+            let endings = endings.iter().map(|ending| (*ending).to_owned()).collect();
+            Some(Lookup { folder, pattern, directory, endings, files: found.ok()? })
+        };
+        self.found.into_iter().filter_map(lookup).collect()
+    }
+}
+
+fn find(folder: &Path, pattern: &str, is_directory: bool, endings: &[&str]) -> Result<Vec<PathBuf>, WorkflowError> {
+    if is_directory { directory(&folder.join(pattern), pattern, endings) } else { files(folder, pattern) }
 }
 
 fn files(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, WorkflowError> {
@@ -71,12 +111,41 @@ fn files(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, WorkflowError> {
             return Err(bad(format!("it matches more than {MAX_FILES} files")));
         }
     }
+    if let Some(path) = passed_over(&whole) {
+        let message = format!("`{}` matches {}, but its name is not UTF-8", path.display(), quoted(pattern));
+        return Err(WorkflowError::new("unreadable_file", message).with_hint("rename it, or write a pattern that it does not match"));
+    }
     if found.is_empty() {
         let error = WorkflowError::new("missing_file", format!("no file matches `{pattern}`"));
         return Err(error.with_hint(format!("looked in `{}`", folder_name(folder))));
     }
     found.sort();
     Ok(found)
+}
+
+/// A file or folder that `pattern` matches but `glob` passes over in silence, because its name is not UTF-8: data would be missing
+/// without a word.
+fn passed_over(pattern: &str) -> Option<PathBuf> {
+    let components: Vec<&str> = pattern.split('/').collect();
+    let folders = |pattern: &str| glob::glob(pattern).into_iter().flatten().flatten().filter(|path| path.is_dir());
+    for (at, component) in components.iter().enumerate().filter(|(_, component)| component.contains(['*', '?', '['])) {
+        let is_last = at + 1 == components.len();
+        let above = match (at, components[..at].join("/")) {
+            (0, _) => ".".to_owned(),
+            (_, above) if above.is_empty() => "/".to_owned(),
+            (_, above) => above,
+        };
+        let is_deep = *component == "**";
+        let matched = glob::Pattern::new(component).ok()?;
+        let below = is_deep.then(|| folders(&format!("{above}/**"))).into_iter().flatten();
+        for entry in folders(&above).chain(below).filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten() {
+            let name = entry.file_name();
+            if name.to_str().is_none() && (is_deep || matched.matches(&name.to_string_lossy())) && (is_last || entry.path().is_dir()) {
+                return Some(entry.path());
+            }
+        }
+    }
+    None
 }
 
 /// Whether `path` is a file that can be opened.

@@ -11,7 +11,7 @@ use super::{
     declare::{self, Declared, Header},
     edges::{self, Wiring},
     error::Collector,
-    files::Finder,
+    files::{Finder, Lookup},
     matrix::{self, Expanded, ExpandedEdge, Expansion},
     node::{Table, span_of_path},
     read::Reader,
@@ -36,7 +36,8 @@ pub fn load(path: &Path, options: &LoadOptions, registry: &Registry) -> Result<W
     }
     let header = declare::header(&mut root, registry, &mut errors);
     let declared = declare::stages(&mut root, registry, &mut errors);
-    let mut loading = Loading { path, folder, sources, errors, registry, files };
+    let sets = options.sets.clone();
+    let mut loading = Loading { path, folder, sources, errors, registry, files, sets, lookups: Vec::new() };
     loading.stages(header, declared)
 }
 
@@ -47,6 +48,8 @@ struct Loading<'a> {
     errors: Collector,
     registry: &'a Registry,
     files: Vec<PathBuf>,
+    sets: Vec<String>,
+    lookups: Vec<Lookup>,
 }
 
 /// What is found out about an expanded stage before anything flows.
@@ -133,7 +136,9 @@ impl Loading<'_> {
             .into_iter()
             .zip(&expansion.stages)
             .map(|((_, checked), expanded)| checked.map(|checked| self.found(&declared[expanded.base], checked, &mut finder)));
-        (seeds, found.collect())
+        let found: Vec<Option<Found>> = found.collect();
+        self.lookups = finder.into_lookups();
+        (seeds, found)
     }
 
     /// Finds the data files of a stage.
@@ -267,6 +272,8 @@ impl Loading<'_> {
             path: self.path.to_owned(),
             folder: self.folder.clone(),
             sources: std::mem::take(&mut self.files),
+            sets: std::mem::take(&mut self.sets),
+            lookups: std::mem::take(&mut self.lookups),
             stages,
             order,
             dag,

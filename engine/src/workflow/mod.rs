@@ -30,6 +30,7 @@ use rlflow_api::{DataSource, DescribeContext, Description, ErasedStage, InputMet
 pub use dag::Dag;
 pub use described::Described;
 pub use error::{WorkflowError, WorkflowErrors};
+pub(crate) use files::Lookup;
 pub use identity::IdentitySettings;
 pub use load::load;
 use node::Table;
@@ -56,6 +57,10 @@ pub struct Workflow {
     pub folder: PathBuf,
     /// Every file it was read from: itself and what it includes.
     pub sources: Vec<PathBuf>,
+    /// What was laid over it ([`LoadOptions::sets`]).
+    pub sets: Vec<String>,
+    /// Every data source that was looked for.
+    pub(crate) lookups: Vec<Lookup>,
     /// Stages in file order, expanded.
     pub stages: Vec<Stage>,
     /// Indices of `stages` such that each comes after its inputs; file order where that leaves a choice.
@@ -160,6 +165,12 @@ impl Workflow {
             })
         };
         self.stages[stage].inputs.iter().map(|(port, edges)| (port.clone(), edges.iter().filter_map(meta).collect())).collect()
+    }
+
+    /// The text of every file that it was read from, in the order of `sources`.
+    pub(crate) fn source_texts(&self) -> impl Iterator<Item = &str> {
+        // What `--set` says comes after all files.
+        (0..self.sources.len() as u32).filter_map(|index| Some(&*self.places.sources.get(index)?.text))
     }
 
     /// Describes a stage again, for a number of ranks and a ZeRO level.

@@ -4,19 +4,27 @@ use std::{
     env,
     ffi::OsStr,
     fs::{self, File},
-    os::unix::fs::{PermissionsExt, symlink},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{PermissionsExt, symlink},
+    },
     path::Path,
     process::Command,
     time::{Duration, SystemTime},
 };
 
 use rlflow_api::CancelToken;
-use rlflow_engine::{EngineError, RunOptions, Summary, event::Events};
+use rlflow_engine::{
+    EngineError, Registry, RunOptions, Summary,
+    event::Events,
+    workflow::{LoadOptions, load},
+};
 use rlflow_store::{Store, StoreError};
 use serde_json::json;
 use tempfile::TempDir;
 
 use crate::{
+    kinds,
     mounted::Mounted,
     world::{CHAIN, World, outcomes},
 };
@@ -224,4 +232,43 @@ fn a_store_that_is_no_folder_is_a_clear_error() {
     world.write(".rlflow", "a file");
     let error = Store::open(&world.path(".rlflow")).err().unwrap();
     assert!(matches!(error, StoreError::Io { .. }) && error.to_string().contains(".rlflow"), "{error}");
+}
+
+/// A name that is not UTF-8 is an error where a pattern matches it: passed over in silence, its data would be missing.
+#[test]
+fn names_that_are_not_utf8_are_told_where_a_pattern_meets_them() {
+    let load = |world: &World, pattern: &str| {
+        world.write("flow.toml", &CHAIN.replace("\"data.txt\"", &format!("{pattern:?}")));
+        let loaded = load(&world.path("flow.toml"), &LoadOptions::default(), &Registry::new(kinds::kinds()));
+        loaded.map(|workflow| workflow.stages[0].files[0].len()).map_err(|errors| errors.to_json()["errors"][0].clone())
+    };
+    let strange = |world: &World, folder: &str| world.path(folder).join(OsStr::from_bytes(b"caf\xe9.txt"));
+    let world = World::new(CHAIN);
+    fs::create_dir_all(world.path("texts/deep/er")).unwrap();
+    for name in ["texts/a.txt", "texts/deep/a.txt", "texts/deep/er/a.txt"] {
+        world.write(name, "one\n");
+    }
+    assert_eq!(load(&world, "texts/**/*.txt").unwrap(), 3);
+    for (folder, pattern) in [("texts", "texts/*.txt"), ("texts/deep/er", "texts/**/*.txt"), ("texts/deep", "texts/*/caf?.txt")] {
+        fs::write(strange(&world, folder), "two\n").unwrap();
+        let error = load(&world, pattern).unwrap_err();
+        assert_eq!(error["code"], "unreadable_file", "{error}");
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains("caf\u{fffd}.txt") && message.contains("not UTF-8") && error["line"].is_u64(), "{error}");
+        // Where no pattern meets it, it is nobody's business.
+        assert!(load(&world, "texts/**/a.txt").is_ok() && load(&world, "data.txt").is_ok());
+        fs::remove_file(strange(&world, folder)).unwrap();
+    }
+    fs::create_dir(strange(&world, "texts/deep")).unwrap();
+    fs::write(strange(&world, "texts/deep").join("a.txt"), "two\n").unwrap();
+    for pattern in ["texts/deep/*/a.txt", "texts/**/a.txt"] {
+        assert_eq!(load(&world, pattern).unwrap_err()["code"], "unreadable_file", "{pattern}");
+    }
+    // Folders above the workflow may have any name.
+    let inside = world.path("").join(OsStr::from_bytes(b"f\xfcr uns"));
+    fs::create_dir(&inside).unwrap();
+    let moved = World::at(&inside);
+    moved.write("flow.toml", CHAIN);
+    moved.write("data.txt", "one\n");
+    assert!(moved.run().ok() && moved.run().is_all_cached() && moved.plan().is_all_cached());
 }

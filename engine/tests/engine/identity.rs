@@ -61,7 +61,7 @@ fn every_identity_setting_changes_the_key_and_no_other_does() {
     let key = |plan: &Plan, stage: usize| plan.stages.iter().find(|planned| planned.stage == stage).unwrap().key.unwrap();
     let base = world.plan();
     let mut seen = Vec::new();
-    for varied in vary(&workflow, &world.path("varied.toml"), &Registry::new(kinds::kinds())) {
+    for varied in vary(&workflow, &world.path("varied.toml"), &Registry::new(kinds::kinds()), |_| true) {
         let name = format!("{}.{}", workflow.stages[varied.stage].name, varied.setting);
         let Some(changed) = varied.workflow else {
             assert_eq!(varied.mark, Mark::Path, "{name} cannot be changed");

@@ -12,5 +12,6 @@ mod kinds;
 #[path = "../../../store/tests/store/mounted.rs"]
 mod mounted;
 mod reruns;
+mod settled;
 mod vary;
 mod world;

@@ -63,24 +63,32 @@ pub fn write_and_load(workflow: &Value, file: &Path, registry: &Registry) -> Res
     load(file, &LoadOptions::default(), registry).map_err(|errors| errors.to_string())
 }
 
-/// Every setting of every stage, changed alone.
-pub fn vary(workflow: &Workflow, file: &Path, registry: &Registry) -> Vec<Varied> {
+/// Every setting of every stage that `wanted` takes, changed alone.
+pub fn vary(workflow: &Workflow, file: &Path, registry: &Registry, wanted: impl Fn(&str) -> bool) -> Vec<Varied> {
     let spelled = spell_out(workflow);
     let mut varied = Vec::new();
-    for (index, stage) in workflow.stages.iter().enumerate() {
+    for (index, stage) in workflow.stages.iter().enumerate().filter(|(_, stage)| wanted(&stage.name)) {
         let schema = stage.kind.schema().to_value();
+        let mut settings = stage.config.settings().clone();
+        absolute_paths(&mut settings, &schema, &workflow.folder);
         let mut leaves = Vec::new();
-        list_leaves(&schema, &schema, Some(stage.config.settings()), String::new(), &mut leaves);
+        list_leaves(&schema, &schema, Some(&settings), String::new(), &mut leaves);
         for (setting, value) in leaves {
             let found = find(&schema, &schema, &setting);
             let others = match found.mark {
                 Mark::Path => Vec::new(),
                 _ => candidates(&value, &found.schemas),
             };
-            let changed = others.into_iter().find_map(|other| {
+            let with = |setting: &str, other: Value| {
                 let mut changed = spelled.clone();
-                *at(&mut changed["stage"][&stage.name], &setting)? = other;
+                *at(&mut changed["stage"][&stage.name], setting)? = other;
                 write_and_load(&changed, file, registry).ok()
+            };
+            let changed = others.into_iter().find_map(|other| with(&setting, other));
+            // What names the variant of a union changes with the rest of its table.
+            let changed = changed.or_else(|| {
+                let (table, tag) = setting.rsplit_once('.')?;
+                variants(&schema, table, tag).into_iter().filter(|other| other[tag] != value).find_map(|other| with(table, other))
             });
             varied.push(Varied { stage: index, setting, mark: found.mark, workflow: changed });
         }
@@ -172,6 +180,7 @@ fn list_leaves(root: &Value, schema: &Value, value: Option<&Value>, path: String
             }
         }
         Some(Value::Array(items)) if items.iter().any(Value::is_object) => {
+            leaves.push((path.clone(), Value::Array(items.clone())));
             for (index, item) in items.iter().enumerate() {
                 let member = json!({ "anyOf": schemas.iter().filter_map(|schema| schema.get("items")).collect::<Vec<_>>() });
                 list_leaves(root, &member, Some(item), format!("{path}[{index}]"), leaves);
@@ -239,6 +248,10 @@ fn candidates(value: &Value, schemas: &[Value]) -> Vec<Value> {
             others.extend([value + 1, value - 1, value * 2, value / 2, value * 4, value + 256].map(Value::from));
         }
         Value::String(_) => others.extend(["cpu", "other", "0.5"].map(Value::from)),
+        Value::Array(items) if items.iter().any(Value::is_object) => {
+            others.push(Value::Array(items.iter().chain(items.first()).cloned().collect()));
+            others.push(Value::Array(items[1..].to_vec()));
+        }
         Value::Array(items) => {
             for at in 0..items.len() {
                 for other in candidates(&items[at], &[]) {
@@ -254,6 +267,14 @@ fn candidates(value: &Value, schemas: &[Value]) -> Vec<Value> {
     let takes = |name: &str| {
         schemas.iter().any(|schema| schema["type"] == name || schema["type"].as_array().is_some_and(|types| types.contains(&json!(name))))
     };
+    // What is out of the usual range of counts.
+    for bound in ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"] {
+        let bounds =
+            schemas.iter().filter_map(|schema| schema.get(bound)).filter(|bound| bound.as_f64().is_some_and(|bound| bound.abs() < 1e9));
+        for bound in bounds {
+            others.push(if takes("integer") { json!(bound.as_f64().unwrap_or_default() as i64) } else { bound.clone() });
+        }
+    }
     if takes("boolean") {
         others.extend([json!(true), json!(false)]);
     }
@@ -274,6 +295,20 @@ fn candidates(value: &Value, schemas: &[Value]) -> Vec<Value> {
     }
     others.retain(|other| other != value);
     others
+}
+
+/// The smallest table of each variant of the union at `table`, told apart by `tag`.
+fn variants(root: &Value, table: &str, tag: &str) -> Vec<Value> {
+    let variants = find(root, root, table).schemas.into_iter().filter(|schema| schema["properties"][tag].get("const").is_some());
+    let smallest = |variant: Value| {
+        let required = variant["required"].as_array()?.iter().filter_map(Value::as_str);
+        let field = |name: &str| {
+            let schemas = alternatives(root, &variant["properties"][name]);
+            Some((name.to_owned(), candidates(&Value::Null, &schemas).into_iter().next()?))
+        };
+        required.map(field).collect::<Option<Map<_, _>>>().map(Value::Object)
+    };
+    variants.filter_map(smallest).collect()
 }
 
 /// Makes data paths absolute, so that the file can stand in another folder.
