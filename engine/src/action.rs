@@ -425,14 +425,11 @@ impl<'a> Actions<'a> {
         let stage = &self.workflow.stages[index];
         let mut files = Vec::with_capacity(stage.files.len());
         for (at, paths) in stage.files.iter().enumerate() {
-            let directory = stage.file_patterns.get(at).filter(|source| source.directory);
+            let pattern = stage.file_patterns.get(at).map(|source| source.pattern.as_str()).unwrap_or_default();
             let mut source = Vec::with_capacity(paths.len());
             for path in paths {
-                let label = match directory {
-                    Some(source) => {
-                        let inside = path.strip_prefix(self.workflow.folder.join(&source.pattern)).unwrap_or(path);
-                        ("name", inside.to_string_lossy().into_owned())
-                    }
+                let label = match name_inside(self.workflow, pattern, path) {
+                    Some(name) => ("name", name.to_string_lossy().into_owned()),
                     None => ("format", data_format(path)),
                 };
                 source.push(KeyFile { label, digest: self.file_digest(path)?.digest });
@@ -441,6 +438,14 @@ impl<'a> Actions<'a> {
         }
         Ok(self.files[index].get_or_init(|| files))
     }
+}
+
+/// The name of `path` in the directory that `pattern` names, if it names one. Patterns are relative to the file that they
+/// stand in, which may have been included from elsewhere: where that is must not enter a key.
+fn name_inside<'p>(workflow: &Workflow, pattern: &str, path: &'p Path) -> Option<&'p Path> {
+    let sources = workflow.sources.iter().filter_map(|source| source.parent());
+    let inside = std::iter::once(workflow.folder.as_path()).chain(sources).find_map(|folder| path.strip_prefix(folder.join(pattern)).ok());
+    inside.filter(|inside| !inside.as_os_str().is_empty())
 }
 
 fn full_key<'a>(stage: &'a Stage, inputs: BTreeMap<&'a str, Vec<Digest>>, files: &'a [Vec<KeyFile>]) -> FullKey<'a> {

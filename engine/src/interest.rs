@@ -38,7 +38,7 @@ impl Interest {
             .stages
             .iter()
             .flat_map(|stage| &stage.file_patterns)
-            .map(|source| (source.pattern.as_str(), source.directory))
+            .map(|source| (source.pattern.as_str(), source.directory || !source.endings.is_empty()))
             .filter(|(pattern, directory)| *directory || pattern.contains(['*', '?', '[']))
             .collect();
         // A path is relative to the file that it stands in: to whichever of them that is.

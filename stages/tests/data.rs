@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, fs, io::Write, ops::Deref, path::PathBuf};
 
-use rlflow_api::{Artifact, DataFile, DescribeContext, Digest, Kind, RunContext, StageError, StageEvent, StageResult, StoreError, testing};
+use rlflow_api::{
+    Artifact, DataFile, DataSource, DescribeContext, Digest, Kind, RunContext, StageError, StageEvent, StageResult, StoreError, testing,
+};
 use rlflow_text::{
     ChatTokenizer, ConversationDataset, PreferenceDataset, PromptDataset, Split, TextDataset, TokenDataset, tokenize_corpus,
 };
@@ -51,11 +53,22 @@ impl Bench {
     fn run_with(&self, seed: u64, kind: &dyn Kind, settings: Value, inputs: &[(&str, &Artifact)]) -> StageResult<Artifact> {
         let stage = kind.parse(&settings).unwrap();
         assert!(kind.check(&stage).is_empty(), "{:?}", kind.check(&stage));
-        let files: Vec<Vec<DataFile>> =
-            kind.data_sources(&stage).iter().map(|source| vec![testing::data_file(&self.path(&source.pattern))]).collect();
+        let files: Vec<Vec<DataFile>> = kind.data_sources(&stage).iter().map(|source| self.found(source)).collect();
         let outputs = self.with_context(seed, inputs, &files, |context| kind.run(&stage, context))?;
         assert_eq!(outputs.len(), 1);
         Ok(outputs.into_values().next().unwrap())
+    }
+
+    /// The file that a source names, or those of a directory that are wanted of it.
+    fn found(&self, source: &DataSource) -> Vec<DataFile> {
+        let path = self.path(&source.pattern);
+        if !path.is_dir() {
+            return vec![testing::data_file(&path)];
+        }
+        let mut files: Vec<PathBuf> = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.retain(|file| source.endings.iter().any(|ending| file.to_string_lossy().ends_with(ending)));
+        files.sort();
+        files.iter().map(|file| testing::data_file(file)).collect()
     }
 
     fn corpus(&self, settings: Value) -> StageResult<Artifact> {
@@ -318,6 +331,20 @@ fn planning_finds_what_cannot_work() {
     assert_eq!(problems(json!({"pad_token": "<x>", "eos_token": "<x>"}))[0].setting, "pad_token");
     assert_eq!(problems(json!({"chat_template": "{% for %}"}))[0].code, "bad_template");
     assert_eq!(problems(json!({"config": "c.json"}))[0].setting, "config");
+    // What only training uses is refused beside a finished tokenizer, and not in its key.
+    for (setting, value) in [("vocab_size", json!(4096)), ("min_frequency", json!(2)), ("split_digits", json!(true))] {
+        assert_eq!(problems(json!({"path": "tokenizer.json", setting: value}))[0].setting, setting);
+        let settings = |settings: Value| tokenizer.parse(&settings).unwrap().settings().clone();
+        assert_eq!(settings(json!({}))[setting], value);
+        assert_eq!(settings(json!({"path": "tokenizer.json"})).get(setting), None);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name).display().to_string();
+    fs::write(file("words.txt"), "not a tokenizer").unwrap();
+    for name in ["words.txt", "tokenizer_config.json"] {
+        let problem = &describe("tokenizer", json!({"path": file(name)}), &file(name)).unwrap_err()[0];
+        assert_eq!((problem.code, problem.setting.as_str()), ("bad_tokenizer", "path"), "{name}");
+    }
 }
 
 #[test]
@@ -341,6 +368,25 @@ fn tokenizers_come_from_a_corpus_or_a_file() {
     let other = ChatTokenizer::load(&bench.run(kind("tokenizer"), settings, &[]).unwrap()).unwrap();
     assert_ne!(other.digest(), tokenizer.digest(), "the template is part of the digest");
     assert_eq!(other.render(&[rlflow_text::Message::user("x")], false).unwrap(), "x<|im_end|>");
+
+    // The directory of a Hugging Face tokenizer, whose `chat_template.jinja` counts.
+    fs::create_dir(bench.path("hf")).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(bench.path(name), bench.path("hf").join(name)).unwrap();
+    }
+    let directory = |bench: &Bench| bench.run(kind("tokenizer"), json!({"path": "hf"}), &[]);
+    assert_eq!(directory(&bench).unwrap().digest(), trained.digest());
+    fs::copy(bench.path("template.jinja"), bench.path("hf/chat_template.jinja")).unwrap();
+    assert_eq!(ChatTokenizer::load(&directory(&bench).unwrap()).unwrap().digest(), other.digest());
+
+    // Errors name the file that is meant, as the workflow does.
+    let error = |settings: Value| bench.run(kind("tokenizer"), settings, &[]).unwrap_err().to_string();
+    bench.write("broken.json", "{");
+    let told = error(json!({"path": "tokenizer.json", "config": "broken.json"}));
+    assert!(told.contains("broken.json") && !told.contains("tokenizer_config.json"), "{told}");
+    bench.write("mine.json", "{}");
+    let told = error(json!({"path": "mine.json"}));
+    assert!(told.contains("mine.json") && !told.contains("tokenizer.json:"), "{told}");
 }
 
 #[test]

@@ -77,7 +77,8 @@ impl Finder {
 }
 
 fn find(folder: &Path, pattern: &str, is_directory: bool, endings: &[&str]) -> Result<Vec<PathBuf>, WorkflowError> {
-    if is_directory { directory(&folder.join(pattern), pattern, endings) } else { files(folder, pattern) }
+    let path = folder.join(pattern);
+    if is_directory || !endings.is_empty() && path.is_dir() { directory(&path, pattern, endings) } else { files(folder, pattern) }
 }
 
 fn files(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, WorkflowError> {

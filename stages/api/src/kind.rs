@@ -102,7 +102,7 @@ pub struct DataSource {
     /// Whether the path is a directory whose files are read by name (a checkpoint), rather than files.
     pub directory: bool,
     /// In a directory: endings of the names of the files that are read. Others, and those in folders inside it, are nobody's
-    /// business. None: every file at any depth.
+    /// business. None: every file at any depth. Where the path need not be a directory, endings say that it may be one.
     pub endings: &'static [&'static str],
 }
 

@@ -1,4 +1,6 @@
-//! `tokenizer`: byte-level BPE trained on a corpus, or a `tokenizer.json`, with its special tokens and chat template.
+//! `tokenizer`: byte-level BPE trained on a corpus, or a finished one of Hugging Face, with its special tokens and chat template.
+
+mod files;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -7,12 +9,13 @@ use rlflow_api::{
     RunContext, StageError, StageKind, StageResult,
 };
 use rlflow_text::{
-    BpeOptions, ChatTemplate, ChatTokenizer, Message, Split, TextDataset, TokenizerConfig as TokenizerFile, TokenizerOptions,
-    complete_tokenizer, count_tokens, read_file, train_bpe,
+    BpeOptions, ChatTemplate, ChatTokenizer, Message, Split, TextDataset, TextError, TokenizerConfig as TokenizerFile, TokenizerOptions,
+    complete_tokenizer, read_file, train_bpe,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use self::files::Finished;
 use crate::models;
 
 /// Held-out text that is encoded to measure compression.
@@ -27,25 +30,30 @@ const TEMPLATE_HINT: &str = "mend that line; a template is given `messages` (eac
 pub struct Tokenizer;
 
 /// Settings of `tokenizer`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TokenizerConfig {
-    /// A `tokenizer.json` of any fast Hugging Face tokenizer, relative to the workflow file. Without it one is trained on `inputs.corpus`.
+    /// A `tokenizer.json` of any fast Hugging Face tokenizer, or the directory that it lies in, of which `tokenizer_config.json`,
+    /// `special_tokens_map.json` and `chat_template.jinja` are read too. Relative to the workflow file. Without it one is trained on
+    /// `inputs.corpus`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-setting" = "path"))]
     pub path: Option<String>,
-    /// The `tokenizer_config.json` that belongs to `path`: special tokens and chat template.
+    /// The `tokenizer_config.json` that belongs to `path` where that is a file: special tokens and chat template.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-setting" = "path"))]
     pub config: Option<String>,
-    /// Most tokens of a trained tokenizer: special ones, 256 bytes, and merges.
+    /// Most tokens of a trained tokenizer: special ones, 256 bytes, and merges. Default: 4096. Not with `path`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 264, max = 1_000_000), extend("x-unit" = "tokens"))]
-    pub vocab_size: usize,
-    /// How often two tokens must stand side by side in the corpus to be merged, at least.
+    pub vocab_size: Option<usize>,
+    /// How often two tokens must stand side by side in the corpus to be merged, at least. Default: 2. Not with `path`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1), extend("x-unit" = "occurrences"))]
-    pub min_frequency: u64,
-    /// Whether every digit is a token of its own, which makes arithmetic easier to learn. For trained tokenizers.
-    pub split_digits: bool,
+    pub min_frequency: Option<u64>,
+    /// Whether every digit is a token of its own, which makes arithmetic easier to learn. Default: true. Not with `path`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub split_digits: Option<bool>,
     /// Further special tokens.
     pub special_tokens: Vec<String>,
     /// Token that ends a turn. Default: what the tokenizer's config says, `<|im_end|>` with ChatML.
@@ -64,22 +72,8 @@ pub struct TokenizerConfig {
     pub chat_template_file: Option<String>,
 }
 
-impl Default for TokenizerConfig {
-    fn default() -> Self {
-        Self {
-            path: None,
-            config: None,
-            vocab_size: 4096,
-            min_frequency: 2,
-            split_digits: true,
-            special_tokens: Vec::new(),
-            eos_token: None,
-            pad_token: None,
-            chat_template: None,
-            chat_template_file: None,
-        }
-    }
-}
+/// Tokens of a trained tokenizer where nothing else is said.
+const VOCAB_SIZE: usize = 4096;
 
 impl TokenizerConfig {
     /// The settings that name files, in the order of [`StageKind::data_sources`].
@@ -97,12 +91,18 @@ impl TokenizerConfig {
         Some(Problem::new("bad_template", "chat_template_file", format!("{}: {error}", file.display())).hint(TEMPLATE_HINT))
     }
 
+    /// The files that `setting` names.
+    fn files<'a>(&self, setting: &str, files: &'a [Vec<DataFile>]) -> Option<&'a [DataFile]> {
+        let at = self.named_files().position(|(name, _)| name == setting)?;
+        Some(files.get(at).map(Vec::as_slice).unwrap_or_default())
+    }
+
     /// The one file that `setting` names, if it is set.
     fn file<'a>(&self, setting: &str, files: &'a [Vec<DataFile>]) -> StageResult<Option<&'a DataFile>> {
-        let Some(at) = self.named_files().position(|(name, _)| name == setting) else { return Ok(None) };
-        match files.get(at).map(Vec::as_slice) {
+        match self.files(setting, files) {
+            None => Ok(None),
             Some([file]) => Ok(Some(file)),
-            found => Err(StageError::invalid(format!("`{setting}` must name one file, found {}", found.map_or(0, <[_]>::len)))),
+            Some(found) => Err(StageError::invalid(format!("`{setting}` must name one file, found {}", found.len()))),
         }
     }
 }
@@ -113,7 +113,7 @@ impl StageKind for Tokenizer {
     const NAME: &'static str = "tokenizer";
     const VERSION: u32 = 1;
     const SUMMARY: &'static str =
-        "Trains byte-level BPE on a corpus, or takes a tokenizer.json; settles pad and EOS token and the chat template.";
+        "Trains byte-level BPE on a corpus, or takes a Hugging Face tokenizer; settles pad and EOS token and the chat template.";
     const INPUTS: &'static [InputPort] =
         &[InputPort::one("corpus", &[ArtifactType::Text], "Documents to train on; not needed with `path`.").optional()];
     const OUTPUTS: &'static [OutputPort] =
@@ -122,8 +122,26 @@ impl StageKind for Tokenizer {
         &[("vocab_size", "tokens"), ("bytes_per_token", "bytes of held-out text per token (of training text where none is held out)")];
     const DRAWS: bool = false;
 
+    fn normalise(config: &mut TokenizerConfig) {
+        // What a finished tokenizer has no use for is not in its key either.
+        if config.path.is_none() {
+            config.vocab_size.get_or_insert(VOCAB_SIZE);
+            config.min_frequency.get_or_insert(2);
+            config.split_digits.get_or_insert(true);
+        }
+    }
+
     fn check(config: &TokenizerConfig) -> Vec<Problem> {
         let mut problems = Vec::new();
+        let given = [
+            ("vocab_size", config.vocab_size.is_some()),
+            ("min_frequency", config.min_frequency.is_some()),
+            ("split_digits", config.split_digits.is_some()),
+        ];
+        for (setting, _) in given.into_iter().filter(|(_, given)| *given && config.path.is_some()) {
+            let message = format!("`{setting}` is for a tokenizer that is trained, and `path` takes a finished one");
+            problems.push(Problem::new("conflict", setting, message).hint(format!("remove `{setting}` or `path`")));
+        }
         if config.pad_token.is_some() && config.pad_token == config.eos_token {
             let message = format!("`pad_token` and `eos_token` are both `{}`", config.pad_token.as_deref().unwrap_or_default());
             problems.push(
@@ -148,7 +166,10 @@ impl StageKind for Tokenizer {
     fn data_sources(config: &TokenizerConfig) -> Vec<DataSource> {
         config
             .named_files()
-            .map(|(setting, path)| DataSource { setting: setting.into(), pattern: path.clone(), directory: false, endings: &[] })
+            .map(|(setting, path)| {
+                let endings: &[&str] = if setting == "path" { files::ENDINGS } else { &[] };
+                DataSource { setting: setting.into(), pattern: path.clone(), directory: false, endings }
+            })
             .collect()
     }
 
@@ -159,16 +180,23 @@ impl StageKind for Tokenizer {
         let vocab_size = match (&config.path, context.input("corpus")) {
             (None, None) => {
                 let problem = Problem::new("missing_input", "inputs.corpus", "a tokenizer needs documents to train on");
-                return Err(vec![problem.hint("connect `inputs.corpus`, or take a finished one with `path = \"tokenizer.json\"`")]);
+                return Err(vec![
+                    problem.hint("connect `inputs.corpus`, or take a finished one: `path` names a tokenizer.json or its directory"),
+                ]);
             }
             (Some(_), Some(input)) => {
                 let message = format!("`path` takes a finished tokenizer, so that `{}` has nothing to do", input.stage);
                 return Err(vec![Problem::new("conflict", "inputs.corpus", message).hint("remove `path` or `inputs.corpus`")]);
             }
-            (None, Some(_)) => Some(config.vocab_size as u64),
-            (Some(_), None) => {
-                let file = context.files.first().and_then(|files| files.first());
-                let known = file.and_then(|file| count_tokens(&std::fs::read(file).ok()?));
+            (None, Some(_)) => Some(config.vocab_size.unwrap_or(VOCAB_SIZE) as u64),
+            (Some(path), None) => {
+                let files = context.files.first().map(Vec::as_slice).unwrap_or_default();
+                if config.config.is_some() && files::is_directory(path, files) {
+                    let message = format!("the directory `{path}` says by itself what `config` would");
+                    let hint = format!("remove `config`, or name the file: path = \"{}/tokenizer.json\"", path.trim_end_matches('/'));
+                    return Err(vec![Problem::new("conflict", "config", message).hint(hint)]);
+                }
+                let known = files::planned_tokens(path, files).map_err(|problem| vec![problem])?;
                 known.map(|tokens| tokens + MOST_ADDED + config.special_tokens.len() as u64)
             }
         };
@@ -188,20 +216,29 @@ impl StageKind for Tokenizer {
             chat_template,
             special_tokens: config.special_tokens.clone(),
         };
-        let (tokenizer_json, file) = match config.file("path", context.files)? {
-            Some(path) => {
-                let file = config.file("config", context.files)?.map(read_file).transpose()?;
-                (read_file(path)?, file.map_or_else(|| Ok(TokenizerFile::default()), |content| TokenizerFile::parse(&content))?)
+        let named = config.path.as_deref().zip(config.files("path", context.files));
+        let (tokenizer_json, file) = match named {
+            Some((pattern, files)) => {
+                let Finished { tokenizer_json, config } = Finished::read(pattern, files, config.file("config", context.files)?)?;
+                (tokenizer_json, config)
             }
             None => (train(config, &options, context)?, TokenizerFile::trained()),
         };
         if let (Some(file), None) = (config.file("config", context.files)?, &options.chat_template)
             && file.path.with_file_name("chat_template.jinja").is_file()
         {
-            context.warning(format!("`chat_template.jinja` lies beside {} and is not used; name it with `chat_template_file`", file.name));
+            context.warning(format!(
+                "`chat_template.jinja` lies beside {} and is not used; name it with `chat_template_file`, or the directory with `path`",
+                file.name
+            ));
         }
-        let (tokenizer_json, config_json) = complete_tokenizer(tokenizer_json, file, &options)?;
-        let tokenizer = ChatTokenizer::from_json(&tokenizer_json, &config_json)?;
+        // Errors name the files as the workflow does.
+        let told = |error: TextError| match (named, error) {
+            (Some((path, _)), TextError::Tokenizer { message, .. }) => StageError::invalid(format!("{path}: {message}")),
+            (_, error) => error.into(),
+        };
+        let (tokenizer_json, config_json) = complete_tokenizer(tokenizer_json, file, &options).map_err(told)?;
+        let tokenizer = ChatTokenizer::from_json(&tokenizer_json, &config_json).map_err(told)?;
         let probe = [Message::user("Hello"), Message::assistant("Hello!")];
         if let Err(error) = tokenizer.encode_conversation(&probe) {
             context.warning(format!("the chat template cannot be used for training: {error}"));
@@ -225,9 +262,9 @@ fn train(config: &TokenizerConfig, options: &TokenizerOptions, context: &RunCont
     let documents = TextDataset::load(&context.input("corpus")?.artifact, Split::Train)?;
     context.phase("training BPE");
     let bpe = BpeOptions {
-        vocab_size: config.vocab_size,
-        min_frequency: config.min_frequency,
-        split_digits: config.split_digits,
+        vocab_size: config.vocab_size.unwrap_or(VOCAB_SIZE),
+        min_frequency: config.min_frequency.unwrap_or(2),
+        split_digits: config.split_digits.unwrap_or(true),
         special_tokens: options.trained_special_tokens(),
     };
     // The trainer cannot be stopped; counting words is most of its work, and that reads from here.
