@@ -14,7 +14,11 @@ use fixtures::{Fixture, close};
 use rlflow_api::{
     Architecture, Artifact, ArtifactType, DataFile, DescribeContext, Dtype, ModelConfig, Positions, Problem, StageResult, testing,
 };
-use rlflow_hf::{HfConfig, WantedTensor, names::file_tensors};
+use rlflow_hf::{
+    HfConfig, Role, WantedTensor,
+    config::{self, TokenIds},
+    names::file_tensors,
+};
 use rlflow_model::{
     CheckpointInfo, Decoder, Draws, Group, Head, PackedBatch, Parameters, Sampling, TokenTargets, checkpoint,
     generate::generate,
@@ -162,6 +166,39 @@ fn logits_agree_with_transformers() {
         for decoder in [decoder.clone(), decoder.without_fused_operations()] {
             close(name, &distributions(&decoder, &batch(&sequences), &rows), &expected, 0.0, 1e-4 * largest);
         }
+    }
+}
+
+/// YaRN with its defaults, bounds between pairs, and each way to say how much attention is sharpened (`tests/fixtures/make/yarn.py`).
+#[test]
+fn yarn_is_that_of_transformers() {
+    let world = World::new();
+    let fixture = Fixture::open("hf_models/qwen3.yarn");
+    let width = fixture.width("input_ids");
+    let ids: Vec<u32> = fixture.integers("input_ids").into_iter().map(|id| id as u32).collect();
+    let sequences: Vec<Vec<u32>> = ids.chunks(width).map(<[u32]>::to_vec).collect();
+    let rows: Vec<u32> = (1..=sequences.len()).flat_map(|row| [row * width - 2, row * width - 1]).map(|row| row as u32).collect();
+    let cases = fixture.json["cases"].as_object().unwrap();
+    assert_eq!(cases.len(), 5);
+    for (name, case) in cases {
+        let directory = world.copy("qwen3", name);
+        let path = directory.join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["rope_parameters"] = case["rope_parameters"].clone();
+        fs::write(&path, config.to_string()).unwrap();
+        let model = world.import(&directory, json!({})).unwrap()["model"].clone();
+        let decoder = checkpoint::load(&model, Head::Language, 1, &Device::flex()).unwrap().0;
+        let logits = fixture.floats(&format!("{name}.logits"));
+        let largest = logits.iter().fold(0.0, |max: f64, logit| max.max(logit.abs()));
+        let expected: Vec<f64> = logits.chunks(600).flat_map(log_softmax).collect();
+        close(name, &distributions(&decoder, &batch(&sequences), &rows), &expected, 0.0, 1e-4 * largest);
+        // What is written says the same, also where nothing is carried through.
+        let written = world.path(&format!("{name}-out"));
+        export(&model, &written, &AS_STORED).unwrap();
+        let again = HfConfig::parse(&fs::read(written.join("config.json")).unwrap(), None).unwrap().model;
+        assert_eq!(&again, decoder.config(), "{name}");
+        let generated = config::write(decoder.config(), Role::Policy, Dtype::F32, &TokenIds::default(), None).unwrap();
+        assert_eq!(&HfConfig::parse(&generated, None).unwrap().model, decoder.config(), "{name}");
     }
 }
 
@@ -363,7 +400,13 @@ fn wrong_checkpoints_are_told_when_planning() {
     let set = |key: &'static str, value: Value| move |directory: &Path| edit_config(directory, &|config| config[key] = value.clone());
     let broken: &[Break] = &[
         ("qwen2", "architecture", &set("architectures", json!(["FooForCausalLM"])), &["`FooForCausalLM` is unknown", "LlamaForCausalLM"]),
-        ("qwen2", "yarn", &set("rope_parameters", json!({ "rope_type": "yarn", "factor": 4.0 })), &["rotary scaling of type `yarn`"]),
+        ("qwen2", "longrope", &set("rope_parameters", json!({ "rope_type": "longrope" })), &["rotary scaling of type `longrope`"]),
+        (
+            "qwen2",
+            "yarn",
+            &set("rope_parameters", json!({ "rope_type": "yarn", "factor": 4.0, "beta_fast": 1.0, "beta_slow": 2.0 })),
+            &["`beta_fast` = 1 is not above `beta_slow` = 2"],
+        ),
         ("qwen2", "activation", &set("hidden_act", json!("relu")), &["`hidden_act` is \"relu\"", "\"silu\""]),
         ("qwen2", "size", &set("num_hidden_layers", json!(-1)), &["`num_hidden_layers` must be a whole number, found -1"]),
         ("qwen2", "zero", &set("num_attention_heads", json!(0)), &["`num_attention_heads` is 0"]),

@@ -104,6 +104,21 @@ pub enum RopeScaling {
         /// Context that the frequencies were first trained for, in tokens.
         original_max_position_embeddings: u64,
     },
+    /// YaRN (arXiv:2309.00071): low frequencies are slowed, high ones stay, and attention is sharpened.
+    Yarn {
+        /// Factor by which low frequencies are slowed.
+        factor: f64,
+        /// Factor on cosines and sines.
+        attention_factor: f64,
+        /// Frequencies that turn more often than this in the original context stay.
+        beta_fast: f64,
+        /// Those that turn less often than this are slowed by `factor`.
+        beta_slow: f64,
+        /// Context that the frequencies were first trained for, in tokens.
+        original_max_position_embeddings: u64,
+        /// Whether the bounds are whole pairs.
+        truncate: bool,
+    },
 }
 
 /// Shape of a network with every default filled in: what is stored with a checkpoint.

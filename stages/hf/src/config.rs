@@ -336,6 +336,7 @@ impl Reader<'_> {
                 );
                 None
             }
+            "yarn" => Some(self.yarn(&settings, theta)),
             "default" => None,
             "linear" => Some(RopeScaling::Linear { factor: self.positive(&settings, "factor", None) }),
             "llama3" => {
@@ -351,11 +352,46 @@ impl Reader<'_> {
                 Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: original as u64 })
             }
             other => {
-                self.problem(format!("rotary scaling of type `{other}` is unknown; rlflow knows `default`, `linear` and `llama3`"));
+                self.problem(format!("rotary scaling of type `{other}` is unknown; rlflow knows `default`, `linear`, `llama3` and `yarn`"));
                 None
             }
         };
         (theta, scaling)
+    }
+
+    /// YaRN, its defaults those of transformers.
+    fn yarn(&mut self, settings: &Map<String, Value>, theta: f64) -> RopeScaling {
+        let longest = self.get("max_position_embeddings").and_then(Value::as_f64).filter(|longest| *longest >= 1.0);
+        let original = self.positive(settings, "original_max_position_embeddings", longest);
+        let factor = self.positive(settings, "factor", longest.map(|longest| longest / original));
+        let scale = |weight: f64| if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 };
+        let given = |key: &str| settings.get(key).and_then(Value::as_f64).filter(|weight| *weight != 0.0);
+        let attention_factor = match (given("mscale"), given("mscale_all_dim")) {
+            (Some(mscale), Some(all)) => scale(mscale) / scale(all),
+            _ => scale(1.0),
+        };
+        let attention_factor = self.positive(settings, "attention_factor", Some(attention_factor));
+        let [beta_fast, beta_slow] =
+            [("beta_fast", 32.0), ("beta_slow", 1.0)].map(|(key, default)| self.positive(settings, key, Some(default)));
+        if beta_fast <= beta_slow {
+            self.problem(format!("`beta_fast` = {beta_fast} is not above `beta_slow` = {beta_slow}"));
+        }
+        if original < 1.0 {
+            self.problem(format!("`original_max_position_embeddings` = {original} is less than a token"));
+        }
+        if theta <= 1.0 {
+            self.problem(format!("`rope_theta` = {theta} is not above 1"));
+        }
+        let truncate = match settings.get("truncate") {
+            None | Some(Value::Null) => true,
+            Some(Value::Bool(truncate)) => *truncate,
+            Some(value) => {
+                self.problem(format!("`truncate` must be true or false, found {value}"));
+                true
+            }
+        };
+        let original_max_position_embeddings = original as u64;
+        RopeScaling::Yarn { factor, attention_factor, beta_fast, beta_slow, original_max_position_embeddings, truncate }
     }
 
     /// The window that all layers share, if any. Layers that differ are refused, unless the window hides nothing.

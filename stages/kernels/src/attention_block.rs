@@ -1,10 +1,11 @@
 //! The attention half of a decoder block as one operation: `x + attention(norm(x))`.
 
 use crate::{
-    affine::{Affine, AttentionParts, project, project_add, project_backward},
+    affine::{Affine, AttentionParts, Projecting},
     attention::{Heads, attention, attention_backward},
     layout::SequenceLayout,
-    matmul::{Arithmetic, MatrixRef},
+    low_rank::{Dropout, Projection},
+    matmul::{Arithmetic, Into},
     norm::{norm, norm_backward, rms_norm, rms_norm_backward},
     rope::RopeTable,
 };
@@ -127,17 +128,21 @@ pub fn forward(
     positional: Positional<'_>,
     shape: AttentionShape,
     layout: &SequenceLayout,
+    dropout: Dropout<'_>,
 ) -> (Vec<f32>, AttentionSaved) {
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
     let (mut normed, mut inverse) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
     norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
-    let projected = |part: Affine<&[f32]>, width: usize| {
+    let arithmetic = shape.arithmetic;
+    let projected = |projection: Projection, part: Affine<&[f32]>, width: usize| {
         let mut out = vec![0.0; tokens * width];
-        project(&mut out, &normed, part, tokens, shape.arithmetic);
+        Projecting { arithmetic, projection, dropout }.forward(&mut out, Into::Overwrite, &normed, part, tokens);
         out
     };
-    let (mut q, mut k, v) = (projected(weights.q, query_width), projected(weights.k, kv_width), projected(weights.v, kv_width));
+    let mut q = projected(Projection::Query, weights.q, query_width);
+    let mut k = projected(Projection::Key, weights.k, kv_width);
+    let v = projected(Projection::Value, weights.v, kv_width);
     let q_norm = head_norm(&mut q, weights.q_norm, shape.eps);
     let k_norm = head_norm(&mut k, weights.k_norm, shape.eps);
     positional.rotate(&mut q, layout.positions(), false);
@@ -145,11 +150,11 @@ pub fn forward(
     let (mut out, mut log_sum_exp) = (vec![0.0; tokens * query_width], vec![0.0; shape.heads.heads * tokens]);
     attention(&mut out, &mut log_sum_exp, &q, &k, &v, positional.slopes(), shape.heads, shape.window, layout);
     let mut y = x.to_vec();
-    project_add(&mut y, &out, weights.o, tokens, shape.arithmetic);
+    Projecting { arithmetic, projection: Projection::Output, dropout }.forward(&mut y, Into::Add, &out, weights.o, tokens);
     (y, AttentionSaved { inverse, q, k, v, out, log_sum_exp, q_norm, k_norm })
 }
 
-/// Gradients of [`forward`] for the gradient `dy` of its result.
+/// Gradients of [`forward`] for the gradient `dy` of its result; with `frozen` none of the projections' weights.
 pub fn backward(
     dy: &[f32],
     x: &[f32],
@@ -158,13 +163,16 @@ pub fn backward(
     positional: Positional<'_>,
     shape: AttentionShape,
     layout: &SequenceLayout,
+    dropout: Dropout<'_>,
+    frozen: bool,
 ) -> AttentionGrads {
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
     let mut dout = vec![0.0; tokens * query_width];
-    let arithmetic = shape.arithmetic;
-    arithmetic.matmul(&mut dout, MatrixRef::new(dy, tokens, hidden), MatrixRef::new(weights.o.weight, hidden, query_width));
-    let o = project_backward(dy, &saved.out, weights.o, tokens, arithmetic);
+    let projecting = |projection: Projection| Projecting { arithmetic: shape.arithmetic, projection, dropout };
+    let output = projecting(Projection::Output);
+    output.backward_input(&mut dout, Into::Overwrite, dy, weights.o, tokens);
+    let o = output.backward_parts(dy, &saved.out, weights.o, tokens, frozen);
 
     let (mut dq, mut dk, mut dv) = (vec![0.0; tokens * query_width], vec![0.0; tokens * kv_width], vec![0.0; tokens * kv_width]);
     let AttentionSaved { inverse, q, k, v, out, log_sum_exp, .. } = saved;
@@ -179,11 +187,13 @@ pub fn backward(
     let (mut normed, mut unused) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
     norm(&mut normed, &mut unused, x, weights.norm, shape.eps);
     let mut dnormed = vec![0.0; tokens * hidden];
-    let mut projected = |dout: &[f32], part: Affine<&[f32]>, width: usize| {
-        arithmetic.matmul_add(&mut dnormed, MatrixRef::new(dout, tokens, width), MatrixRef::new(part.weight, width, hidden));
-        project_backward(dout, &normed, part, tokens, arithmetic)
+    let mut projected = |projection: Projection, dout: &[f32], part: Affine<&[f32]>| {
+        projecting(projection).backward_input(&mut dnormed, Into::Add, dout, part, tokens);
+        projecting(projection).backward_parts(dout, &normed, part, tokens, frozen)
     };
-    let (q, k, v) = (projected(&dq, weights.q, query_width), projected(&dk, weights.k, kv_width), projected(&dv, weights.v, kv_width));
+    let q = projected(Projection::Query, &dq, weights.q);
+    let k = projected(Projection::Key, &dk, weights.k);
+    let v = projected(Projection::Value, &dv, weights.v);
     let mut dx = dy.to_vec();
     let norm = norm_backward(&mut dx, &dnormed, x, inverse, weights.norm);
     AttentionGrads { x: dx, weights: AttentionParts { norm, q, k, v, o, q_norm, k_norm } }

@@ -4,9 +4,11 @@ use rayon::prelude::*;
 
 use crate::{
     AttentionShape, AttentionWeights, Positional,
-    affine::{Affine, project, project_add},
+    affine::{Affine, Projecting},
     attention::Heads,
     attention_block::norm_heads,
+    low_rank::Projection,
+    matmul::Into,
     norm::norm,
     simd::{dot, exp, fmadd, max, multiversion, sum},
 };
@@ -60,13 +62,14 @@ pub fn attention_step(
     normed.resize(rows * hidden, 0.0);
     inverse.resize(rows, 0.0);
     norm(normed, inverse, x, weights.norm, shape.eps);
-    let projected = |out: &mut Vec<f32>, part: Affine<&[f32]>, width: usize| {
+    let projecting = |projection: Projection| Projecting { arithmetic: shape.arithmetic, projection, dropout: None };
+    let projected = |projection: Projection, out: &mut Vec<f32>, part: Affine<&[f32]>, width: usize| {
         out.resize(rows * width, 0.0);
-        project(out, normed, part, rows, shape.arithmetic);
+        projecting(projection).forward(out, Into::Overwrite, normed, part, rows);
     };
-    projected(q, weights.q, query_width);
-    projected(k, weights.k, kv_width);
-    projected(v, weights.v, kv_width);
+    projected(Projection::Query, q, weights.q, query_width);
+    projected(Projection::Key, k, weights.k, kv_width);
+    projected(Projection::Value, v, weights.v, kv_width);
     norm_heads(q, weights.q_norm, shape.eps);
     norm_heads(k, weights.k_norm, shape.eps);
     positional.rotate(q, positions, false);
@@ -84,7 +87,7 @@ pub fn attention_step(
             let hidden = shape.window.map_or(0, |window| cache.keys.len().saturating_sub(window * kv_width));
             attend(out, q, &cache.keys[hidden..], &cache.values[hidden..], slopes, shape.heads);
         });
-    project_add(x, out, weights.o, rows, shape.arithmetic);
+    projecting(Projection::Output).forward(x, Into::Add, out, weights.o, rows);
 }
 
 multiversion!(fn attend(out: &mut [f32], q: &[f32], keys: &[f32], values: &[f32], slopes: &[f32], heads: Heads) = attend_inner);

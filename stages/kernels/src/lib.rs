@@ -8,8 +8,8 @@
 //!
 //! Bits may differ between SIMD levels ([`simd::level`]), which is part of the numerics profile.
 //!
-//! In data order: [`layout`] says where sequences start, [`embedding`] looks rows up, [`affine`] names a block's weights, [`attention_block`] and
-//! [`mlp_block`] are the two halves of a decoder block, [`norm`] the final norm, [`token_head`] the output projection with
+//! In data order: [`layout`] says where sequences start, [`embedding`] looks rows up, [`affine`] names a block's weights, [`low_rank`]
+//! what LoRA adds to them, [`attention_block`] and [`mlp_block`] are the two halves of a decoder block, [`norm`] the final norm, [`token_head`] the output projection with
 //! log-probabilities, [`optim`] the update. [`decode`] runs the same model one token at a time over a key-value cache.
 
 pub mod affine;
@@ -19,6 +19,7 @@ pub mod bf16;
 pub mod decode;
 pub mod embedding;
 pub mod layout;
+pub mod low_rank;
 pub mod matmul;
 pub mod mlp_block;
 pub mod norm;
@@ -30,4 +31,5 @@ pub mod token_head;
 pub use affine::{Affine, AttentionParts, MlpParts};
 pub use attention_block::{AttentionGrads, AttentionSaved, AttentionShape, AttentionWeights, Positional};
 pub use layout::SequenceLayout;
+pub use low_rank::{Dropout, LowRank, Projection};
 pub use mlp_block::{MlpGrads, MlpSaved, MlpWeights};

@@ -4,8 +4,9 @@
 use rayon::prelude::*;
 
 use crate::{
-    affine::{Affine, MlpParts, project, project_add, project_backward},
-    matmul::{Arithmetic, MatrixRef},
+    affine::{Affine, MlpParts, Projecting},
+    low_rank::{Dropout, Projection},
+    matmul::{Arithmetic, Into},
     norm::{norm, norm_backward},
     simd::{fmadd, multiversion, sigmoid},
 };
@@ -39,17 +40,17 @@ pub struct MlpGrads {
 }
 
 /// The block's result, `[tokens, hidden]`.
-pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32, arithmetic: Arithmetic) -> (Vec<f32>, MlpSaved) {
+pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32, arithmetic: Arithmetic, dropout: Dropout<'_>) -> (Vec<f32>, MlpSaved) {
     let hidden = weights.norm.weight.len();
     let (tokens, intermediate) = (x.len() / hidden, weights.up.weight.len() / hidden);
     let (mut normed, mut inverse) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
     norm(&mut normed, &mut inverse, x, weights.norm, eps);
-    let projected = |part: Affine<&[f32]>| {
+    let projected = |projection: Projection, part: Affine<&[f32]>| {
         let mut out = vec![0.0; tokens * intermediate];
-        project(&mut out, &normed, part, tokens, arithmetic);
+        Projecting { arithmetic, projection, dropout }.forward(&mut out, Into::Overwrite, &normed, part, tokens);
         out
     };
-    let (gate, up) = (weights.gate.map(projected), projected(weights.up));
+    let (gate, up) = (weights.gate.map(|gate| projected(Projection::Gate, gate)), projected(Projection::Up, weights.up));
     let mut activated = vec![0.0; tokens * intermediate];
     match &gate {
         Some(gate) => activated
@@ -60,16 +61,26 @@ pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32, arithmetic: Arithme
         None => activated.par_chunks_mut(BLOCK).zip(up.par_chunks(BLOCK)).for_each(|(out, up)| gelu(out, up)),
     }
     let mut y = x.to_vec();
-    project_add(&mut y, &activated, weights.down, tokens, arithmetic);
+    Projecting { arithmetic, projection: Projection::Down, dropout }.forward(&mut y, Into::Add, &activated, weights.down, tokens);
     (y, MlpSaved { inverse, gate, up })
 }
 
-/// Gradients of [`forward`] for the gradient `dy` of its result.
-pub fn backward(dy: &[f32], x: &[f32], saved: &MlpSaved, weights: MlpWeights<'_>, eps: f32, arithmetic: Arithmetic) -> MlpGrads {
+/// Gradients of [`forward`] for the gradient `dy` of its result; with `frozen` none of the projections' weights.
+pub fn backward(
+    dy: &[f32],
+    x: &[f32],
+    saved: &MlpSaved,
+    weights: MlpWeights<'_>,
+    eps: f32,
+    arithmetic: Arithmetic,
+    dropout: Dropout<'_>,
+    frozen: bool,
+) -> MlpGrads {
     let hidden = weights.norm.weight.len();
     let (tokens, intermediate) = (x.len() / hidden, weights.up.weight.len() / hidden);
     let mut dactivated = vec![0.0; tokens * intermediate];
-    arithmetic.matmul(&mut dactivated, MatrixRef::new(dy, tokens, hidden), MatrixRef::new(weights.down.weight, hidden, intermediate));
+    let projecting = |projection: Projection| Projecting { arithmetic, projection, dropout };
+    projecting(Projection::Down).backward_input(&mut dactivated, Into::Overwrite, dy, weights.down, tokens);
     let mut activated = vec![0.0; tokens * intermediate];
     let (mut dgate, mut dup) = (saved.gate.clone(), saved.up.clone());
     match &mut dgate {
@@ -85,17 +96,17 @@ pub fn backward(dy: &[f32], x: &[f32], saved: &MlpSaved, weights: MlpWeights<'_>
             .zip(dactivated.par_chunks(BLOCK))
             .for_each(|((activated, up), dout)| gelu_backward(activated, up, dout)),
     }
-    let down = project_backward(dy, &activated, weights.down, tokens, arithmetic);
+    let down = projecting(Projection::Down).backward_parts(dy, &activated, weights.down, tokens, frozen);
 
     let (mut normed, mut unused) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
     norm(&mut normed, &mut unused, x, weights.norm, eps);
     let mut dnormed = vec![0.0; tokens * hidden];
-    let mut projected = |dout: &[f32], part: Affine<&[f32]>| {
-        arithmetic.matmul_add(&mut dnormed, MatrixRef::new(dout, tokens, intermediate), MatrixRef::new(part.weight, intermediate, hidden));
-        project_backward(dout, &normed, part, tokens, arithmetic)
+    let mut projected = |projection: Projection, dout: &[f32], part: Affine<&[f32]>| {
+        projecting(projection).backward_input(&mut dnormed, Into::Add, dout, part, tokens);
+        projecting(projection).backward_parts(dout, &normed, part, tokens, frozen)
     };
-    let gate = dgate.zip(weights.gate).map(|(dgate, gate)| projected(&dgate, gate));
-    let up = projected(&dup, weights.up);
+    let gate = dgate.zip(weights.gate).map(|(dgate, gate)| projected(Projection::Gate, &dgate, gate));
+    let up = projected(Projection::Up, &dup, weights.up);
     let mut dx = dy.to_vec();
     let norm = norm_backward(&mut dx, &dnormed, x, &saved.inverse, weights.norm);
     MlpGrads { x: dx, weights: MlpParts { norm, gate, up, down } }

@@ -32,7 +32,7 @@ pub fn norm_backward(dx: &mut [f32], dout: &[f32], x: &[f32], inverse: &[f32], p
     if bias.is_none() {
         rms_norm_backward(dx, &mut weight, dout, x, inverse, part.weight);
     }
-    Affine { weight, bias }
+    Affine::new(weight, bias)
 }
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row; `inverse` keeps each row's `1 / sqrt(..)`.

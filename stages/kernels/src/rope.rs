@@ -10,6 +10,9 @@ pub enum FrequencyScaling {
     Linear { factor: f64 },
     /// As in Llama 3 checkpoints.
     Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_context: f64 },
+    /// YaRN (arXiv:2309.00071): frequencies that turn more than `beta_fast` times in the original context stay, those that turn less than
+    /// `beta_slow` times are slowed, those between are blended; cosines and sines are multiplied by `attention_factor`.
+    Yarn { factor: f64, attention_factor: f64, beta_fast: f64, beta_slow: f64, original_context: f64, truncate: bool },
 }
 
 /// Cosines and sines of every position.
@@ -27,16 +30,20 @@ impl RopeTable {
         let frequencies: Vec<f32> = (0..half)
             .map(|i| {
                 let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
-                scaling.map_or(frequency, |scaling| scaling.apply(frequency)) as f32
+                scaling.map_or(frequency, |scaling| scaling.apply(frequency, i, head_dim, theta)) as f32
             })
             .collect();
+        let factor = match scaling {
+            Some(FrequencyScaling::Yarn { attention_factor, .. }) => attention_factor,
+            _ => 1.0,
+        };
         let (mut cos, mut sin) = (Vec::with_capacity(context * half), Vec::with_capacity(context * half));
         for position in 0..context {
             for frequency in &frequencies {
                 // The angle is rounded to f32 as transformers does, so that logits agree at long positions.
                 let angle = f64::from(position as f32 * frequency);
-                cos.push(angle.cos() as f32);
-                sin.push(angle.sin() as f32);
+                cos.push((angle.cos() * factor) as f32);
+                sin.push((angle.sin() * factor) as f32);
             }
         }
         Self { half, cos, sin }
@@ -79,9 +86,21 @@ impl RopeTable {
 }
 
 impl FrequencyScaling {
-    fn apply(self, frequency: f64) -> f64 {
+    /// Of the pair `i` of a head.
+    fn apply(self, frequency: f64, i: usize, head_dim: usize, theta: f64) -> f64 {
         let (factor, low_freq_factor, high_freq_factor, original_context) = match self {
             Self::Linear { factor } => return frequency / factor,
+            Self::Yarn { factor, beta_fast, beta_slow, original_context, truncate, .. } => {
+                // The pair that turns this often in the original context.
+                let pair = |turns: f64| head_dim as f64 * (original_context / (turns * std::f64::consts::TAU)).ln() / (2.0 * theta.ln());
+                let (low, high) = (pair(beta_fast), pair(beta_slow));
+                let (low, high) = if truncate { (low.floor(), high.ceil()) } else { (low, high) };
+                let (low, high) = (low.max(0.0), high.min(head_dim as f64 - 1.0));
+                // As transformers has it, equal bounds are kept apart.
+                let width = if low == high { 0.001 } else { high - low };
+                let slowed = ((i as f64 - low) / width).clamp(0.0, 1.0);
+                return frequency / factor * slowed + frequency * (1.0 - slowed);
+            }
             Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
                 (factor, low_freq_factor, high_freq_factor, original_context)
             }

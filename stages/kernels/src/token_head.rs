@@ -88,11 +88,12 @@ fn statistics_inner<const FMA: bool>(logits: &mut [f32], scale: f32) -> (f32, f3
     (largest + log_total, log_total - weighted / total)
 }
 
-/// Gradients of [`forward`]: `dhidden` is overwritten, `dweight` added to. `dentropies` may be empty.
+/// Gradients of [`forward`]: `dhidden` is overwritten, `dweight` added to where it is there (the weight may be frozen).
+/// `dentropies` may be empty.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     dhidden: &mut [f32],
-    dweight: &mut [f32],
+    mut dweight: Option<&mut [f32]>,
     dlogprobs: &[f32],
     dentropies: &[f32],
     entropies: &[f32],
@@ -121,7 +122,9 @@ pub fn backward(
         });
         let dlogits = MatrixRef::new(logits, count, vocab);
         arithmetic.matmul(&mut dhidden[at * width..(at + count) * width], dlogits, MatrixRef::new(weight, vocab, width));
-        arithmetic.matmul_add(dweight, dlogits.t(), hidden_rows);
+        if let Some(dweight) = &mut dweight {
+            arithmetic.matmul_add(dweight, dlogits.t(), hidden_rows);
+        }
     }
 }
 

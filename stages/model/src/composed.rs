@@ -6,9 +6,12 @@ use std::sync::Arc;
 
 use burn::tensor::{Bool, Device, FloatDType, Int, Tensor, TensorData, activation};
 
-use rlflow_kernels::{Affine, matmul::Arithmetic};
+use rlflow_kernels::{Affine, Projection, matmul::Arithmetic};
 
-use crate::fused::{AttentionContext, AttentionTensors, MlpContext, MlpTensors, TokenTargets};
+use crate::{
+    dropout::BlockDropout,
+    fused::{AttentionContext, AttentionTensors, MlpContext, MlpTensors, TokenTargets},
+};
 
 fn indices(rows: &[u32], device: &Device) -> Tensor<1, Int> {
     let rows: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
@@ -43,31 +46,52 @@ fn rounded(x: Tensor<2>, arithmetic: Arithmetic) -> Tensor<2> {
     }
 }
 
-/// `x weight^T + bias`.
-fn project(x: Tensor<2>, part: Affine<Tensor<2>>, arithmetic: Arithmetic) -> Tensor<2> {
-    let out = rounded(x, arithmetic).matmul(rounded(part.weight, arithmetic).transpose());
-    match part.bias {
-        Some(bias) => out + bias,
-        None => out,
+/// How a half of a block projects.
+struct Projecting<'a> {
+    arithmetic: Arithmetic,
+    dropout: Option<&'a BlockDropout>,
+}
+
+impl Projecting<'_> {
+    /// `x weight^T + bias`, and the low-rank addition.
+    fn project(&self, projection: Projection, x: Tensor<2>, part: Affine<Tensor<2>>) -> Tensor<2> {
+        let product = |x: Tensor<2>, weight: Tensor<2>| rounded(x, self.arithmetic).matmul(rounded(weight, self.arithmetic).transpose());
+        let out = product(x.clone(), part.weight);
+        let out = match part.bias {
+            Some(bias) => out + bias,
+            None => out,
+        };
+        let Some(low_rank) = part.low_rank else { return out };
+        let seen = match self.dropout {
+            Some(dropout) => {
+                let mut factors = vec![1.0; x.dims().iter().product()];
+                dropout.apply(projection, &mut factors);
+                let factors = Tensor::from_data(TensorData::new(factors, x.dims()), &x.device().inner());
+                x.clone() * on(factors, &x.device())
+            }
+            None => x,
+        };
+        out + product(product(seen, low_rank.a) * low_rank.scale, low_rank.b)
     }
 }
 
 /// `x + attention(norm(x))`.
 pub fn attention(x: Tensor<2>, weights: AttentionTensors, context: AttentionContext) -> Tensor<2> {
-    let AttentionContext { shape, rope, slopes, layout, .. } = context;
+    let AttentionContext { shape, rope, slopes, layout, dropout } = context;
+    let projecting = Projecting { arithmetic: shape.arithmetic, dropout: dropout.as_ref() };
     let (tokens, heads) = (layout.tokens(), shape.heads);
     let device = x.device();
     let normed = norm(x.clone(), weights.norm, shape.eps);
-    let split = |part: Affine<Tensor<2>>, head_norm: Option<Tensor<2>>, count: usize| {
-        let mut rows = project(normed.clone(), part, shape.arithmetic);
+    let split = |projection: Projection, part: Affine<Tensor<2>>, head_norm: Option<Tensor<2>>, count: usize| {
+        let mut rows = projecting.project(projection, normed.clone(), part);
         if let Some(weight) = head_norm {
             rows = rms_norm(rows.reshape([tokens * count, heads.head_dim]), weight, shape.eps);
         }
         rows.reshape([tokens, count, heads.head_dim]).swap_dims(0, 1)
     };
-    let mut q = split(weights.q, weights.q_norm, heads.heads);
-    let mut k = split(weights.k, weights.k_norm, heads.kv_heads);
-    let v = split(weights.v, None, heads.kv_heads);
+    let mut q = split(Projection::Query, weights.q, weights.q_norm, heads.heads);
+    let mut k = split(Projection::Key, weights.k, weights.k_norm, heads.kv_heads);
+    let v = split(Projection::Value, weights.v, None, heads.kv_heads);
     if let Some(table) = rope {
         let half = heads.head_dim / 2;
         let (cos, sin) = table.rows(layout.positions());
@@ -98,7 +122,7 @@ pub fn attention(x: Tensor<2>, weights: AttentionTensors, context: AttentionCont
     let scores = scores.mask_fill(hidden.repeat_dim(0, heads.heads), f32::NEG_INFINITY);
     let out = activation::softmax(scores, 2).matmul(v);
     let out = out.swap_dims(0, 1).reshape([tokens, heads.query_width()]);
-    x + project(out, weights.o, shape.arithmetic)
+    x + projecting.project(Projection::Output, out, weights.o)
 }
 
 /// Lifts a constant onto the autodiff context of `device`.
@@ -126,12 +150,13 @@ fn masks(layout: &rlflow_kernels::SequenceLayout, window: Option<usize>) -> (Vec
 /// `x + mlp(norm(x))`.
 pub fn mlp(x: Tensor<2>, weights: MlpTensors, context: MlpContext) -> Tensor<2> {
     let normed = norm(x.clone(), weights.norm, context.eps);
-    let up = project(normed.clone(), weights.up, context.arithmetic);
+    let projecting = Projecting { arithmetic: context.arithmetic, dropout: context.dropout.as_ref() };
+    let up = projecting.project(Projection::Up, normed.clone(), weights.up);
     let activated = match weights.gate {
-        Some(gate) => activation::silu(project(normed, gate, context.arithmetic)) * up,
+        Some(gate) => activation::silu(projecting.project(Projection::Gate, normed, gate)) * up,
         None => gelu(up),
     };
-    x + project(activated, weights.down, context.arithmetic)
+    x + projecting.project(Projection::Down, activated, weights.down)
 }
 
 /// GELU in its tanh form (arXiv:1606.08415).

@@ -115,6 +115,10 @@ impl Decoder {
                     let original_context = original_max_position_embeddings as f64;
                     FrequencyScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }
                 }
+                RopeScaling::Yarn { factor, attention_factor, beta_fast, beta_slow, original_max_position_embeddings, truncate } => {
+                    let original_context = original_max_position_embeddings as f64;
+                    FrequencyScaling::Yarn { factor, attention_factor, beta_fast, beta_slow, original_context, truncate }
+                }
             });
             Arc::new(RopeTable::new(config.context, config.head_dim, config.rope_theta, scaling))
         });
@@ -223,11 +227,9 @@ impl Decoder {
             rope: self.rope.clone(),
             slopes: self.slopes.clone(),
             layout: batch.layout.clone(),
-            extras: attention.extras().map(|slot| slot.is_some()),
+            dropout: None,
         };
-        let arithmetic = self.arithmetic;
-        let mlp_context =
-            MlpContext { eps: self.eps(), arithmetic, gated: mlp.gate.is_some(), extras: mlp.extras().map(|slot| slot.is_some()) };
+        let mlp_context = MlpContext { eps: self.eps(), arithmetic: self.arithmetic, dropout: None };
         let (attention, mlp) = (attention.map(|slot| weight(*slot)), mlp.map(|slot| weight(*slot)));
         let (attend, feed) = if self.fused {
             (flex::attention as fn(_, _, _) -> _, flex::mlp as fn(_, _, _) -> _)

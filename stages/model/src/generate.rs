@@ -139,13 +139,13 @@ pub fn generate(
         .map(|(index, prompt)| Active { index, position: prompt.len(), last: 0, caches: Vec::with_capacity(config.layers) })
         .collect();
     for slots in &decoder.slots().blocks {
-        let (y, saved) = attention_block::forward(&x, weights.attention(slots), positional, shape, &layout);
+        let (y, saved) = attention_block::forward(&x, weights.attention(slots), positional, shape, &layout, None);
         let (keys, values) = saved.keys_and_values();
         for (sequence, active) in active.iter_mut().enumerate() {
             let capacity = (active.position + sampling.max_new_tokens).min(context);
             active.caches.push(LayerCache::from_prefill(keys, values, layout.range(sequence), shape.heads.kv_width(), capacity));
         }
-        x = mlp_block::forward(&y, weights.mlp(slots), shape.eps, Arithmetic::F32).0;
+        x = mlp_block::forward(&y, weights.mlp(slots), shape.eps, Arithmetic::F32, None).0;
     }
     let mut last_rows: Vec<f32> = (0..prompts.len()).flat_map(|i| &x[(layout.range(i).end - 1) * hidden..][..hidden]).copied().collect();
     let mut scratch = DecodeScratch::default();
@@ -188,7 +188,7 @@ pub fn generate(
         for (layer, slots) in decoder.slots().blocks.iter().enumerate() {
             let mut caches: Vec<&mut LayerCache> = active.iter_mut().map(|active| &mut active.caches[layer]).collect();
             decode::attention_step(&mut x, &mut caches, &positions, weights.attention(slots), positional, shape, &mut scratch);
-            x = mlp_block::forward(&x, weights.mlp(slots), shape.eps, Arithmetic::F32).0;
+            x = mlp_block::forward(&x, weights.mlp(slots), shape.eps, Arithmetic::F32, None).0;
         }
         last_rows = x;
         active.iter_mut().for_each(|active| active.position += 1);

@@ -8,8 +8,10 @@
 pub mod checkpoint;
 pub mod composed;
 mod decoder;
+mod dropout;
 pub mod fused;
 pub mod generate;
+pub mod lora;
 mod optimizer;
 pub mod parameters;
 pub mod ranks;
@@ -17,6 +19,7 @@ pub mod schedule;
 
 pub use checkpoint::CheckpointInfo;
 pub use decoder::{Decoder, HeadView, PackedBatch, TokenStats};
+pub use dropout::{BlockDropout, DropoutDraws};
 pub use fused::TokenTargets;
 pub use generate::{Completion, Draws, Sampling};
 pub use optimizer::{Gradients, Optimizer, OptimizerSettings};

@@ -164,7 +164,7 @@ impl SpecList {
 
     fn affine(&mut self, name: String, shape: &[usize], bias: bool) -> Affine<usize> {
         let weight = self.add(format!("{name}.weight"), shape);
-        Affine { weight, bias: bias.then(|| self.add(format!("{name}.bias"), &shape[..1])) }
+        Affine::new(weight, bias.then(|| self.add(format!("{name}.bias"), &shape[..1])))
     }
 }
 

@@ -19,6 +19,8 @@ use burn::{
 use burn_flex::FlexTensor;
 use rlflow_kernels::{Affine, AttentionParts, AttentionShape, MlpParts, SequenceLayout, matmul::Arithmetic, rope::RopeTable};
 
+use crate::dropout::BlockDropout;
+
 use self::{
     ops::{AttentionOp, EmbedOp, MlpOp, NormOp, ScoreOp, TokenHeadOp},
     slice_op::{run, run_recorded},
@@ -35,21 +37,32 @@ pub struct AttentionContext {
     pub slopes: Arc<[f32]>,
     /// Where sequences start.
     pub layout: Arc<SequenceLayout>,
-    /// Which of [`AttentionParts::extras`] are there.
-    pub extras: [bool; 7],
+    /// What is dropped of what adapters see.
+    pub dropout: Option<BlockDropout>,
 }
 
 /// What the feed-forward layer needs besides tensors.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct MlpContext {
     /// Epsilon of the norm.
     pub eps: f32,
     /// Format of the products' operands.
     pub arithmetic: Arithmetic,
-    /// Whether there is a gate.
-    pub gated: bool,
-    /// Which of [`MlpParts::extras`] are there.
-    pub extras: [bool; 4],
+    /// What is dropped of what adapters see.
+    pub dropout: Option<BlockDropout>,
+}
+
+/// What lies end to end in `extras`: [`AttentionParts::extras`] or [`MlpParts::extras`].
+#[derive(Debug, Clone, Copy)]
+pub struct Extras<const N: usize> {
+    /// Elements of each, 0 where it is not there.
+    pub lengths: [usize; N],
+    /// Factor on low-rank additions.
+    pub scale: f32,
+}
+
+impl<const N: usize> Extras<N> {
+    const NONE: Self = Self { lengths: [0; N], scale: 0.0 };
 }
 
 /// Rows of the hidden states whose token is asked for.
@@ -78,7 +91,7 @@ pub trait FusedOps: Backend {
         o: FloatTensor<Self>,
         context: AttentionContext,
     ) -> FloatTensor<Self>;
-    /// The same for families that have what Llama has not: `extras` are those vectors end to end, `[1, any]`.
+    /// The same with what Llama has not, and with adapters: `extras` are those end to end, `[1, any]`.
     fn fused_attention_with(
         x: FloatTensor<Self>,
         norm: FloatTensor<Self>,
@@ -88,6 +101,7 @@ pub trait FusedOps: Backend {
         o: FloatTensor<Self>,
         extras: FloatTensor<Self>,
         context: AttentionContext,
+        parts: Extras<15>,
     ) -> FloatTensor<Self>;
     /// `x + mlp(rms_norm(x))`: `[tokens, hidden]`.
     fn fused_mlp(
@@ -98,8 +112,8 @@ pub trait FusedOps: Backend {
         down: FloatTensor<Self>,
         context: MlpContext,
     ) -> FloatTensor<Self>;
-    /// The same for families that have what Llama has not: `extras` are those vectors end to end, `[1, any]`. Without a
-    /// gate, `gate` is anything.
+    /// The same with what Llama has not, and with adapters: `extras` are those end to end, `[1, any]`. Without a gate
+    /// (`gated`), `gate` is anything.
     fn fused_mlp_with(
         x: FloatTensor<Self>,
         norm: FloatTensor<Self>,
@@ -108,6 +122,8 @@ pub trait FusedOps: Backend {
         down: FloatTensor<Self>,
         extras: FloatTensor<Self>,
         context: MlpContext,
+        parts: Extras<10>,
+        gated: bool,
     ) -> FloatTensor<Self>;
     /// RMSNorm: `[tokens, hidden]`.
     fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
@@ -146,7 +162,7 @@ impl FusedOps for Flex {
         o: FloatTensor<Self>,
         context: AttentionContext,
     ) -> FloatTensor<Self> {
-        run::<_, 6>(&AttentionOp { context }, [x, norm, q, k, v, o])
+        run::<_, 6>(&AttentionOp { context, extras: Extras::NONE }, [x, norm, q, k, v, o])
     }
 
     fn fused_attention_with(
@@ -158,8 +174,9 @@ impl FusedOps for Flex {
         o: FloatTensor<Self>,
         extras: FloatTensor<Self>,
         context: AttentionContext,
+        parts: Extras<15>,
     ) -> FloatTensor<Self> {
-        run::<_, 7>(&AttentionOp { context }, [x, norm, q, k, v, o, extras])
+        run::<_, 7>(&AttentionOp { context, extras: parts }, [x, norm, q, k, v, o, extras])
     }
 
     fn fused_mlp(
@@ -170,7 +187,7 @@ impl FusedOps for Flex {
         down: FloatTensor<Self>,
         context: MlpContext,
     ) -> FloatTensor<Self> {
-        run::<_, 5>(&MlpOp { context }, [x, norm, gate, up, down])
+        run::<_, 5>(&MlpOp { context, extras: Extras::NONE, gated: true }, [x, norm, gate, up, down])
     }
 
     fn fused_mlp_with(
@@ -181,8 +198,10 @@ impl FusedOps for Flex {
         down: FloatTensor<Self>,
         extras: FloatTensor<Self>,
         context: MlpContext,
+        parts: Extras<10>,
+        gated: bool,
     ) -> FloatTensor<Self> {
-        run::<_, 6>(&MlpOp { context }, [x, norm, gate, up, down, extras])
+        run::<_, 6>(&MlpOp { context, extras: parts, gated }, [x, norm, gate, up, down, extras])
     }
 
     fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
@@ -227,7 +246,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         o: FloatTensor<Self>,
         context: AttentionContext,
     ) -> FloatTensor<Self> {
-        run_recorded::<C, _, 6>(AttentionOp { context }, [x, norm, q, k, v, o])
+        run_recorded::<C, _, 6>(AttentionOp { context, extras: Extras::NONE }, [x, norm, q, k, v, o])
     }
 
     fn fused_attention_with(
@@ -239,8 +258,9 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         o: FloatTensor<Self>,
         extras: FloatTensor<Self>,
         context: AttentionContext,
+        parts: Extras<15>,
     ) -> FloatTensor<Self> {
-        run_recorded::<C, _, 7>(AttentionOp { context }, [x, norm, q, k, v, o, extras])
+        run_recorded::<C, _, 7>(AttentionOp { context, extras: parts }, [x, norm, q, k, v, o, extras])
     }
 
     fn fused_mlp(
@@ -251,7 +271,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         down: FloatTensor<Self>,
         context: MlpContext,
     ) -> FloatTensor<Self> {
-        run_recorded::<C, _, 5>(MlpOp { context }, [x, norm, gate, up, down])
+        run_recorded::<C, _, 5>(MlpOp { context, extras: Extras::NONE, gated: true }, [x, norm, gate, up, down])
     }
 
     fn fused_mlp_with(
@@ -262,8 +282,10 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         down: FloatTensor<Self>,
         extras: FloatTensor<Self>,
         context: MlpContext,
+        parts: Extras<10>,
+        gated: bool,
     ) -> FloatTensor<Self> {
-        run_recorded::<C, _, 6>(MlpOp { context }, [x, norm, gate, up, down, extras])
+        run_recorded::<C, _, 6>(MlpOp { context, extras: parts, gated }, [x, norm, gate, up, down, extras])
     }
 
     fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
@@ -309,32 +331,36 @@ pub mod flex {
         Tensor::from_dispatch(Dispatch::fused_embed(weight.into_dispatch(), ids))
     }
 
-    /// Vectors end to end.
-    fn joined<const N: usize>(vectors: [Option<&Tensor<2>>; N]) -> Tensor<2> {
-        Tensor::cat(vectors.into_iter().flatten().cloned().collect(), 1)
+    /// What is there, end to end, and what it is; none where nothing is.
+    fn joined<const N: usize>(parts: [Option<&Tensor<2>>; N], scale: Option<f32>) -> Option<(Tensor<2>, Extras<N>)> {
+        let lengths = parts.map(|part| part.map_or(0, |part| part.dims().iter().product()));
+        let vectors: Vec<Tensor<2>> =
+            parts.into_iter().zip(lengths).filter_map(|(part, length)| Some(part?.clone().reshape([1, length]))).collect();
+        (!vectors.is_empty()).then(|| (Tensor::cat(vectors, 1), Extras { lengths, scale: scale.unwrap_or(0.0) }))
     }
 
     /// `x + attention(norm(x))`.
     pub fn attention(x: Tensor<2>, weights: AttentionTensors, context: AttentionContext) -> Tensor<2> {
-        let extras = context.extras.contains(&true).then(|| joined(weights.extras()).into_dispatch());
+        let extras = joined(weights.extras(), weights.low_rank_scale());
         let AttentionTensors { norm, q, k, v, o, .. } = weights;
         let [x, norm, q, k, v, o] = [x, norm.weight, q.weight, k.weight, v.weight, o.weight].map(Tensor::into_dispatch);
         Tensor::from_dispatch(match extras {
             None => Dispatch::fused_attention(x, norm, q, k, v, o, context),
-            Some(extras) => Dispatch::fused_attention_with(x, norm, q, k, v, o, extras, context),
+            Some((extras, parts)) => Dispatch::fused_attention_with(x, norm, q, k, v, o, extras.into_dispatch(), context, parts),
         })
     }
 
     /// `x + mlp(norm(x))`.
     pub fn mlp(x: Tensor<2>, weights: MlpTensors, context: MlpContext) -> Tensor<2> {
-        let extras = context.extras.contains(&true).then(|| joined(weights.extras()).into_dispatch());
+        let extras = joined(weights.extras(), weights.low_rank_scale());
         let MlpTensors { norm, gate, up, down } = weights;
+        let gated = gate.is_some();
         // Something must stand in its place; nothing reads it.
         let gate = gate.map_or_else(|| norm.weight.clone().detach(), |gate| gate.weight);
         let [x, norm, gate, up, down] = [x, norm.weight, gate, up.weight, down.weight].map(Tensor::into_dispatch);
         Tensor::from_dispatch(match extras {
             None => Dispatch::fused_mlp(x, norm, gate, up, down, context),
-            Some(extras) => Dispatch::fused_mlp_with(x, norm, gate, up, down, extras, context),
+            Some((extras, parts)) => Dispatch::fused_mlp_with(x, norm, gate, up, down, extras.into_dispatch(), context, parts, gated),
         })
     }
 

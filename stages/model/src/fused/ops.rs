@@ -1,11 +1,12 @@
 use std::sync::Arc;
 
 use rlflow_kernels::{
-    Affine, AttentionGrads, AttentionSaved, AttentionShape, AttentionWeights, MlpGrads, MlpSaved, MlpWeights, Positional, attention_block,
+    Affine, AttentionGrads, AttentionSaved, AttentionWeights, Dropout, MlpGrads, MlpSaved, MlpWeights, Positional, attention_block,
     embedding, matmul::Arithmetic, mlp_block, norm, token_head,
 };
 
-use super::{AttentionContext, MlpContext, TokenTargets, slice_op::SliceOp};
+use super::{AttentionContext, Extras, MlpContext, TokenTargets, slice_op::SliceOp};
+use crate::dropout::BlockDropout;
 
 #[derive(Debug, Clone)]
 pub struct EmbedOp {
@@ -29,13 +30,13 @@ impl SliceOp<1> for EmbedOp {
     }
 }
 
-/// Cuts `extras`, vectors that lie end to end, into slices of the given lengths; of those that are not there, none.
-fn cut<const N: usize>(extras: &[f32], lengths: [Option<usize>; N]) -> [Option<&[f32]>; N] {
+/// Cuts `extras`, which lie end to end, into slices of the given lengths.
+fn cut<const N: usize>(extras: &[f32], lengths: [usize; N]) -> [&[f32]; N] {
     let mut rest = extras;
     lengths.map(|length| {
-        let (head, tail) = rest.split_at(length?);
+        let (head, tail) = rest.split_at(length);
         rest = tail;
-        Some(head)
+        head
     })
 }
 
@@ -47,6 +48,7 @@ fn join<const N: usize>(parts: [Option<&Vec<f32>>; N]) -> Vec<f32> {
 #[derive(Debug, Clone)]
 pub struct AttentionOp {
     pub context: AttentionContext,
+    pub extras: Extras<15>,
 }
 
 impl AttentionOp {
@@ -59,34 +61,39 @@ impl AttentionOp {
     }
 
     fn weights<'a>(&self, [norm, q, k, v, o]: [&'a [f32]; 5], extras: &'a [f32]) -> AttentionWeights<'a> {
-        let AttentionShape { hidden, heads, .. } = self.context.shape;
-        let lengths = [hidden, heads.query_width(), heads.kv_width(), heads.kv_width(), hidden, heads.head_dim, heads.head_dim];
-        let mut at = 0;
-        let given = lengths.map(|length| {
-            at += 1;
-            self.context.extras[at - 1].then_some(length)
-        });
-        let [norm_bias, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm] = cut(extras, given);
+        let Extras { lengths, scale } = self.extras;
+        let [norm_bias, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, qa, qb, ka, kb, va, vb, oa, ob] = cut(extras, lengths);
+        let there = |slice: &'a [f32]| (!slice.is_empty()).then_some(slice);
         AttentionWeights {
-            norm: Affine { weight: norm, bias: norm_bias },
-            q: Affine { weight: q, bias: q_bias },
-            k: Affine { weight: k, bias: k_bias },
-            v: Affine { weight: v, bias: v_bias },
-            o: Affine { weight: o, bias: o_bias },
-            q_norm,
-            k_norm,
+            norm: Affine::new(norm, there(norm_bias)),
+            q: Affine::of_slices(q, q_bias, [qa, qb], scale),
+            k: Affine::of_slices(k, k_bias, [ka, kb], scale),
+            v: Affine::of_slices(v, v_bias, [va, vb], scale),
+            o: Affine::of_slices(o, o_bias, [oa, ob], scale),
+            q_norm: there(q_norm),
+            k_norm: there(k_norm),
         }
     }
 
     fn run(&self, x: &[f32], weights: AttentionWeights<'_>) -> (Vec<f32>, [usize; 2], AttentionSaved) {
-        let AttentionContext { shape, layout, .. } = &self.context;
-        let (y, saved) = attention_block::forward(x, weights, self.positional(), *shape, layout);
+        let AttentionContext { shape, layout, dropout, .. } = &self.context;
+        let (y, saved) = with_dropout(dropout, |dropout| attention_block::forward(x, weights, self.positional(), *shape, layout, dropout));
         (y, [layout.tokens(), shape.hidden], saved)
     }
 
-    fn run_back(&self, gradient: &[f32], x: &[f32], saved: &AttentionSaved, weights: AttentionWeights<'_>) -> AttentionGrads {
-        let AttentionContext { shape, layout, .. } = &self.context;
-        attention_block::backward(gradient, x, saved, weights, self.positional(), *shape, layout)
+    fn run_back(&self, gradient: &[f32], x: &[f32], saved: &AttentionSaved, weights: AttentionWeights<'_>, frozen: bool) -> AttentionGrads {
+        let AttentionContext { shape, layout, dropout, .. } = &self.context;
+        with_dropout(dropout, |dropout| {
+            attention_block::backward(gradient, x, saved, weights, self.positional(), *shape, layout, dropout, frozen)
+        })
+    }
+}
+
+/// Gives `run` what `dropout` drops, as kernels take it.
+fn with_dropout<T>(dropout: &Option<BlockDropout>, run: impl FnOnce(Dropout<'_>) -> T) -> T {
+    match dropout {
+        Some(dropout) => run(Some(&|projection, rows: &mut [f32]| dropout.apply(projection, rows))),
+        None => run(None),
     }
 }
 
@@ -98,13 +105,14 @@ impl SliceOp<6> for AttentionOp {
         self.run(x, self.weights([norm, q, k, v, o], &[]))
     }
 
-    fn backward(&self, [x, norm, q, k, v, o]: [&[f32]; 6], saved: &AttentionSaved, gradient: &[f32], _: [bool; 6]) -> [Vec<f32>; 6] {
-        let AttentionGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, q, k, v, o], &[]));
+    fn backward(&self, [x, norm, q, k, v, o]: [&[f32]; 6], saved: &AttentionSaved, gradient: &[f32], wanted: [bool; 6]) -> [Vec<f32>; 6] {
+        let frozen = !wanted[2..].contains(&true);
+        let AttentionGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, q, k, v, o], &[]), frozen);
         [x, weights.norm.weight, weights.q.weight, weights.k.weight, weights.v.weight, weights.o.weight]
     }
 }
 
-/// Any family's: the vectors that Llama has not come last, end to end.
+/// Any family's, and adapters': what Llama has not comes last, end to end.
 impl SliceOp<7> for AttentionOp {
     type Saved = AttentionSaved;
 
@@ -117,9 +125,10 @@ impl SliceOp<7> for AttentionOp {
         [x, norm, q, k, v, o, extras]: [&[f32]; 7],
         saved: &AttentionSaved,
         gradient: &[f32],
-        _: [bool; 7],
+        wanted: [bool; 7],
     ) -> [Vec<f32>; 7] {
-        let AttentionGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, q, k, v, o], extras));
+        let frozen = !wanted[2..6].contains(&true);
+        let AttentionGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, q, k, v, o], extras), frozen);
         let extras = join(weights.extras());
         [x, weights.norm.weight, weights.q.weight, weights.k.weight, weights.v.weight, weights.o.weight, extras]
     }
@@ -128,28 +137,33 @@ impl SliceOp<7> for AttentionOp {
 #[derive(Debug, Clone)]
 pub struct MlpOp {
     pub context: MlpContext,
+    pub extras: Extras<10>,
+    pub gated: bool,
 }
 
 impl MlpOp {
     fn weights<'a>(&self, [norm, gate, up, down]: [&'a [f32]; 4], extras: &'a [f32]) -> MlpWeights<'a> {
-        let (hidden, intermediate) = (norm.len(), up.len() / norm.len());
-        let [has_norm, has_gate, has_up, has_down] = self.context.extras;
-        let given =
-            [has_norm.then_some(hidden), has_gate.then_some(intermediate), has_up.then_some(intermediate), has_down.then_some(hidden)];
-        let [norm_bias, gate_bias, up_bias, down_bias] = cut(extras, given);
+        let Extras { lengths, scale } = self.extras;
+        let [norm_bias, gate_bias, up_bias, down_bias, gate_a, gate_b, up_a, up_b, down_a, down_b] = cut(extras, lengths);
         MlpWeights {
-            norm: Affine { weight: norm, bias: norm_bias },
-            gate: self.context.gated.then_some(Affine { weight: gate, bias: gate_bias }),
-            up: Affine { weight: up, bias: up_bias },
-            down: Affine { weight: down, bias: down_bias },
+            norm: Affine::new(norm, (!norm_bias.is_empty()).then_some(norm_bias)),
+            gate: self.gated.then(|| Affine::of_slices(gate, gate_bias, [gate_a, gate_b], scale)),
+            up: Affine::of_slices(up, up_bias, [up_a, up_b], scale),
+            down: Affine::of_slices(down, down_bias, [down_a, down_b], scale),
         }
     }
 
     fn run(&self, x: &[f32], weights: MlpWeights<'_>) -> (Vec<f32>, [usize; 2], MlpSaved) {
         let hidden = weights.norm.weight.len();
-        let (y, saved) = mlp_block::forward(x, weights, self.context.eps, self.context.arithmetic);
+        let MlpContext { eps, arithmetic, dropout } = &self.context;
+        let (y, saved) = with_dropout(dropout, |dropout| mlp_block::forward(x, weights, *eps, *arithmetic, dropout));
         let tokens = y.len() / hidden;
         (y, [tokens, hidden], saved)
+    }
+
+    fn run_back(&self, gradient: &[f32], x: &[f32], saved: &MlpSaved, weights: MlpWeights<'_>, frozen: bool) -> MlpGrads {
+        let MlpContext { eps, arithmetic, dropout } = &self.context;
+        with_dropout(dropout, |dropout| mlp_block::backward(gradient, x, saved, weights, *eps, *arithmetic, dropout, frozen))
     }
 }
 
@@ -161,16 +175,15 @@ impl SliceOp<5> for MlpOp {
         self.run(x, self.weights([norm, gate, up, down], &[]))
     }
 
-    fn backward(&self, [x, norm, gate, up, down]: [&[f32]; 5], saved: &MlpSaved, gradient: &[f32], _: [bool; 5]) -> [Vec<f32>; 5] {
-        let grads =
-            mlp_block::backward(gradient, x, saved, self.weights([norm, gate, up, down], &[]), self.context.eps, self.context.arithmetic);
-        let MlpGrads { x, weights } = grads;
+    fn backward(&self, [x, norm, gate, up, down]: [&[f32]; 5], saved: &MlpSaved, gradient: &[f32], wanted: [bool; 5]) -> [Vec<f32>; 5] {
+        let frozen = !wanted[2..].contains(&true);
+        let MlpGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, gate, up, down], &[]), frozen);
         let gate = weights.gate.map(|gate| gate.weight).unwrap_or_default();
         [x, weights.norm.weight, gate, weights.up.weight, weights.down.weight]
     }
 }
 
-/// Any family's: biases come last, end to end. What stands in the place of a gate that is not there gets no gradient.
+/// Any family's, and adapters': what Llama has not comes last, end to end. What stands in the place of a gate that is not there gets no gradient.
 impl SliceOp<6> for MlpOp {
     type Saved = MlpSaved;
 
@@ -178,16 +191,15 @@ impl SliceOp<6> for MlpOp {
         self.run(x, self.weights([norm, gate, up, down], extras))
     }
 
-    fn backward(&self, [x, norm, gate, up, down, extras]: [&[f32]; 6], saved: &MlpSaved, gradient: &[f32], _: [bool; 6]) -> [Vec<f32>; 6] {
-        let grads = mlp_block::backward(
-            gradient,
-            x,
-            saved,
-            self.weights([norm, gate, up, down], extras),
-            self.context.eps,
-            self.context.arithmetic,
-        );
-        let MlpGrads { x, weights } = grads;
+    fn backward(
+        &self,
+        [x, norm, gate, up, down, extras]: [&[f32]; 6],
+        saved: &MlpSaved,
+        gradient: &[f32],
+        wanted: [bool; 6],
+    ) -> [Vec<f32>; 6] {
+        let frozen = !wanted[2..5].contains(&true);
+        let MlpGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, gate, up, down], extras), frozen);
         let extras = join(weights.extras());
         let gate = weights.gate.map_or_else(|| vec![0.0; gate.len()], |gate| gate.weight);
         [x, weights.norm.weight, gate, weights.up.weight, weights.down.weight, extras]
@@ -228,12 +240,12 @@ impl SliceOp<3> for NormOp {
     type Saved = Vec<f32>;
 
     fn forward(&self, [x, weight, bias]: [&[f32]; 3]) -> (Vec<f32>, [usize; 2], Vec<f32>) {
-        self.run(x, Affine { weight, bias: Some(bias) })
+        self.run(x, Affine::new(weight, Some(bias)))
     }
 
     fn backward(&self, [x, weight, bias]: [&[f32]; 3], inverse: &Vec<f32>, gradient: &[f32], _: [bool; 3]) -> [Vec<f32>; 3] {
         let mut dx = vec![0.0; x.len()];
-        let grads = norm::norm_backward(&mut dx, gradient, x, inverse, Affine { weight, bias: Some(bias) });
+        let grads = norm::norm_backward(&mut dx, gradient, x, inverse, Affine::new(weight, Some(bias)));
         [dx, grads.weight, grads.bias.unwrap_or_default()]
     }
 }
@@ -273,15 +285,15 @@ impl SliceOp<2> for TokenHeadOp {
         (out, [2, count], TokenHeadSaved { entropies, log_sum_exp })
     }
 
-    fn backward(&self, [hidden, weight]: [&[f32]; 2], saved: &TokenHeadSaved, gradient: &[f32], _: [bool; 2]) -> [Vec<f32>; 2] {
+    fn backward(&self, [hidden, weight]: [&[f32]; 2], saved: &TokenHeadSaved, gradient: &[f32], wanted: [bool; 2]) -> [Vec<f32>; 2] {
         let TokenTargets { rows, targets, scale } = &self.targets;
         let gathered = gather(hidden, rows, self.width);
         let (dlogprobs, dentropies) = gradient.split_at(rows.len());
-        let (mut drows, mut dweight) = (vec![0.0; gathered.len()], vec![0.0; weight.len()]);
+        let (mut drows, mut dweight) = (vec![0.0; gathered.len()], vec![0.0; if wanted[1] { weight.len() } else { 0 }]);
         let TokenHeadSaved { entropies, log_sum_exp } = saved;
         token_head::backward(
             &mut drows,
-            &mut dweight,
+            wanted[1].then_some(&mut dweight),
             dlogprobs,
             dentropies,
             entropies,
