@@ -50,6 +50,9 @@ pub struct Export {
     /// Most bytes of weights in one file: 500MB, 5GB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
     pub max_shard_size: u64,
+    /// Only the adapter that was trained (`lora`), in PEFT's format; without this it is merged into the weights
+    #[arg(long, conflicts_with = "dtype")]
+    pub adapter: bool,
 }
 
 impl Export {
@@ -63,7 +66,7 @@ impl Export {
             let hint = format!("rlflow run {} {}", workflow.path.display(), self.stage);
             return Err(Failure::request("no_artifact", format!("{digest} is not in the store any more"), hint));
         };
-        let options = ExportOptions { dtype: self.dtype.map(Into::into), max_shard_bytes: self.max_shard_size };
+        let options = ExportOptions { dtype: self.dtype.map(Into::into), max_shard_bytes: self.max_shard_size, adapter: self.adapter };
         let exported = export(&model, &self.folder, &options).map_err(|error| match error {
             StageError::Invalid { .. } | StageError::Data { .. } => {
                 Failure::Request { code: "cannot_export", message: error.to_string(), hint: error.hint().map(str::to_owned) }

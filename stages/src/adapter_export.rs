@@ -97,7 +97,8 @@ pub fn write(model: &Artifact, role: Role, folder: &Path) -> StageResult<Exporte
 /// The factors of one weight. Several adapters are one whose factors lie side by side: `[A1; A2]` and `[s1 B1, s2 B2]`; one that leaves this
 /// weight alone counts as zero, so that all have one rank.
 fn stacked(model: &Artifact, info: &CheckpointInfo, spec: &ParameterSpec) -> StageResult<Option<[Tensor; 2]>> {
-    let found = info.adapters.iter().enumerate().map(|(at, lora)| adapter::factors(model, at, lora, spec)).collect::<StageResult<Vec<_>>>()?;
+    let found =
+        info.adapters.iter().enumerate().map(|(at, lora)| adapter::factors(model, at, lora, spec)).collect::<StageResult<Vec<_>>>()?;
     let Some(names) = info.adapters.iter().find_map(|lora| lora.factors(spec)) else { return Ok(None) };
     let (out, columns) = (spec.shape[0], spec.shape[1]);
     let rank: usize = info.adapters.iter().map(|lora| lora.rank).sum();

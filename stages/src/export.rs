@@ -1,6 +1,7 @@
 //! A model artifact as a Hugging Face checkpoint directory.
 //!
-//! Weights leave with the element type that they are stored in: those of an import as they came, trained ones as fp32. What an
+//! Weights leave with the element type that they are stored in: those of an import as they came, trained ones as fp32, adapters merged into
+//! them. What an
 //! imported checkpoint said in `config.json` and `generation_config.json` is carried through.
 
 use std::{
@@ -15,11 +16,14 @@ use rlflow_hf::{
     converted,
     names::file_tensors,
 };
-use rlflow_model::{CheckpointInfo, parameters::specs};
+use rlflow_model::{CheckpointInfo, ParameterSpec, adapter, checkpoint, parameters::specs};
 use rlflow_text::{CONFIG_ENTRY, ChatTokenizer, TOKENIZER_ENTRY, TokenizerConfig};
 use serde_json::{Map, Value, json};
 
-use crate::import::{GENERATION_CONFIG, head_of};
+use crate::{
+    adapter_export,
+    import::{GENERATION_CONFIG, head_of},
+};
 
 /// How to export.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +32,8 @@ pub struct ExportOptions {
     pub dtype: Option<Dtype>,
     /// Most bytes of tensors in one file.
     pub max_shard_bytes: u64,
+    /// Only what adapters add, in PEFT's format, rather than the weights with that added to them.
+    pub adapter: bool,
 }
 
 /// What was written.
@@ -54,7 +60,10 @@ pub fn export(model: &Artifact, folder: &Path, options: &ExportOptions) -> Stage
         )
     })?;
     let temporary = prepare(folder)?;
-    let written = write(model, role, &temporary.0, options)?;
+    let written = match options.adapter {
+        true => adapter_export::write(model, role, &temporary.0)?,
+        false => write(model, role, &temporary.0, options)?,
+    };
     // An empty folder of that name gives way.
     if folder.exists() {
         fs::remove_dir(folder).map_err(failed("replace", folder))?;
@@ -90,7 +99,7 @@ fn prepare(folder: &Path) -> StageResult<Temporary> {
     Ok(Temporary(path))
 }
 
-fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> StageError {
+pub(crate) fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> StageError {
     let operation = format!("{what} {}", path.display());
     move |source| StageError::Io { operation, source }
 }
@@ -115,8 +124,8 @@ fn write(model: &Artifact, role: Role, folder: &Path, options: &ExportOptions) -
     let writer = Writer { folder, max_shard_bytes: options.max_shard_bytes };
     let mut size_bytes = 0;
     let mut files = writer.write(&tensors, |weight, dtype| {
-        let stored = stored_dtype(model, weight)?;
-        let content = converted(model.read(&weight.name)?.to_vec(), stored, dtype);
+        let (stored, content) = content(model, &info, weight)?;
+        let content = converted(content, stored, dtype);
         size_bytes += content.len() as u64;
         Ok(content)
     })?;
@@ -192,6 +201,15 @@ fn generation_config(ids: &TokenIds, tokenizer: &ChatTokenizer) -> Vec<u8> {
         object.insert("pad_token_id".into(), pad.into());
     }
     config::pretty(&object)
+}
+
+/// A weight's bytes and their element type: those that are stored, or in single precision where an adapter adds to them.
+fn content(model: &Artifact, info: &CheckpointInfo, weight: &WantedTensor) -> StageResult<(Dtype, Vec<u8>)> {
+    if !info.adapters.iter().any(|lora| lora.adapts(&weight.name)) {
+        return Ok((stored_dtype(model, weight)?, model.read(&weight.name)?.to_vec()));
+    }
+    let spec = ParameterSpec { name: weight.name.clone(), shape: weight.shape.iter().map(|size| *size as usize).collect() };
+    Ok((Dtype::F32, checkpoint::bytes(&adapter::merged(model, &info.adapters, &spec)?)))
 }
 
 fn stored_dtype(model: &Artifact, weight: &WantedTensor) -> StageResult<Dtype> {

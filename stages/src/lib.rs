@@ -5,6 +5,7 @@
 //! [`reward_model`], [`ppo`] with its four roles, [`dpo`]. And [`eval`]. What trainers share stands in [`train`], their maths in
 //! [`losses`].
 
+mod adapter_export;
 pub mod chat;
 pub mod corpus;
 mod devices;
@@ -14,6 +15,7 @@ pub mod export;
 pub mod import;
 pub mod instructions;
 pub mod language;
+pub mod lora;
 pub mod losses;
 mod model_settings;
 pub mod models;

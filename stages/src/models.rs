@@ -6,7 +6,7 @@ use rlflow_api::{
     Artifact, ArtifactBuilder, ArtifactMeta, ArtifactType, DescribeContext, Description, Needs, Placement, Problem, RunContext, StageError,
     StageResult,
 };
-use rlflow_model::{CheckpointInfo, Group, Head, checkpoint};
+use rlflow_model::{CheckpointInfo, Group, Head, LoraSettings, adapter, checkpoint};
 use rlflow_text::ChatTokenizer;
 
 use crate::train::{Precision, layout};
@@ -21,31 +21,54 @@ pub struct LoadedModel {
     pub artifact: Artifact,
 }
 
-/// Loads the model on `port` to where the stage runs.
-pub fn load(context: &RunContext<'_>, port: &str, head: Head, precision: Precision) -> StageResult<LoadedModel> {
-    load_artifact(&context.input(port)?.artifact, head, context.seed, context.placement, precision)
+/// Loads the model on `port` to where the stage runs; with `lora` a fresh adapter is put on it.
+pub fn load(
+    context: &RunContext<'_>,
+    port: &str,
+    head: Head,
+    precision: Precision,
+    lora: Option<&LoraSettings>,
+) -> StageResult<LoadedModel> {
+    load_artifact(&context.input(port)?.artifact, head, context.seed, context.placement, precision, lora)
 }
 
 /// Loads a model artifact.
-pub fn load_artifact(artifact: &Artifact, head: Head, seed: u64, placement: &Placement, precision: Precision) -> StageResult<LoadedModel> {
-    let (model, info) = checkpoint::load_on(artifact, head, seed, &layout(placement)?, precision.arithmetic())?;
+pub fn load_artifact(
+    artifact: &Artifact,
+    head: Head,
+    seed: u64,
+    placement: &Placement,
+    precision: Precision,
+    lora: Option<&LoraSettings>,
+) -> StageResult<LoadedModel> {
+    let (model, info) = checkpoint::load_on(artifact, head, seed, &layout(placement)?, precision.arithmetic(), lora)?;
     Ok(LoadedModel { model, info, artifact: artifact.clone() })
 }
 
-/// Publishes `model` with `head` as an artifact of `artifact_type` with the tokenizer files of `tokenizer` (a tokenizer or a
-/// model).
+impl LoadedModel {
+    /// The model of `artifact` without loading it, if it is the one below this model's adapter: one copy serves both.
+    pub fn base_as(&self, artifact: &Artifact) -> Option<Group> {
+        (self.model.first().adapter().is_some() && adapter::same_weights(&self.artifact, artifact)).then(|| self.model.without_adapter())
+    }
+}
+
+/// Publishes `model` with `head` as an artifact of `artifact_type` with the tokenizer files of `source` (a tokenizer or a model). What an
+/// adapter was trained on is shared with `source`, from which it was loaded.
 pub fn publish(
     context: &RunContext<'_>,
     artifact_type: ArtifactType,
     model: &Group,
     head: Head,
     info: &CheckpointInfo,
-    tokenizer: &Artifact,
+    source: &Artifact,
 ) -> StageResult<Artifact> {
     context.phase("storing the checkpoint");
     let mut builder = context.output(artifact_type);
-    checkpoint::save(model, head, &mut builder, info)?;
-    share_files(&mut builder, tokenizer)?;
+    match model.first().adapter() {
+        Some(lora) => adapter::save(model, lora, head, source, &mut builder, info)?,
+        None => checkpoint::save(model, head, &mut builder, info)?,
+    }
+    share_files(&mut builder, source)?;
     Ok(builder.publish()?)
 }
 

@@ -29,7 +29,7 @@ use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
 const POLICIES: [&str; 5] = ["llama3", "mistral", "qwen2", "qwen3", "gpt2"];
-const AS_STORED: ExportOptions = ExportOptions { dtype: None, max_shard_bytes: u64::MAX };
+const AS_STORED: ExportOptions = ExportOptions { dtype: None, max_shard_bytes: u64::MAX, adapter: false };
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/hf_models")
@@ -572,7 +572,7 @@ fn models_of_every_family_made_here_go_out_and_come_back() {
             let decoder = Decoder::new(config.clone(), head, parameters, Device::flex());
             let mut builder = world.bench.store.artifact(artifact_type.name());
             let digest = CheckpointInfo::of(&tokenizer).unwrap().tokenizer;
-            let info = CheckpointInfo { model: config.clone(), head, tokenizer: digest, role: None };
+            let info = CheckpointInfo { model: config.clone(), head, tokenizer: digest, adapters: Vec::new(), role: None };
             checkpoint::save(&Group::of(decoder), head, &mut builder, &info).unwrap();
             for name in ["tokenizer.json", "tokenizer_config.json"] {
                 builder.share(tokenizer.manifest().entry(name).unwrap()).unwrap();

@@ -61,7 +61,7 @@ impl Bench {
     /// The same, stored.
     fn model<'a>(&self, artifact_type: ArtifactType, head: Head, weight: impl Fn(&str) -> (&'a Fixture, String)) -> Artifact {
         let decoder = self.decoder(head, weight);
-        let info = CheckpointInfo { model: self.config.clone(), head, tokenizer: "fixture".into(), role: None };
+        let info = CheckpointInfo { model: self.config.clone(), head, tokenizer: "fixture".into(), adapters: Vec::new(), role: None };
         let mut builder = self.stage.store.artifact(artifact_type.name());
         checkpoint::save(&Group::of(decoder), head, &mut builder, &info).unwrap();
         builder.publish().unwrap()

@@ -5,14 +5,14 @@
 //! are merged into the weights.
 
 use rlflow_api::{Artifact, ArtifactBuilder, Dtype, StageError, StageResult};
+use rlflow_kernels::LowRank;
 
 use crate::{
-    CheckpointInfo, Decoder,
-    checkpoint::{bytes, floats},
+    CheckpointInfo, Group, Head,
+    checkpoint::{bytes, floats, weight},
     lora::{LoraSettings, is_factor, merge},
-    parameters::ParameterSpec,
+    parameters::{ParameterSpec, specs},
 };
-use rlflow_kernels::LowRank;
 
 /// Name of a factor's entry; adapters are counted from 0 in the order in which they were trained.
 pub fn entry_name(adapter: usize, factor: &str) -> String {
@@ -37,41 +37,59 @@ pub fn factors(artifact: &Artifact, adapter: usize, lora: &LoraSettings, spec: &
     Ok(Some(LowRank { a: read(&a)?, b: read(&b)?, scale }))
 }
 
-/// Adds to `weight`, the elements of `spec` in the base, what the artifact's adapters add to it.
+/// Elements of the weight `spec` in `artifact`, with what its adapters add to it.
 ///
 /// # Errors
-/// As [`factors`].
-pub fn add_adapters(artifact: &Artifact, adapters: &[LoraSettings], spec: &ParameterSpec, weight: &mut [f32]) -> StageResult<()> {
+/// If a tensor is missing, misshapen or cannot be read.
+pub fn merged(artifact: &Artifact, adapters: &[LoraSettings], spec: &ParameterSpec) -> StageResult<Vec<f32>> {
+    let mut values = weight(artifact, spec)?;
     for (adapter, lora) in adapters.iter().enumerate() {
         if let Some(LowRank { a, b, scale }) = factors(artifact, adapter, lora, spec)? {
-            merge(weight, LowRank { a: &a, b: &b, scale }, lora.rank);
+            merge(&mut values, LowRank { a: &a, b: &b, scale }, lora.rank);
         }
     }
-    Ok(())
+    Ok(values)
 }
 
-/// Adds to `builder` the weights of `decoder`, which was loaded from `source` and trained with an adapter: what is frozen is shared with
-/// `source`, and so are its adapters; what was trained is stored.
+/// Adds to `builder` the weights of `model`, which was loaded from `source` and trained with an adapter, that a model with `head` has:
+/// what is frozen is shared with `source`, and so are its adapters; what was trained is stored.
 ///
 /// # Errors
 /// If the store cannot be written, or `source` lacks a weight.
-pub fn save(decoder: &Decoder, lora: &LoraSettings, source: &Artifact, builder: &mut ArtifactBuilder, info: &CheckpointInfo) -> StageResult<()> {
-    let parameters = decoder.parameters();
-    for (slot, spec) in parameters.specs().iter().enumerate() {
-        if parameters.is_frozen(slot) {
+///
+/// # Panics
+/// If `model` lacks a weight for that head.
+pub fn save(
+    model: &Group,
+    lora: &LoraSettings,
+    head: Head,
+    source: &Artifact,
+    builder: &mut ArtifactBuilder,
+    info: &CheckpointInfo,
+) -> StageResult<()> {
+    let by_name = model.first().parameters().by_name();
+    let (mut specs, mut slots) = specs(model.config(), head);
+    lora.extend(&mut specs, &mut slots);
+    for spec in &specs {
+        let slot = by_name[spec.name.as_str()];
+        if model.first().is_frozen(slot) {
             let entry = source.manifest().entry(&spec.name).ok_or_else(|| {
-                StageError::invalid(format!("checkpoint {} has no tensor `{}`, which its adapter needs", source.digest().short(), spec.name))
+                StageError::invalid(format!(
+                    "checkpoint {} has no tensor `{}`, which its adapter needs",
+                    source.digest().short(),
+                    spec.name
+                ))
             })?;
             builder.share(entry)?;
             continue;
         }
         let shape: Vec<u64> = spec.shape.iter().map(|size| *size as u64).collect();
         let name = if is_factor(&spec.name) { entry_name(info.adapters.len(), &spec.name) } else { spec.name.clone() };
-        builder.put_tensor(&name, Dtype::F32, &shape, &bytes(&parameters.host(slot)))?;
+        builder.put_tensor(&name, Dtype::F32, &shape, &bytes(&model.weight(slot)))?;
     }
     share_adapters(source, builder)?;
     let adapters = [&info.adapters[..], std::slice::from_ref(lora)].concat();
-    let info = CheckpointInfo { model: decoder.config().clone(), head: decoder.head(), adapters, ..info.clone() };
+    let info = CheckpointInfo { model: model.config().clone(), head, adapters, ..info.clone() };
     builder.metadata(serde_json::to_value(info).map_err(|error| StageError::invalid(error.to_string()))?);
     Ok(())
 }

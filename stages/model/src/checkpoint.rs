@@ -6,7 +6,7 @@ use rlflow_kernels::matmul::Arithmetic;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Decoder, Group, Layout,
+    Decoder, Group, Layout, LoraSettings, adapter, lora,
     parameters::{Head, ParameterSpec, SCORE_WEIGHT, initial, specs},
 };
 
@@ -19,6 +19,9 @@ pub struct CheckpointInfo {
     pub head: Head,
     /// Digest of the tokenizer artifact that its ids belong to.
     pub tokenizer: String,
+    /// Adapters beside the weights, in the order in which they were trained ([`adapter`]).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<LoraSettings>,
     /// Settings that travel with the model to the stage that uses it (those of a PPO role).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub role: Option<serde_json::Value>,
@@ -45,8 +48,11 @@ pub fn floats(content: &[u8]) -> Vec<f32> {
     content.chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])).collect()
 }
 
-/// Elements of the weight `spec` in `artifact`.
-fn read(artifact: &Artifact, spec: &ParameterSpec) -> StageResult<Vec<f32>> {
+/// Elements of the weight `spec` in `artifact`, without adapters.
+///
+/// # Errors
+/// If it is missing, misshapen or cannot be read.
+pub fn weight(artifact: &Artifact, spec: &ParameterSpec) -> StageResult<Vec<f32>> {
     let entry = artifact.manifest().entry(&spec.name).ok_or_else(|| {
         StageError::invalid(format!("checkpoint {} has no tensor `{}` of shape {:?}", artifact.digest().short(), spec.name, spec.shape))
     })?;
@@ -72,8 +78,9 @@ fn widened(dtype: Dtype, content: &[u8]) -> Vec<f32> {
     }
 }
 
-/// Loads a model with `head` on top onto the ranks of `layout`, weight by weight. Weights that the checkpoint lacks for that
-/// head (a scalar head on a policy) are drawn from `seed`; those it has beyond it are left.
+/// Loads a model with `head` on top onto the ranks of `layout`, weight by weight, its adapters merged into them. Weights that the
+/// checkpoint lacks for that head (a scalar head on a policy) are drawn from `seed`; those it has beyond it are left. With `lora` a
+/// fresh adapter is put on it, and only that will be trained.
 ///
 /// # Errors
 /// If a tensor of the trunk is missing or misshapen.
@@ -83,12 +90,16 @@ pub fn load_on(
     seed: u64,
     layout: &Layout,
     arithmetic: Arithmetic,
+    lora: Option<&LoraSettings>,
 ) -> StageResult<(Group, CheckpointInfo)> {
     let info = CheckpointInfo::of(artifact)?;
     let fresh = initial(&info.model, seed, 0.02);
-    let group = Group::new(&info.model, head, layout, arithmetic, |spec| {
+    let group = Group::new(&info.model, head, layout, arithmetic, lora, |spec| {
+        if lora::is_factor(&spec.name) {
+            return Ok(lora::initial(spec, seed));
+        }
         let absent = spec.name == SCORE_WEIGHT && artifact.manifest().entry(SCORE_WEIGHT).is_none();
-        if absent { Ok(fresh(spec)) } else { read(artifact, spec) }
+        if absent { Ok(fresh(spec)) } else { adapter::merged(artifact, &info.adapters, spec) }
     })?;
     Ok((group, info))
 }
@@ -98,11 +109,11 @@ pub fn load_on(
 /// # Errors
 /// If a tensor of the trunk is missing or misshapen.
 pub fn load(artifact: &Artifact, head: Head, seed: u64, device: &Device) -> StageResult<(Decoder, CheckpointInfo)> {
-    let (group, info) = load_on(artifact, head, seed, &Layout::one(device.clone()), Arithmetic::F32)?;
+    let (group, info) = load_on(artifact, head, seed, &Layout::one(device.clone()), Arithmetic::F32, None)?;
     Ok((group.first().clone(), info))
 }
 
-/// Adds to `builder` the weights of `model` that a model with `head` has, and `info` as its metadata.
+/// Adds to `builder` the weights of `model`, which has no adapter, that a model with `head` has, and `info` as its metadata.
 ///
 /// # Errors
 /// If the store cannot be written.
@@ -115,12 +126,32 @@ pub fn save(model: &Group, head: Head, builder: &mut ArtifactBuilder, info: &Che
         let shape: Vec<u64> = spec.shape.iter().map(|size| *size as u64).collect();
         builder.put_tensor(&spec.name, Dtype::F32, &shape, &bytes(&model.weight(by_name[spec.name.as_str()])))?;
     }
-    let info = CheckpointInfo { model: model.config().clone(), head, ..info.clone() };
+    let info = CheckpointInfo { model: model.config().clone(), head, adapters: Vec::new(), ..info.clone() };
     builder.metadata(serde_json::to_value(info).map_err(|error| StageError::invalid(error.to_string()))?);
     Ok(())
 }
 
-/// Adds the state that training continues from, under names that begin with `prefix`: weights, moments, step count.
+/// Adds to `builder` the weights of `source`, a policy that `info` is about, under a fresh scalar head that is drawn from `seed`. All but that
+/// head is shared.
+///
+/// # Errors
+/// If the store cannot be written, or a weight is missing.
+pub fn share_under_score_head(source: &Artifact, info: &CheckpointInfo, seed: u64, builder: &mut ArtifactBuilder) -> StageResult<()> {
+    let fresh = initial(&info.model, seed, 0.02);
+    for spec in specs(&info.model, Head::Score).0 {
+        match source.manifest().entry(&spec.name) {
+            Some(entry) => builder.share(entry)?,
+            None if spec.name == SCORE_WEIGHT => {
+                let shape: Vec<u64> = spec.shape.iter().map(|size| *size as u64).collect();
+                builder.put_tensor(&spec.name, Dtype::F32, &shape, &bytes(&fresh(&spec)))?;
+            }
+            None => return Err(StageError::invalid(format!("checkpoint {} has no tensor `{}`", source.digest().short(), spec.name))),
+        }
+    }
+    adapter::share_adapters(source, builder)
+}
+
+/// Adds the state that training continues from, under names that begin with `prefix`: weights that are not frozen, moments, step count.
 ///
 /// # Errors
 /// If the store cannot be written.
@@ -139,7 +170,8 @@ pub fn save_state(prefix: &str, model: &Group, builder: &mut ArtifactBuilder) ->
 /// # Errors
 /// If the store cannot be written.
 pub fn save_weights(prefix: &str, model: &Group, builder: &mut ArtifactBuilder) -> StageResult<()> {
-    Ok(builder.put(&format!("{prefix}.weights"), &all_slots(model, |slot| bytes(&model.weight(slot))))?)
+    let trained = |slot: usize| if model.first().is_frozen(slot) { Vec::new() } else { bytes(&model.weight(slot)) };
+    Ok(builder.put(&format!("{prefix}.weights"), &all_slots(model, trained))?)
 }
 
 fn all_slots(model: &Group, of: impl Fn(usize) -> Vec<u8>) -> Vec<u8> {
@@ -160,7 +192,7 @@ pub fn load_state(prefix: &str, state: &Artifact, model: &mut Group) -> StageRes
         return Err(foreign(state));
     }
     let mut start = 0;
-    for (slot, len) in trained.into_iter().enumerate() {
+    for (slot, len) in trained.into_iter().enumerate().filter(|(_, len)| *len > 0) {
         model.set_moments(slot, [&first[start..start + len], &second[start..start + len]]);
         start += len;
     }
@@ -174,12 +206,13 @@ pub fn load_state(prefix: &str, state: &Artifact, model: &mut Group) -> StageRes
 /// If they are not those of this model.
 pub fn load_weights(prefix: &str, state: &Artifact, model: &mut Group) -> StageResult<()> {
     let content = floats(&state.read(&format!("{prefix}.weights"))?);
-    let lens: Vec<usize> = model.specs().iter().map(ParameterSpec::len).collect();
+    let len = |(slot, spec): (usize, &ParameterSpec)| if model.first().is_frozen(slot) { 0 } else { spec.len() };
+    let lens: Vec<usize> = model.specs().iter().enumerate().map(len).collect();
     if content.len() != lens.iter().sum::<usize>() {
         return Err(foreign(state));
     }
     let mut start = 0;
-    for (slot, len) in lens.into_iter().enumerate() {
+    for (slot, len) in lens.into_iter().enumerate().filter(|(_, len)| *len > 0) {
         model.set_weight(slot, &content[start..start + len]);
         start += len;
     }

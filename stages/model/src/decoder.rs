@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 use rlflow_api::{ModelConfig, Positions, RopeScaling};
 use rlflow_kernels::{
     Affine, AttentionShape, Positional, SequenceLayout,
@@ -16,7 +16,9 @@ use rlflow_kernels::{
 
 use crate::{
     composed,
+    dropout::{BlockDropout, DropoutDraws},
     fused::{AttentionContext, MlpContext, TokenTargets, flex},
+    lora::{self, LoraSettings},
     optimizer::accumulate,
     parameters::{BlockSlots, Head, Parameters, Slots, specs},
 };
@@ -28,6 +30,8 @@ pub struct PackedBatch {
     pub ids: Arc<[u32]>,
     /// Where sequences start.
     pub layout: Arc<SequenceLayout>,
+    /// Which draws dropout makes; without them nothing is dropped.
+    pub draws: Option<DropoutDraws>,
 }
 
 impl PackedBatch {
@@ -39,7 +43,12 @@ impl PackedBatch {
             ids.extend_from_slice(sequence);
             lengths.push(sequence.len());
         }
-        Self { ids: ids.into(), layout: Arc::new(SequenceLayout::from_lengths(lengths)) }
+        Self { ids: ids.into(), layout: Arc::new(SequenceLayout::from_lengths(lengths)), draws: None }
+    }
+
+    /// The same with dropout, where the decoder has any.
+    pub fn with_dropout(self, draws: DropoutDraws) -> Self {
+        Self { draws: Some(draws), ..self }
     }
 
     /// Number of tokens.
@@ -60,6 +69,8 @@ pub struct Decoder {
     rope: Option<Arc<RopeTable>>,
     slopes: Arc<[f32]>,
     arithmetic: Arithmetic,
+    /// The adapter that is trained; then everything but it and the scalar head is frozen.
+    adapter: Option<Arc<LoraSettings>>,
 }
 
 /// The end of a forward pass, on which losses and statistics are built.
@@ -124,12 +135,49 @@ impl Decoder {
         });
         let slopes = if config.positions == Positions::Alibi { alibi_slopes(config.heads).into() } else { Arc::from([]) };
         let fused = parameters.tensors().first().is_none_or(|tensor| crate::parameters::flex_view(tensor).is_some());
-        Self { config, head, parameters, slots, device, fused, rope, slopes, arithmetic: Arithmetic::F32 }
+        Self { config, head, parameters, slots, device, fused, rope, slopes, arithmetic: Arithmetic::F32, adapter: None }
     }
 
     /// The same decoder computing with plain tensor operations, for comparisons.
     pub fn without_fused_operations(self) -> Self {
         Self { fused: false, ..self }
+    }
+
+    /// Adds an adapter to weights that are here whole: what it adds is trained from now on, and the weights are not. `data` gives
+    /// each factor's elements.
+    pub fn adapt(&mut self, lora: &LoraSettings, mut data: impl FnMut(&crate::ParameterSpec) -> Vec<f32>) {
+        let count = self.parameters.specs().len();
+        let mut specs = self.parameters.specs().to_vec();
+        lora.extend(&mut specs, &mut self.slots);
+        let mut tensors = self.parameters.tensors().to_vec();
+        let device = &self.device;
+        tensors.extend(specs[count..].iter().map(|spec| Tensor::from_data(TensorData::new(data(spec), spec.dims()), device)));
+        self.parameters = Parameters::from_tensors(specs, tensors, None);
+        self.adapter = Some(Arc::new(lora.clone()));
+    }
+
+    /// Says that the parameters end with the factors of an adapter.
+    pub(crate) fn with_adapter(mut self, lora: &LoraSettings) -> Self {
+        let (mut specs, _) = specs(&self.config, self.head);
+        lora.extend(&mut specs, &mut self.slots);
+        debug_assert_eq!(specs, self.parameters.specs());
+        Self { adapter: Some(Arc::new(lora.clone())), ..self }
+    }
+
+    /// The model below the adapter, with the same tensors: nothing is copied.
+    pub fn without_adapter(&self) -> Self {
+        let (specs, slots) = specs(&self.config, self.head);
+        Self { parameters: self.parameters.truncated(specs.len()), slots, adapter: None, ..self.clone() }
+    }
+
+    /// The adapter that is trained, if one is.
+    pub fn adapter(&self) -> Option<&LoraSettings> {
+        self.adapter.as_deref()
+    }
+
+    /// Whether a weight stays as it is: with an adapter all but its factors and the scalar head.
+    pub fn is_frozen(&self, slot: usize) -> bool {
+        self.adapter.is_some() && !lora::is_trained(&self.parameters.specs()[slot].name)
     }
 
     /// The same weights under another head; those that it does not need are left out.
@@ -219,17 +267,24 @@ impl Decoder {
         norm(x, part, self.eps())
     }
 
+    /// What is dropped in a block: something where the adapter has dropout and the batch says which draws.
+    fn dropout(&self, slots: &BlockSlots, batch: &PackedBatch) -> Option<BlockDropout> {
+        let probability = self.adapter()?.dropout;
+        let draws = batch.draws.clone().filter(|_| probability > 0.0)?;
+        Some(BlockDropout { probability, block: slots.index, draws, layout: batch.layout.clone() })
+    }
+
     /// Runs block weights given by `weight`, which says how each is seen (recorded or not).
     fn block(&self, x: Tensor<2>, slots: &BlockSlots, batch: &PackedBatch, weight: &mut dyn FnMut(usize) -> Tensor<2>) -> Tensor<2> {
-        let BlockSlots { attention, mlp } = slots;
+        let BlockSlots { attention, mlp, .. } = slots;
         let attention_context = AttentionContext {
             shape: self.attention_shape(),
             rope: self.rope.clone(),
             slopes: self.slopes.clone(),
             layout: batch.layout.clone(),
-            dropout: None,
+            dropout: self.dropout(slots, batch),
         };
-        let mlp_context = MlpContext { eps: self.eps(), arithmetic: self.arithmetic, dropout: None };
+        let mlp_context = MlpContext { eps: self.eps(), arithmetic: self.arithmetic, dropout: self.dropout(slots, batch) };
         let (attention, mlp) = (attention.map(|slot| weight(*slot)), mlp.map(|slot| weight(*slot)));
         let (attend, feed) = if self.fused {
             (flex::attention as fn(_, _, _) -> _, flex::mlp as fn(_, _, _) -> _)
@@ -291,10 +346,15 @@ impl Decoder {
             }
             block.all().for_each(|slot| take(slot, None));
         }
-        if shared {
+        if shared && !self.are_tables_frozen() {
             self.attend(self.tables());
         }
         self.tables().for_each(|slot| take(slot, None));
+    }
+
+    /// Whether nothing below the blocks is trained: then the backward pass ends with them.
+    fn are_tables_frozen(&self) -> bool {
+        self.tables().all(|slot| self.is_frozen(slot))
     }
 
     fn attend(&self, slots: impl Iterator<Item = usize>) {
@@ -313,7 +373,7 @@ impl Decoder {
 
     /// Slots that the head reads, in order.
     fn head_slots(&self) -> impl Iterator<Item = usize> + use<> {
-        let Affine { weight, bias } = self.slots.norm;
+        let Affine { weight, bias, .. } = self.slots.norm;
         std::iter::once(weight).chain(bias).chain(self.slots.lm_head).chain(self.slots.score)
     }
 
@@ -354,7 +414,7 @@ impl Decoder {
             }
         }
 
-        let recorded = |slot: usize| constant(slot).autodiff().require_grad();
+        let recorded = |slot: usize| self.recorded(slot);
         let hidden = x.autodiff().require_grad();
         let norm = self.slots.norm.map(|slot| recorded(*slot));
         let lm_head = self.slots.lm_head.map(recorded);
@@ -379,6 +439,10 @@ impl Decoder {
             upstream = segment.backward(self, upstream, &mut take);
         }
 
+        if self.are_tables_frozen() {
+            self.tables().for_each(|slot| take(slot, None));
+            return result;
+        }
         let mut tables = Vec::with_capacity(2);
         let embedded = self.embed(batch, &mut |slot| {
             let weight = recorded(slot);
@@ -400,11 +464,17 @@ impl Decoder {
         root(output, gradient).backward()
     }
 
+    /// A weight as the graph of a backward pass sees it.
+    fn recorded(&self, slot: usize) -> Tensor<2> {
+        let weight = self.parameters.get(slot).autodiff();
+        if self.is_frozen(slot) { weight } else { weight.require_grad() }
+    }
+
     fn record(&self, input: Tensor<2>, slots: &BlockSlots, batch: &PackedBatch) -> Segment {
         let input = input.autodiff().require_grad();
         let mut weights = Vec::with_capacity(9);
         let output = self.block(input.clone(), slots, batch, &mut |slot| {
-            let weight = self.parameters.get(slot).autodiff().require_grad();
+            let weight = self.recorded(slot);
             weights.push((slot, weight.clone()));
             weight
         });

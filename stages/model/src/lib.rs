@@ -1,10 +1,11 @@
 //! Models of rlflow on Burn.
 //!
 //! In data order: [`fused`] are the operations, [`composed`] the same from plain tensors; [`parameters`] names and holds
-//! weights; [`Decoder`] runs forward and backward, one autodiff segment per block; [`checkpoint`] stores and loads;
-//! [`Optimizer`] updates at the rate of [`schedule`]; [`ranks`] do all that on several devices at a ZeRO level; [`generate`]
+//! weights; [`lora`] says what adapters add to them; [`Decoder`] runs forward and backward, one autodiff segment per block;
+//! [`checkpoint`] stores and loads, with [`adapter`]s; [`Optimizer`] updates at the rate of [`schedule`]; [`ranks`] do all that on several devices at a ZeRO level; [`generate`]
 //! samples over a key-value cache.
 
+pub mod adapter;
 pub mod checkpoint;
 pub mod composed;
 mod decoder;
@@ -22,6 +23,7 @@ pub use decoder::{Decoder, HeadView, PackedBatch, TokenStats};
 pub use dropout::{BlockDropout, DropoutDraws};
 pub use fused::TokenTargets;
 pub use generate::{Completion, Draws, Sampling};
+pub use lora::LoraSettings;
 pub use optimizer::{Gradients, Optimizer, OptimizerSettings};
 pub use parameters::{Head, ParameterSpec, Parameters};
 pub use ranks::{Group, Layout};

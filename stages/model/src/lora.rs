@@ -9,7 +9,7 @@ use rlflow_kernels::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::parameters::{ParameterSpec, Slots};
+use crate::parameters::{ParameterSpec, SCORE_WEIGHT, Slots};
 
 /// A projection of every block, as Llama checkpoints name it. GPT-2's `c_attn` is the first three, its `c_proj` are `o_proj` and
 /// `down_proj`, and its `c_fc` is `up_proj`.
@@ -220,6 +220,11 @@ const FACTOR_B: &str = "lora_B";
 /// Whether a weight is a factor of an adapter.
 pub fn is_factor(name: &str) -> bool {
     [FACTOR_A, FACTOR_B].iter().any(|factor| name.strip_suffix(".weight").is_some_and(|stem| stem.ends_with(factor)))
+}
+
+/// Whether a weight is trained where there is an adapter: a factor of it, or the scalar head, which PEFT trains too.
+pub fn is_trained(name: &str) -> bool {
+    is_factor(name) || name == SCORE_WEIGHT
 }
 
 /// A fresh factor, as PEFT begins: A uniform within `1 / sqrt(in)` (Kaiming's with `a = sqrt(5)`), B zero, so that the model

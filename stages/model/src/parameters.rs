@@ -77,6 +77,8 @@ impl ParameterSpec {
 #[derive(Debug, Clone, Copy)]
 #[allow(missing_docs)]
 pub struct BlockSlots {
+    /// Number of the block.
+    pub index: usize,
     pub attention: AttentionParts<usize>,
     pub mlp: MlpParts<usize>,
 }
@@ -125,6 +127,7 @@ pub fn specs(config: &ModelConfig, head: Head) -> (Vec<ParameterSpec>, Slots) {
         .map(|layer| {
             let name = |part: &str| format!("model.layers.{layer}.{part}");
             BlockSlots {
+                index: layer,
                 attention: AttentionParts {
                     norm: specs.affine(name("input_layernorm"), &[hidden], style.layer_norm),
                     q: specs.affine(name("self_attn.q_proj"), &[query, hidden], style.qkv_bias),
@@ -190,6 +193,12 @@ impl Parameters {
         let tensors =
             specs.iter().map(|spec| Ok(Tensor::from_data(TensorData::new(data(spec)?, spec.dims()), device))).collect::<Result<_, E>>()?;
         Ok(Self { specs, tensors, shared_with: None })
+    }
+
+    /// Without all but the first `count` weights.
+    pub(crate) fn truncated(&self, count: usize) -> Self {
+        let Self { specs, tensors, shared_with } = self;
+        Self { specs: specs[..count].to_vec(), tensors: tensors[..count].to_vec(), shared_with: shared_with.clone() }
     }
 
     /// Around tensors that are there: whole weights, or, with `shared_with`, this rank's share of each (`[1, elements]`).

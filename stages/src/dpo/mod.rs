@@ -10,7 +10,7 @@ use rlflow_api::{
     Artifact, ArtifactType, DescribeContext, Description, Dtype, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot,
     StageError, StageKind, StageResult,
 };
-use rlflow_model::{Group, Head, Schedule, checkpoint};
+use rlflow_model::{Group, Head, LoraSettings, Schedule, checkpoint};
 use rlflow_text::{PreferenceDataset, Split};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -20,6 +20,7 @@ pub use loss::{DpoLoss, IpoNorm};
 use task::{DpoTask, ReferencedPair, answered_batch, frozen_logps};
 
 use crate::{
+    lora,
     models::{self, LoadedModel},
     pairs::{Pair, Pairs, TooLong},
     train::{self, RowOrder, TrainDefaults, TrainExecution, TrainSettings},
@@ -76,6 +77,10 @@ pub struct DpoConfig {
     #[serde(default)]
     #[schemars(range(min = 0.0))]
     pub undesirable_weight: Option<f64>,
+    /// Trains low-rank adapters instead of the weights, which are shared with the model below: `lora = { rank = 8 }`. Without it all
+    /// weights are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraSettings>,
     /// Execution.
     #[serde(flatten)]
     pub execution: TrainExecution,
@@ -129,11 +134,12 @@ impl StageKind for Dpo {
 
     fn normalise(config: &mut DpoConfig) {
         config.train.normalise();
+        lora::normalise(&mut config.lora);
         config.normalise_loss();
     }
 
     fn check(config: &DpoConfig) -> Vec<Problem> {
-        [config.train.check("train"), config.check_loss()].concat()
+        [config.train.check("train"), config.check_loss(), lora::check(config.lora.as_ref())].concat()
     }
 
     fn describe(config: &DpoConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
@@ -141,11 +147,13 @@ impl StageKind for Dpo {
             let problem = Problem::new("conflicting_settings", "inputs.ref", "this loss has no reference");
             return Err(vec![problem.hint("remove the input `ref`, or choose another `loss`")]);
         }
+        lora::check_model(config.lora.as_ref(), context)?;
         models::describe_from(context, "model", "model", ArtifactType::Policy, |meta| {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
             let tokens = (2 * plan.micro_batch_size * model.context) as u64;
-            train::needs(model, tokens, 2 * plan.steps * (plan.batch_size * model.context) as u64, config.execution.gradient_checkpointing)
+            let total = 2 * plan.steps * (plan.batch_size * model.context) as u64;
+            lora::needs(config.lora.as_ref(), model, train::needs(model, tokens, total, config.execution.gradient_checkpointing))
         })
     }
 
@@ -163,9 +171,9 @@ impl StageKind for Dpo {
 
     fn run(config: &DpoConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "ref", "data"])?;
-        let LoadedModel { mut model, info, artifact } = models::load(context, "model", Head::Language, config.execution.precision)?;
+        let loaded = models::load(context, "model", Head::Language, config.execution.precision, config.lora.as_ref())?;
         let data = &context.input("data")?.artifact;
-        let length = model.config().context;
+        let length = loaded.model.config().context;
         let train = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Truncate);
         let heldout = Pairs::from_rows(&PreferenceDataset::load(data, Split::HeldOut)?, length, TooLong::Truncate);
         context.metrics(0, &[("truncated_pairs", train.truncated as f64), ("dropped_pairs", train.dropped as f64)]);
@@ -175,7 +183,11 @@ impl StageKind for Dpo {
         let reference = context.optional_input("ref").unwrap_or(context.input("model")?).artifact.clone();
         let precision = config.execution.precision;
         let load_reference = || {
-            let loaded = models::load_artifact(&reference, Head::Language, context.seed, context.placement, precision)?;
+            // Below an adapter the reference is here already.
+            if let Some(base) = loaded.base_as(&reference) {
+                return Ok(base);
+            }
+            let loaded = models::load_artifact(&reference, Head::Language, context.seed, context.placement, precision, None)?;
             Ok::<_, StageError>(loaded.model)
         };
         let (train, heldout) = if config.loss.has_reference() {
@@ -210,7 +222,9 @@ impl StageKind for Dpo {
             config: config.clone(),
             context: length,
             reference: if config.loss == DpoLoss::Kto { Some(load_reference()?) } else { None },
+            dropout: lora::Dropout::of(config.lora.as_ref(), context.seed),
         };
+        let LoadedModel { mut model, info, artifact } = loaded;
         context.phase("training");
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
         let artifact = models::publish(context, ArtifactType::Policy, &model, Head::Language, &info, &artifact)?;

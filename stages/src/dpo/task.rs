@@ -7,6 +7,7 @@ use super::{
     loss::{Answers, DpoLoss},
 };
 use crate::{
+    lora,
     pairs::{Answered, AnsweredBatch, Pair},
     train::{RowOrder, Sums, Task, TrainPlan},
 };
@@ -94,6 +95,8 @@ pub(super) struct DpoTask {
     pub context: usize,
     /// The reference, where it has something to say about answers that are not in the data (KTO).
     pub reference: Option<Group>,
+    /// What is dropped of what an adapter sees.
+    pub dropout: lora::Dropout,
 }
 
 impl DpoTask {
@@ -202,7 +205,14 @@ impl Task for DpoTask {
 
     fn micro_batches(&mut self, step: u64) -> StageResult<Vec<DpoBatch>> {
         let rows = self.order.batch(step, self.plan.batch_size);
-        Ok(self.split(&rows.iter().map(|row| &self.pairs[*row]).collect::<Vec<_>>()))
+        let mut batches = self.split(&rows.iter().map(|row| &self.pairs[*row]).collect::<Vec<_>>());
+        let mut first = 0;
+        for batch in &mut batches {
+            let pairs = batch.pairs();
+            batch.answered.batch = self.dropout.of_batch(batch.answered.batch.clone(), step, lora::pair_numbers(first, pairs));
+            first += pairs;
+        }
+        Ok(batches)
     }
 
     fn prepare(&self, model: &Group, batches: &mut [DpoBatch]) -> StageResult<()> {

@@ -194,7 +194,7 @@ struct Evaluation<'a> {
 impl<'a> Evaluation<'a> {
     fn load(config: &'a EvalConfig, context: &'a RunContext<'a>) -> StageResult<Self> {
         models::check_same_tokenizer(context, &["models", "prompts", "judge", "baseline", "ref"])?;
-        let load = |artifact, head| models::load_artifact(artifact, head, context.seed, context.placement, Precision::Fp32);
+        let load = |artifact, head| models::load_artifact(artifact, head, context.seed, context.placement, Precision::Fp32, None);
         let prompts = &context.input("prompts")?.artifact;
         let mut rows = PromptDataset::load(prompts, Split::HeldOut)?;
         let held_out = !rows.is_empty();
@@ -287,7 +287,7 @@ impl<'a> Evaluation<'a> {
     fn evaluate(&self, name: &str, artifact: &Artifact) -> StageResult<ModelResult> {
         let (config, context) = (self.config, self.context);
         context.phase(&format!("answers of {name}"));
-        let model = models::load_artifact(artifact, Head::Language, context.seed, context.placement, Precision::Fp32)?.model;
+        let model = models::load_artifact(artifact, Head::Language, context.seed, context.placement, Precision::Fp32, None)?.model;
         let sampling = Sampling {
             temperature: config.temperature,
             top_k: config.top_k,

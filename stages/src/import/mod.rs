@@ -106,7 +106,8 @@ impl StageKind for Import {
         tokenizer_files::check_rows(&tokenizer, model.vocab_size)?;
 
         context.phase("reading the weights");
-        let info = CheckpointInfo { head: directory.head(), model, tokenizer: tokenizer.digest().to_string(), role: None };
+        let info =
+            CheckpointInfo { head: directory.head(), model, tokenizer: tokenizer.digest().to_string(), adapters: Vec::new(), role: None };
         let mut builder = context.output(directory.config.role.artifact_type());
         tokenizer.store(&mut builder)?;
         for name in [CONFIG, GENERATION_CONFIG] {

@@ -10,6 +10,8 @@ use crate::{
 
 /// One sampled answer with all that the updates need; every vector has one value per token of the answer.
 pub struct AnswerSample {
+    /// Number in the rollout.
+    pub number: u64,
     /// Row of the prompts.
     pub prompt: usize,
     /// Prompt and answer.
@@ -74,7 +76,9 @@ impl Experience {
             .iter()
             .zip(&prompts)
             .zip(completions)
-            .map(|((row, prompt), completion)| AnswerSample {
+            .zip(0..)
+            .map(|(((row, prompt), completion), number)| AnswerSample {
+                number,
                 prompt: *row,
                 answered: Answered { ids: [prompt, completion.ids.as_slice()].concat(), prompt_len: prompt.len() },
                 ended: completion.ended,
@@ -98,7 +102,12 @@ impl Experience {
         let groups: Vec<_> =
             mini_batches(samples.len(), config.num_mini_batches).into_iter().flat_map(|range| chunks(range, micro)).collect();
         let in_group = |group: &std::ops::Range<usize>| samples[group.clone()].iter().map(|sample| &sample.answered);
-        let answered: Vec<AnsweredBatch> = groups.iter().map(|group| AnsweredBatch::new(in_group(group), config.temperature)).collect();
+        let answered_batch = |group: &std::ops::Range<usize>| {
+            let AnsweredBatch { batch, targets, answer_lens, target_lens } = AnsweredBatch::new(in_group(group), config.temperature);
+            let batch = run.dropout.of_batch(batch, step, samples[group.clone()].iter().map(|sample| sample.number));
+            AnsweredBatch { batch, targets, answer_lens, target_lens }
+        };
+        let answered: Vec<AnsweredBatch> = groups.iter().map(answered_batch).collect();
         let whole: Vec<ScoredBatch> =
             groups.iter().map(|group| ScoredBatch::new(in_group(group).map(|answered| answered.ids.as_slice()))).collect();
         let policy = run.actor.model.map(&answered, token_values)?;

@@ -22,15 +22,16 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, Needs, OutputPort, Problem, Retain, RunContext, Sample,
     Snapshot, StageError, StageEvent, StageKind, StageResult,
 };
-use rlflow_model::{Group, Head, checkpoint};
+use rlflow_model::{CheckpointInfo, Group, Head, checkpoint};
 use rlflow_text::{PromptDataset, Split};
 use serde_json::json;
 
 pub use config::{KlController, PpoConfig, RoleTrain};
-pub use roles::{ActorRole, CriticRole, RefRole, RewardRole};
+pub use roles::{ActorRole, CriticRole, RefRole, RewardRole, RoleTraining};
 
 use self::{experience::Experience, ptx::Ptx, score_moments::ScoreMoments, update::Updated};
 use crate::{
+    lora,
     models::{self, LoadedModel},
     train::RowOrder,
 };
@@ -169,18 +170,15 @@ struct Trained {
 }
 
 struct LoadedModelInfo {
-    info: rlflow_model::CheckpointInfo,
+    info: CheckpointInfo,
     artifact: Artifact,
 }
 
 impl Trained {
     fn new(loaded: LoadedModel) -> StageResult<Self> {
         let LoadedModel { mut model, info, artifact } = loaded;
-        let role = info.role.clone().unwrap_or_default();
-        let mut train: RoleTrain =
-            serde_json::from_value(role).map_err(|error| StageError::invalid(format!("the role's settings: {error}")))?;
-        train.normalise();
-        model.train(train.optimizer(), |_| false);
+        let RoleTraining { train, .. } = RoleTraining::of(&info)?;
+        model.train(train.optimizer());
         Ok(Self { model, train, loaded: LoadedModelInfo { info, artifact } })
     }
 }
@@ -204,6 +202,9 @@ struct Run<'a> {
     average: Option<Group>,
     /// Gradient norms of the newest minibatch: actor, critic.
     last_norms: (f64, f64),
+    /// What is dropped of what adapters see: the same in the passes that give old log-probabilities and values and in all updates on
+    /// them (arXiv:2202.11818), so that the first ratio is 1.
+    dropout: lora::Dropout,
 }
 
 impl<'a> Run<'a> {
@@ -211,11 +212,22 @@ impl<'a> Run<'a> {
         models::check_same_tokenizer(context, &["prompts", "actor", "critic", "ref", "reward"])?;
         let load = |port: &str, head: Head| -> StageResult<LoadedModel> {
             let role = context.input(port)?;
-            models::load_artifact(&role.artifact, head, context.seed, &role.placement, config.precision)
+            let training = RoleTraining::of(&CheckpointInfo::of(&role.artifact)?)?;
+            models::load_artifact(&role.artifact, head, context.seed, &role.placement, config.precision, training.lora.as_ref())
+        };
+        // What a role is below its adapter, in the same place, is not held a second time.
+        let load_frozen = |port: &str, head: Head, above: &str, model: &LoadedModel| -> StageResult<Group> {
+            let (role, above) = (context.input(port)?, context.input(above)?);
+            let base = if role.placement == above.placement { model.base_as(&role.artifact) } else { None };
+            base.map_or_else(|| load(port, head).map(|loaded| loaded.model), Ok)
         };
         let actor_head = if config.share_backbone { Head::LanguageAndScore } else { Head::Language };
-        let actor = Trained::new(load("actor", actor_head)?)?;
-        let critic = Trained::new(load("critic", Head::Score)?)?;
+        let (actor, critic) = (load("actor", actor_head)?, load("critic", Head::Score)?);
+        let reference = load_frozen("ref", Head::Language, "actor", &actor)?;
+        let reward = load_frozen("reward", Head::Score, "critic", &critic)?;
+        let (actor, critic) = (Trained::new(actor)?, Trained::new(critic)?);
+        let adapters = [&actor, &critic].map(|role| role.model.first().adapter());
+        let dropout = lora::Dropout::of(adapters.into_iter().flatten().find(|lora| lora.dropout > 0.0), context.seed);
         let (actor, critic) = if config.share_backbone {
             let mut shared = actor;
             share_score_head(&mut shared.model, &critic.model);
@@ -223,8 +235,6 @@ impl<'a> Run<'a> {
         } else {
             (actor, Some(critic))
         };
-        let reference = load("ref", Head::Language)?.model;
-        let reward = load("reward", Head::Score)?.model;
         let tokenizer = models::tokenizer(&actor.loaded.artifact)?;
 
         let prompts = PromptDataset::load(&context.input("prompts")?.artifact, Split::Train)?;
@@ -260,7 +270,7 @@ impl<'a> Run<'a> {
             prompts,
             usable,
             order,
-            average: config.ema_decay.map(|_| actor.model.frozen_copy()).transpose()?,
+            average: config.ema_decay.map(|_| actor.model.frozen_copy()),
             actor,
             critic,
             reference,
@@ -270,6 +280,7 @@ impl<'a> Run<'a> {
             score_moments: ScoreMoments::default(),
             ptx,
             last_norms: (0.0, 0.0),
+            dropout,
         })
     }
 
@@ -365,16 +376,17 @@ impl<'a> Run<'a> {
 
     fn publish(self) -> StageResult<BTreeMap<String, Artifact>> {
         let context = self.context;
-        let without_role = |loaded: &LoadedModelInfo| rlflow_model::CheckpointInfo { role: None, ..loaded.info.clone() };
-        let actor_info = without_role(&self.actor.loaded);
+        let without_role = |loaded: &LoadedModelInfo| CheckpointInfo { role: None, ..loaded.info.clone() };
+        let publish = |artifact_type, model: &Group, head, loaded: &LoadedModelInfo| {
+            models::publish(context, artifact_type, model, head, &without_role(loaded), &loaded.artifact)
+        };
+        let actor = &self.actor.loaded;
+        let model = publish(ArtifactType::Policy, &self.actor.model, Head::Language, actor)?;
         // With a shared backbone both outputs come from the actor, each with its own head.
-        let critic = self.critic.as_ref().map_or(&self.actor.model, |critic| &critic.model);
-        let source = &self.actor.loaded.artifact;
-        let publish = |artifact_type, model: &Group, head| models::publish(context, artifact_type, model, head, &actor_info, source);
-        let model = publish(ArtifactType::Policy, &self.actor.model, Head::Language)?;
-        let critic = publish(ArtifactType::Critic, critic, Head::Score)?;
+        let critic = self.critic.as_ref().unwrap_or(&self.actor);
+        let critic = publish(ArtifactType::Critic, &critic.model, Head::Score, &critic.loaded)?;
         let ema = match &self.average {
-            Some(average) => publish(ArtifactType::Policy, average, Head::Language)?,
+            Some(average) => publish(ArtifactType::Policy, average, Head::Language, actor)?,
             None => model.clone(),
         };
         Ok(BTreeMap::from([("model".into(), model), ("critic".into(), critic), ("ema".into(), ema)]))

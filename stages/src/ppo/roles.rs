@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, Needs, OutputPort, Problem, RunContext, StageKind,
-    StageResult,
+    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, Needs, OutputPort, Problem, RunContext, StageError,
+    StageKind, StageResult,
 };
-use rlflow_model::{CheckpointInfo, Head};
+use rlflow_model::{CheckpointInfo, Head, LoraSettings, checkpoint};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::config::RoleTrain;
-use crate::{models, train::Precision};
+use crate::{lora, models};
 
 /// Settings of a role that is trained.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
@@ -19,6 +19,10 @@ use crate::{models, train::Precision};
 pub struct TrainedRoleConfig {
     /// How it is trained.
     pub train: RoleTrain,
+    /// Trains low-rank adapters instead of the weights, which are shared with the model below: `lora = { rank = 8 }`. A reference (for the
+    /// critic: a reward model) that is the model below is then not held a second time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraSettings>,
     /// Where it runs.
     #[serde(flatten)]
     pub execution: Execution,
@@ -33,20 +37,57 @@ pub struct FrozenRoleConfig {
     pub execution: Execution,
 }
 
+/// How a role is trained, as its artifact tells `ppo`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RoleTraining {
+    /// The `train` table.
+    #[serde(flatten)]
+    pub train: RoleTrain,
+    /// The `lora` table.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraSettings>,
+}
+
+impl RoleTraining {
+    /// Of a role's artifact.
+    ///
+    /// # Errors
+    /// If it says something else.
+    pub fn of(info: &CheckpointInfo) -> StageResult<Self> {
+        let role = info.role.clone().unwrap_or_else(|| serde_json::json!({}));
+        let mut training: Self =
+            serde_json::from_value(role).map_err(|error| StageError::invalid(format!("the role's settings: {error}")))?;
+        training.train.normalise();
+        Ok(training)
+    }
+}
+
 /// Settings of a role.
 trait RoleConfig {
     /// How it is trained, if it is.
-    fn train(&self) -> Option<&RoleTrain>;
+    fn training(&self) -> Option<RoleTraining>;
+
+    /// The adapter, if it has one.
+    fn lora(&mut self) -> Option<&mut Option<LoraSettings>>;
 }
 
 impl RoleConfig for TrainedRoleConfig {
-    fn train(&self) -> Option<&RoleTrain> {
-        Some(&self.train)
+    fn training(&self) -> Option<RoleTraining> {
+        Some(RoleTraining { train: self.train.clone(), lora: self.lora.clone() })
+    }
+
+    fn lora(&mut self) -> Option<&mut Option<LoraSettings>> {
+        Some(&mut self.lora)
     }
 }
 
 impl RoleConfig for FrozenRoleConfig {
-    fn train(&self) -> Option<&RoleTrain> {
+    fn training(&self) -> Option<RoleTraining> {
+        None
+    }
+
+    fn lora(&mut self) -> Option<&mut Option<LoraSettings>> {
         None
     }
 }
@@ -73,11 +114,19 @@ macro_rules! role {
             const METRICS: &'static [(&'static str, &'static str)] = &[];
             const DRAWS: bool = $gives as u8 == ArtifactType::Critic as u8;
 
-            fn check(config: &$config) -> Vec<Problem> {
-                config.train().map(RoleTrain::check).unwrap_or_default()
+            fn normalise(config: &mut $config) {
+                if let Some(lora) = config.lora() {
+                    lora::normalise(lora);
+                }
             }
 
-            fn describe(_: &$config, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
+            fn check(config: &$config) -> Vec<Problem> {
+                let training = config.training().unwrap_or_default();
+                [training.train.check(), lora::check(training.lora.as_ref())].concat()
+            }
+
+            fn describe(config: &$config, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
+                lora::check_model(config.training().unwrap_or_default().lora.as_ref(), context)?;
                 models::describe_from(context, "model", "model", $gives, frozen_needs)
             }
 
@@ -86,7 +135,7 @@ macro_rules! role {
             }
 
             fn run(config: &$config, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
-                let artifact = publish(context, $gives, config.train())?;
+                let artifact = publish(context, $gives, config.training())?;
                 Ok(BTreeMap::from([("model".into(), artifact)]))
             }
         }
@@ -116,20 +165,21 @@ role!(
 
 /// The checkpoint as an artifact of the role's type, with the role's settings in its metadata. Tensors are shared with
 /// the checkpoint; only a fresh scalar head is new.
-fn publish(context: &RunContext<'_>, artifact_type: ArtifactType, train: Option<&RoleTrain>) -> StageResult<Artifact> {
+fn publish(context: &RunContext<'_>, artifact_type: ArtifactType, training: Option<RoleTraining>) -> StageResult<Artifact> {
     let source = &context.input("model")?.artifact;
     let info = CheckpointInfo::of(source)?;
-    let role = train.map(serde_json::to_value).transpose().map_err(|error| rlflow_api::StageError::invalid(error.to_string()))?;
+    let invalid = |error: serde_json::Error| StageError::invalid(error.to_string());
+    let role = training.map(serde_json::to_value).transpose().map_err(invalid)?;
     let head = if artifact_type == ArtifactType::Policy { Head::Language } else { Head::Score };
+    let mut builder = context.output(artifact_type);
     if info.head == head || artifact_type == ArtifactType::Policy {
-        let mut builder = context.output(artifact_type);
         for entry in &source.manifest().entries {
             builder.share(entry)?;
         }
-        let info = CheckpointInfo { head, role, ..info };
-        builder.metadata(serde_json::to_value(info).map_err(|error| rlflow_api::StageError::invalid(error.to_string()))?);
-        return Ok(builder.publish()?);
+    } else {
+        checkpoint::share_under_score_head(source, &info, context.seed, &mut builder)?;
+        models::share_files(&mut builder, source)?;
     }
-    let loaded = models::load(context, "model", head, Precision::Fp32)?;
-    models::publish(context, artifact_type, &loaded.model, head, &CheckpointInfo { role, ..info }, source)
+    builder.metadata(serde_json::to_value(CheckpointInfo { head, role, ..info }).map_err(invalid)?);
+    Ok(builder.publish()?)
 }

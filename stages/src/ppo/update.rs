@@ -1,6 +1,6 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use rlflow_api::{CounterRng, StageError, StageResult};
-use rlflow_model::{HeadView, parameters::host};
+use rlflow_model::{HeadView, PackedBatch, parameters::host};
 
 use super::{
     Run, Trained,
@@ -105,14 +105,21 @@ struct MicroBatch {
 
 impl MicroBatch {
     /// Of a minibatch with `answers` answers and `tokens` tokens in all.
-    fn new(samples: &[&AnswerSample], config: &PpoConfig, answers: usize, tokens: usize) -> Self {
+    fn new(
+        samples: &[&AnswerSample],
+        config: &PpoConfig,
+        answers: usize,
+        tokens: usize,
+        dropout: impl Fn(PackedBatch) -> PackedBatch,
+    ) -> Self {
         let narrow = |values: &[f64]| values.iter().map(|value| *value as f32).collect::<Vec<f32>>();
         let weights = |sample: &&AnswerSample| {
             let len = sample.old_logprobs.len();
             vec![config.loss_aggregation.weight(len, answers, tokens) as f32; len]
         };
+        let answered = AnsweredBatch::new(samples.iter().map(|sample| &sample.answered), config.temperature);
         Self {
-            answered: AnsweredBatch::new(samples.iter().map(|sample| &sample.answered), config.temperature),
+            answered: AnsweredBatch { batch: dropout(answered.batch), ..answered },
             old_logprobs: samples.iter().flat_map(|sample| sample.old_logprobs.clone()).collect(),
             ref_logprobs: samples.iter().flat_map(|sample| sample.ref_logprobs.clone()).collect(),
             weights: if config.loss_aggregation == LossAggregation::TokenMean {
@@ -237,10 +244,16 @@ impl Run<'_> {
         step: u64,
         update: u64,
     ) -> StageResult<(PolicySums, ValueSums, Option<f64>)> {
-        let (config, kl_coef) = (self.config, self.kl_coef);
+        let (config, kl_coef, dropout) = (self.config, self.kl_coef, self.dropout);
         let micro = |trained: &Trained| -> Vec<MicroBatch> {
             let pieces = chunks(0..samples.len(), trained.train.micro_batch_size);
-            pieces.into_iter().map(|piece| MicroBatch::new(&samples[piece], config, samples.len(), tokens as usize)).collect()
+            let micro_batch = |piece: std::ops::Range<usize>| {
+                let samples_of_piece = &samples[piece];
+                let numbers = samples_of_piece.iter().map(|sample| sample.number);
+                let dropped = |batch: PackedBatch| dropout.of_batch(batch, step, numbers.clone());
+                MicroBatch::new(samples_of_piece, config, samples.len(), tokens as usize, dropped)
+            };
+            pieces.into_iter().map(micro_batch).collect()
         };
         let shared = self.critic.is_none();
         let each = self.actor.model.backward(&micro(&self.actor), |decoder, batch, take| {

@@ -142,11 +142,11 @@ impl StageKind for Pretrain {
         let tokens = tokenize_corpus(context, &context.input("corpus")?.artifact, &tokenizer)?;
         let precision = config.execution.precision;
         let mut model = match (&config.model, context.optional_input("model")) {
-            (_, Some(_)) => models::load(context, "model", Head::Language, precision)?.model,
+            (_, Some(_)) => models::load(context, "model", Head::Language, precision, None)?.model,
             (Some(settings), None) => {
                 let shape = settings.config(tokenizer.vocab_size());
                 let fresh = parameters::initial(&shape, context.seed, settings.init_std);
-                Group::new(&shape, Head::Language, &layout(context.placement)?, precision.arithmetic(), |spec| Ok(fresh(spec)))?
+                Group::new(&shape, Head::Language, &layout(context.placement)?, precision.arithmetic(), None, |spec| Ok(fresh(spec)))?
             }
             (None, None) => return Err(StageError::invalid("neither `model` settings nor `inputs.model`")),
         };
@@ -163,7 +163,8 @@ impl StageKind for Pretrain {
         let mut task = PretrainTask { windows, heldout, plan: plan.clone() };
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
         let digest = tokenizer.digest().to_string();
-        let info = CheckpointInfo { model: model.config().clone(), head: Head::Language, tokenizer: digest, role: None };
+        let info =
+            CheckpointInfo { model: model.config().clone(), head: Head::Language, tokenizer: digest, adapters: Vec::new(), role: None };
         let artifact = models::publish(context, ArtifactType::Policy, &model, Head::Language, &info, tokenizer_artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }

@@ -7,12 +7,13 @@ use rlflow_api::{
     Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageKind,
     StageResult,
 };
-use rlflow_model::{Decoder, Group, Head, PackedBatch, Schedule, parameters::host, ranks::Take};
+use rlflow_model::{Decoder, Group, Head, LoraSettings, PackedBatch, Schedule, parameters::host, ranks::Take};
 use rlflow_text::{PreferenceDataset, Split};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    lora,
     losses::pairwise_reward_loss,
     models::{self, LoadedModel},
     pairs::{Answered, Pair, Pairs, TooLong},
@@ -44,6 +45,10 @@ pub struct RewardModelConfig {
     #[serde(default)]
     #[schemars(range(min = 0.0))]
     pub center_rewards_coefficient: f64,
+    /// Trains low-rank adapters instead of the weights, which are shared with the model below: `lora = { rank = 8 }`. Without it all
+    /// weights are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraSettings>,
     /// Execution.
     #[serde(flatten)]
     pub execution: TrainExecution,
@@ -77,18 +82,21 @@ impl StageKind for RewardModel {
 
     fn normalise(config: &mut RewardModelConfig) {
         config.train.normalise();
+        lora::normalise(&mut config.lora);
     }
 
     fn check(config: &RewardModelConfig) -> Vec<Problem> {
-        config.train.check("train")
+        [config.train.check("train"), lora::check(config.lora.as_ref())].concat()
     }
 
     fn describe(config: &RewardModelConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
+        lora::check_model(config.lora.as_ref(), context)?;
         models::describe_from(context, "model", "model", ArtifactType::Reward, |meta| {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
             let tokens = (2 * plan.micro_batch_size * model.context) as u64;
-            train::needs(model, tokens, 2 * plan.steps * (plan.batch_size * model.context) as u64, config.execution.gradient_checkpointing)
+            let total = 2 * plan.steps * (plan.batch_size * model.context) as u64;
+            lora::needs(config.lora.as_ref(), model, train::needs(model, tokens, total, config.execution.gradient_checkpointing))
         })
     }
 
@@ -106,7 +114,8 @@ impl StageKind for RewardModel {
 
     fn run(config: &RewardModelConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "data"])?;
-        let LoadedModel { mut model, info, artifact } = models::load(context, "model", Head::Score, config.execution.precision)?;
+        let LoadedModel { mut model, info, artifact } =
+            models::load(context, "model", Head::Score, config.execution.precision, config.lora.as_ref())?;
         let data = &context.input("data")?.artifact;
         let length = model.config().context;
         let train = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Drop);
@@ -116,7 +125,8 @@ impl StageKind for RewardModel {
         let heldout = Pairs::from_rows(&PreferenceDataset::load(data, Split::HeldOut)?, length, TooLong::Drop).pairs;
         let plan = config.train.plan(pairs.len());
         let order = RowOrder::new(context.seed, "reward_model/order", pairs.len(), plan.shuffle);
-        let mut task = RewardTask { pairs, heldout, order, plan: plan.clone(), config: config.clone() };
+        let dropout = lora::Dropout::of(config.lora.as_ref(), context.seed);
+        let mut task = RewardTask { pairs, heldout, order, plan: plan.clone(), config: config.clone(), dropout };
         context.phase("training");
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
         let artifact = models::publish(context, ArtifactType::Reward, &model, Head::Score, &info, &artifact)?;
@@ -189,6 +199,7 @@ struct RewardTask {
     order: RowOrder,
     plan: TrainPlan,
     config: RewardModelConfig,
+    dropout: lora::Dropout,
 }
 
 impl Task for RewardTask {
@@ -197,7 +208,13 @@ impl Task for RewardTask {
     fn micro_batches(&mut self, step: u64) -> StageResult<Vec<PairBatch>> {
         let rows = self.order.batch(step, self.plan.batch_size);
         let batch = |rows: &[usize]| PairBatch::new(&rows.iter().map(|row| &self.pairs[*row]).collect::<Vec<_>>(), self.config.margin);
-        Ok(rows.chunks(self.plan.micro_batch_size).map(batch).collect())
+        let size = self.plan.micro_batch_size;
+        let dropped = |(number, mut batch): (usize, PairBatch)| {
+            let packed = batch.scored.batch.clone();
+            batch.scored.batch = self.dropout.of_batch(packed, step, lora::pair_numbers(number * size, batch.margins.len()));
+            batch
+        };
+        Ok(rows.chunks(size).map(batch).enumerate().map(dropped).collect())
     }
 
     fn denominator(&self, micro_batches: &[PairBatch]) -> f64 {

@@ -7,13 +7,14 @@ use rlflow_api::{
     Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot, StageError,
     StageKind, StageResult,
 };
-use rlflow_model::{Decoder, Group, Head, Schedule, ranks::Take};
+use rlflow_model::{Decoder, Group, Head, LoraSettings, Schedule, ranks::Take};
 use rlflow_text::{ConversationDataset, ConversationRow, Split};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     language::{self, LanguageBatch, LanguageBatchBuilder},
+    lora,
     models::{self, LoadedModel},
     train::{self, RowOrder, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings},
 };
@@ -36,6 +37,10 @@ pub struct SftConfig {
     /// Training. `batch_size` counts conversations.
     #[serde(default)]
     pub train: TrainSettings<Sft>,
+    /// Trains low-rank adapters instead of the weights, which are shared with the model below: `lora = { rank = 8 }`. Without it all
+    /// weights are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraSettings>,
     /// Execution.
     #[serde(flatten)]
     pub execution: TrainExecution,
@@ -67,18 +72,21 @@ impl StageKind for Sft {
 
     fn normalise(config: &mut SftConfig) {
         config.train.normalise();
+        lora::normalise(&mut config.lora);
     }
 
     fn check(config: &SftConfig) -> Vec<Problem> {
-        config.train.check("train")
+        [config.train.check("train"), lora::check(config.lora.as_ref())].concat()
     }
 
     fn describe(config: &SftConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
+        lora::check_model(config.lora.as_ref(), context)?;
         models::describe_from(context, "model", "model", ArtifactType::Policy, |meta| {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
             let tokens = (plan.micro_batch_size * model.context) as u64;
-            train::needs(model, tokens, plan.steps * plan.batch_size as u64 * model.context as u64, config.execution.gradient_checkpointing)
+            let total = plan.steps * plan.batch_size as u64 * model.context as u64;
+            lora::needs(config.lora.as_ref(), model, train::needs(model, tokens, total, config.execution.gradient_checkpointing))
         })
     }
 
@@ -96,7 +104,8 @@ impl StageKind for Sft {
 
     fn run(config: &SftConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "data"])?;
-        let LoadedModel { mut model, info, artifact } = models::load(context, "model", Head::Language, config.execution.precision)?;
+        let LoadedModel { mut model, info, artifact } =
+            models::load(context, "model", Head::Language, config.execution.precision, config.lora.as_ref())?;
         let data = &context.input("data")?.artifact;
         let length = model.config().context;
         let rows = usable_rows(&ConversationDataset::load(data, Split::Train)?, length);
@@ -124,7 +133,8 @@ impl StageKind for Sft {
         let heldout = usable_rows(&ConversationDataset::load(data, Split::HeldOut)?, length).rows;
         let plan = config.train.plan(rows.rows.len());
         let order = RowOrder::new(context.seed, "sft/order", rows.rows.len(), plan.shuffle);
-        let mut task = SftTask { rows: rows.rows, heldout, order, plan: plan.clone() };
+        let dropout = lora::Dropout::of(config.lora.as_ref(), context.seed);
+        let mut task = SftTask { rows: rows.rows, heldout, order, plan: plan.clone(), dropout };
         context.phase("training");
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
         let artifact = models::publish(context, ArtifactType::Policy, &model, Head::Language, &info, &artifact)?;
@@ -169,6 +179,7 @@ struct SftTask {
     heldout: Vec<ConversationRow>,
     order: RowOrder,
     plan: TrainPlan,
+    dropout: lora::Dropout,
 }
 
 impl Task for SftTask {
@@ -176,7 +187,13 @@ impl Task for SftTask {
 
     fn micro_batches(&mut self, step: u64) -> StageResult<Vec<LanguageBatch>> {
         let rows = self.order.batch(step, self.plan.batch_size);
-        Ok(rows.chunks(self.plan.micro_batch_size).map(|rows| batch(rows.iter().map(|row| &self.rows[*row]))).collect())
+        let size = self.plan.micro_batch_size;
+        let batches = rows.chunks(size).map(|rows| batch(rows.iter().map(|row| &self.rows[*row]))).enumerate();
+        let dropped = |(number, LanguageBatch { batch, targets })| {
+            let first = (number * size) as u64;
+            LanguageBatch { batch: self.dropout.of_batch(batch, step, first..), targets }
+        };
+        Ok(batches.map(dropped).collect())
     }
 
     fn denominator(&self, micro_batches: &[LanguageBatch]) -> f64 {

@@ -69,7 +69,7 @@ pub fn train<T: Task>(
     if needed > plan.steps {
         context.warning(format!("the schedule's warmup and decay take {needed} steps, but the data give only {}", plan.steps));
     }
-    model.train(plan.optimizer, |_| false);
+    model.train(plan.optimizer);
     context.snapshots.set_policy(execution.snapshots.policy());
     let mut first = 0;
     if let Some((snapshot, state)) = context.resume()? {

@@ -12,7 +12,7 @@ use rlflow_kernels::matmul::Arithmetic;
 
 use super::{Aborted, Rank, in_process, share};
 use crate::{
-    Completion, Decoder, Draws, Gradients, Head, OptimizerSettings, ParameterSpec, Parameters, Sampling,
+    Completion, Decoder, Draws, Gradients, Head, LoraSettings, OptimizerSettings, ParameterSpec, Parameters, Sampling,
     generate::generate,
     parameters::{host, specs},
 };
@@ -47,7 +47,7 @@ pub struct Group {
 pub type Take<'a> = &'a mut dyn FnMut(usize, Option<Tensor<2>>);
 
 impl Group {
-    /// A model of which `data` gives each weight's elements. Each is asked for once and handed to all ranks before the next.
+    /// A model, with an adapter if `lora` is given, of which `data` gives each weight's elements. Each is asked for once and handed to all ranks before the next.
     ///
     /// # Errors
     /// What `data` returns.
@@ -56,9 +56,13 @@ impl Group {
         head: Head,
         layout: &Layout,
         arithmetic: Arithmetic,
+        lora: Option<&LoraSettings>,
         mut data: impl FnMut(&ParameterSpec) -> StageResult<Vec<f32>>,
     ) -> StageResult<Self> {
-        let (specs, _) = specs(config, head);
+        let (mut specs, mut slots) = specs(config, head);
+        if let Some(lora) = lora {
+            lora.extend(&mut specs, &mut slots);
+        }
         let count = layout.devices.len();
         let zero = if count > 1 { layout.zero } else { 0 };
         let shares: Arc<[Vec<Range<usize>>]> = specs.iter().map(|spec| (0..count).map(|rank| share(spec, rank, count)).collect()).collect();
@@ -80,6 +84,9 @@ impl Group {
             let parameters = Parameters::from_tensors(specs.clone(), tensors, shared_with);
             let mut decoder = Decoder::new(config.clone(), head, parameters, device.clone());
             decoder.set_arithmetic(arithmetic);
+            if let Some(lora) = lora {
+                decoder = decoder.with_adapter(lora);
+            }
             Rank::new(decoder, world, zero, shares.clone())
         });
         Ok(Self { ranks: ranks.collect(), shares: shares.clone(), zero })
@@ -116,9 +123,9 @@ impl Group {
         &self.ranks
     }
 
-    /// Prepares training: zero moments, no gradients. Weights for which `frozen` holds stay as they are and cost nothing.
-    pub fn train(&mut self, settings: OptimizerSettings, frozen: impl Fn(&ParameterSpec) -> bool) {
-        let frozen: Arc<[bool]> = self.specs().iter().map(frozen).collect();
+    /// Prepares training: zero moments, no gradients. Weights that are frozen, because there is an adapter, cost nothing.
+    pub fn train(&mut self, settings: OptimizerSettings) {
+        let frozen: Arc<[bool]> = (0..self.specs().len()).map(|slot| self.first().is_frozen(slot)).collect();
         self.ranks.iter_mut().for_each(|rank| rank.train(settings, frozen.clone()));
     }
 
@@ -271,19 +278,29 @@ impl Group {
         self.ranks.iter_mut().filter_map(|rank| rank.optimizer.as_mut()).for_each(|optimizer| optimizer.set_step(steps));
     }
 
-    /// A frozen copy on the same ranks.
-    pub fn frozen_copy(&self) -> StageResult<Self> {
-        let devices = self.ranks.iter().map(|rank| rank.device().clone()).collect();
-        let layout = Layout { devices, zero: self.zero };
-        let mut slot = 0..;
-        Self::new(self.config(), self.head(), &layout, self.first().arithmetic(), |_| Ok(self.weight(slot.next().unwrap_or_default())))
+    /// A frozen copy on the same ranks, which shares its tensors until one of the two changes them.
+    pub fn frozen_copy(&self) -> Self {
+        self.with_decoders(Decoder::clone)
     }
 
-    /// `self = decay self + (1 - decay) other`, weight by weight; `other` must live on the same ranks.
+    /// The model below the adapter on the same ranks, with the same tensors: nothing is copied.
+    pub fn without_adapter(&self) -> Self {
+        self.with_decoders(Decoder::without_adapter)
+    }
+
+    fn with_decoders(&self, decoder: impl Fn(&Decoder) -> Decoder) -> Self {
+        let ranks: Vec<Rank> = self.ranks.iter().map(|rank| rank.with_decoder(decoder(rank.decoder()))).collect();
+        let count = ranks[0].decoder().parameters().specs().len();
+        Self { ranks, shares: self.shares[..count].into(), zero: self.zero }
+    }
+
+    /// `self = decay self + (1 - decay) other`, weight by weight of those that are trained; `other` must live on the same ranks.
     pub fn blend(&mut self, other: &Self, decay: f64) {
+        let other_frozen = |slot: usize| other.first().is_frozen(slot);
         for (rank, other) in self.ranks.iter_mut().zip(&other.ranks) {
             let others = other.decoder().parameters().tensors();
-            for (weight, other) in rank.decoder.parameters_mut().tensors_mut().iter_mut().zip(others) {
+            for (slot, other) in others.iter().enumerate().filter(|(slot, _)| !other_frozen(*slot)) {
+                let weight = &mut rank.decoder.parameters_mut().tensors_mut()[slot];
                 *weight = weight.clone() * decay + other.clone() * (1.0 - decay);
             }
         }

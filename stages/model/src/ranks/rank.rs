@@ -28,6 +28,12 @@ impl Rank {
         Self { decoder, gradients: Gradients::new(count), optimizer: None, world, zero, shares, frozen: vec![false; count].into() }
     }
 
+    /// Another model, frozen, in the same place.
+    pub(super) fn with_decoder(&self, decoder: Decoder) -> Self {
+        let count = decoder.parameters().specs().len();
+        Self::new(decoder, self.world.clone(), self.zero, self.shares[..count].into())
+    }
+
     /// This rank's number.
     pub fn index(&self) -> usize {
         self.world.as_ref().map_or(0, |world| world.rank())
