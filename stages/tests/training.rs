@@ -2,6 +2,8 @@
 //! on the rows that TRL was given in the same order (`tests/fixtures/make/training_parity.py`).
 
 mod fixtures;
+#[path = "training/lora.rs"]
+mod lora;
 
 use std::collections::BTreeMap;
 
