@@ -219,3 +219,23 @@ fn composed_adamw(parameter: &mut Tensor<2>, gradient: &Tensor<2>, first: &mut T
     let update = first.clone() / denominator * (f64::from(lr) / correction1) as f32;
     *parameter = parameter.clone() * (1.0 - lr * weight_decay) - update;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Gradients of vectors that were computed as one are slices of one storage: each is added where it stands.
+    #[test]
+    fn slices_of_one_storage_add_up_apart() {
+        let device = Device::flex();
+        let joined = |values: [f32; 4]| Tensor::<2>::from_data([values], &device);
+        let mut gradients = Gradients::new(2);
+        for all in [joined([1.0, 2.0, 3.0, 4.0]), joined([10.0, 20.0, 30.0, 40.0])] {
+            for slot in 0..2 {
+                gradients.add(slot, Some(all.clone().narrow(1, 2 * slot, 2)));
+            }
+        }
+        assert_eq!(host(gradients.get(0).unwrap()), [11.0, 22.0]);
+        assert_eq!(host(gradients.get(1).unwrap()), [33.0, 44.0]);
+    }
+}

@@ -277,7 +277,9 @@ pub fn update_in_place<const N: usize>(tensors: [&mut Tensor<2>; N], update: imp
     for tensor in &tensors {
         // Placeholders keep no reference to the storage, so that it is unique while it is changed.
         match flex_view(tensor) {
-            Some(view) => views.push(view),
+            // A slice of a larger storage, such as one gradient of several that were computed as one, must not be taken for all of it.
+            Some(view) if view.storage::<f32>().len() == tensor.shape().num_elements() => views.push(view),
+            Some(view) => views.push(view.to_contiguous()),
             None => return false,
         }
     }
