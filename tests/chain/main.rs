@@ -4,6 +4,7 @@
 mod checkpoint;
 mod crash;
 mod fixture;
+mod lora;
 mod ppo;
 mod ranks;
 

@@ -129,3 +129,30 @@ fn settings_have_their_effect() {
     let immediate = Ppo::run(&fixture, &["stage.ppo.ema_decay=0"]);
     assert!(immediate.has_run && immediate.outputs["ema"] == base.outputs["model"], "that forgets at once");
 }
+
+/// Each role has a placement of its own, which the plan shows and `ppo` follows: on the CPU as ranks, whose number changes no result.
+#[test]
+fn every_role_runs_where_it_says() {
+    let fixture = Fixture::new();
+    let together = Ppo::run(&fixture, &[]);
+    let places = [
+        ("actor", 2, "stage.actor.device={ cpu = 2 }"),
+        ("critic", 1, "stage.critic.device=\"cpu\""),
+        ("ref", 4, "stage.ref.device={ cpu = 4 }"),
+        ("reward", 3, "stage.reward.device={ cpu = 3 }"),
+    ];
+    let mut sets: Vec<&str> = places.iter().map(|(_, _, set)| *set).collect();
+    sets.push("stage.ref.zero=3");
+    let plan = fixture.rlflow("apart", &["plan", "--json"], &sets).output().unwrap();
+    let plan: Value = serde_json::from_slice(&plan.stdout).unwrap();
+    for (role, ranks, _) in places {
+        let stage = plan["stages"].as_array().unwrap().iter().find(|stage| stage["name"] == role).unwrap();
+        assert_eq!(stage["ranks"], ranks, "{role}: {stage}");
+    }
+    let apart = Finished::of(fixture.command("apart", &sets).arg("ppo").output().unwrap()).succeeded();
+    assert_eq!(apart.outputs()["ppo"], together.outputs);
+    // A device that is not there is asked for by the role that names it, and by no other.
+    let elsewhere = fixture.rlflow("apart", &["run", "--json"], &["stage.reward.device=\"cuda:7\""]).output().unwrap();
+    let told = [elsewhere.stdout, elsewhere.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    assert!(!elsewhere.status.success() && told.contains("reward") && told.contains("cuda:7"), "{told}");
+}
