@@ -49,6 +49,16 @@ fn every_trainer_takes_adapters_and_nothing_of_the_base_is_stored_twice() {
     for more in ["stage.dpo.lora.alpha=16", "stage.actor.lora.dropout=0.2"] {
         assert!(!run(&fixture, "store", &[more]).ran().is_empty(), "{more}");
     }
+    // The sampler's cached decoding has the adapters too: without dropout it gives the log-probabilities of the training pass.
+    run(&fixture, "store", &["stage.actor.lora.dropout=0", "stage.actor.train.lr=1e-2"]);
+    let series = json({
+        let sets = [&SETS[..], &["stage.actor.lora.dropout=0", "stage.actor.train.lr=1e-2"]].concat();
+        let mut command = fixture.rlflow("store", &["metrics", "--json"], &sets);
+        command.arg("ppo");
+        command
+    });
+    let gaps = series["stages"]["ppo"]["series"]["sampler/logprob_gap_max"].as_array().unwrap().clone();
+    assert!(gaps.iter().all(|point| point[1].as_f64().unwrap() < 1e-4), "{gaps:?}");
     let shared = run(&fixture, "store", &["stage.ppo.share_backbone=true", "stage.ppo.ema_decay=0.9"]);
     assert!(shared.ran().contains("ppo"));
 
