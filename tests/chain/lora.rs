@@ -95,6 +95,26 @@ fn every_trainer_takes_adapters_and_nothing_of_the_base_is_stored_twice() {
     assert!(String::from_utf8_lossy(&output.stdout).contains("has no adapter"));
 }
 
+/// Snapshots hold what is trained and no more; what goes on from one ends as if it had never stopped, also on other ranks and in bfloat16.
+#[test]
+fn training_of_adapters_goes_on_from_snapshots() {
+    let fixture = Fixture::new();
+    let sets = |steps: u32| {
+        let train = format!("{{ steps = {steps}, batch_size = 4, lr = 1e-3, schedule = \"constant\" }}");
+        let mut sets: Vec<String> = ["sft", "reward_model", "dpo"].map(|stage| format!("stage.{stage}.train={train}")).into();
+        sets.extend(["actor", "critic"].map(|role| format!("stage.{role}.train.schedule=\"constant\"")));
+        sets.extend([format!("stage.ppo.steps={steps}"), "defaults.precision=\"bf16\"".into(), "stage.ppo.ema_decay=0.9".into()]);
+        sets.extend(SETS.map(str::to_owned));
+        sets
+    };
+    let run = |store: &str, sets: &[String]| fixture.run(store, &sets.iter().map(String::as_str).collect::<Vec<_>>()).succeeded();
+    run("short", &sets(2));
+    let elsewhere = [&sets(4)[..], &["defaults.device={ cpu = 2 }".into(), "defaults.zero=2".into()]].concat();
+    let extended = run("short", &elsewhere);
+    assert!(extended.with_status(&["extended"]).contains("sft"), "{}", extended.event);
+    assert_eq!(extended.outputs(), run("long", &sets(4)).outputs());
+}
+
 #[test]
 fn wrong_adapters_are_told_when_planning() {
     let fixture = Fixture::new();
