@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use rlflow_api::{DataFile, Placement, Problem, ZeroSetting, data_format};
+use rlflow_api::{DataFile, DeviceSpec, Needs, Placement, Problem, ZeroSetting, data_format};
 use rlflow_store::{ActionRecord, Digest, FileDigest, Snapshot, Store, StoreError};
 
 use crate::{
@@ -121,6 +121,8 @@ pub struct Actions<'a> {
     forced: Vec<bool>,
     no_cache: bool,
     placements: Vec<Placement>,
+    /// The machine, with the devices that the workflow declares.
+    pub(crate) planned: Host,
     files: Vec<OnceLock<Vec<Vec<KeyFile>>>>,
     /// Every data file is looked at once, so that all stages see one state of it.
     digests: Mutex<HashMap<PathBuf, FileDigest>>,
@@ -148,10 +150,11 @@ impl<'a> Actions<'a> {
         wanted.into_iter().for_each(|stage| named[stage] = true);
         force.into_iter().for_each(|stage| forced[stage] = true);
 
+        let planned = host.with_devices(&workflow.devices);
         let mut placements = Vec::with_capacity(count);
         for (index, stage) in workflow.stages.iter().enumerate() {
             let peak = |ranks, zero| Some(workflow.describe(index, ranks, zero).ok()?.needs.peak_bytes()).filter(|peak| *peak > 0);
-            let placement = host.place(stage.kind.execution(&stage.config).as_ref(), peak);
+            let placement = planned.place(stage.kind.execution(&stage.config).as_ref(), peak);
             placements.push(placement.unwrap_or_else(|error| {
                 if selected[index] {
                     let problem = Problem::new("device_unavailable", error.setting, error.message).hint(error.hint);
@@ -173,7 +176,7 @@ impl<'a> Actions<'a> {
         let workflow_name = workflow_name(&workflow.path, store);
         let reach = Reach::new(workflow, store);
         let no_cache = request.no_cache;
-        Ok(Self {
+        let mut actions = Self {
             workflow,
             store,
             host,
@@ -184,11 +187,19 @@ impl<'a> Actions<'a> {
             forced,
             no_cache,
             placements,
+            planned,
             files,
             digests: Mutex::default(),
             began,
             is_plain: *request == Request::default(),
-        })
+        };
+        actions.settle_levels();
+        Ok(actions)
+    }
+
+    /// Puts a stage one ZeRO level higher.
+    pub(crate) fn raise_level(&mut self, stage: usize) {
+        self.placements[stage].zero += 1;
     }
 
     /// Whether the stage was asked for, or is needed by one that was.
@@ -201,8 +212,8 @@ impl<'a> Actions<'a> {
         &self.placements[stage]
     }
 
-    /// Memory per rank at the stage's peak, as its kind predicts it; zero if it does not.
-    pub fn peak_bytes(&self, index: usize) -> u64 {
+    /// Memory that a rank of the stage needs at its peak, as its kind predicts it; zeros if it does not.
+    pub fn needs(&self, index: usize) -> Needs {
         let (stage, placement) = (&self.workflow.stages[index], &self.placements[index]);
         let was_chosen = || stage.kind.execution(&stage.config).is_some_and(|execution| matches!(execution.zero, ZeroSetting::Auto(_)));
         // What was described when loading is at the level that was asked for, or at none where that was left to us.
@@ -210,9 +221,14 @@ impl<'a> Actions<'a> {
             && was_chosen()
             && let Ok(described) = self.workflow.describe(index, placement.devices.len(), placement.zero)
         {
-            return described.needs.peak_bytes();
+            return described.needs;
         }
-        stage.described.needs.peak_bytes()
+        stage.described.needs
+    }
+
+    /// Memory of a device, if it is known.
+    pub fn capacity(&self, device: DeviceSpec) -> Option<u64> {
+        self.planned.device(device).map(|known| known.memory_bytes).filter(|bytes| *bytes > 0)
     }
 
     /// Whether cached results are left aside.

@@ -33,6 +33,18 @@ pub struct PlacementError {
 }
 
 impl Host {
+    /// The machine as a workflow declares it: `declared` devices stand in for those of the same name.
+    pub fn with_devices(&self, declared: &[DeviceInfo]) -> Self {
+        let mut devices = self.devices.clone();
+        for device in declared {
+            match devices.iter_mut().find(|known| known.spec == device.spec) {
+                Some(known) => known.memory_bytes = device.memory_bytes,
+                None => devices.push(device.clone()),
+            }
+        }
+        Self { devices, numerics: self.numerics.clone() }
+    }
+
     /// The device called `spec`, if the machine has it.
     pub fn device(&self, spec: DeviceSpec) -> Option<&DeviceInfo> {
         self.devices.iter().find(|device| device.spec == spec)
@@ -45,7 +57,10 @@ impl Host {
         let zero = match execution.zero {
             ZeroSetting::Level(level) => level,
             ZeroSetting::Auto(_) => {
-                let memory = devices.iter().filter_map(|spec| Some(self.device(*spec)?.memory_bytes)).min();
+                // Ranks on one device share its memory.
+                let ranks_on = |spec: &DeviceSpec| devices.iter().filter(|device| *device == spec).count() as u64;
+                let of_rank = |spec: &DeviceSpec| Some(self.device(*spec)?.memory_bytes / ranks_on(spec));
+                let memory = devices.iter().filter_map(of_rank).min();
                 let fits = |level: u8| match (memory, peak_bytes(devices.len(), level)) {
                     (Some(memory), Some(peak)) => peak <= memory,
                     _ => true,
@@ -69,6 +84,10 @@ impl Host {
                 Err(PlacementError { setting: "device".into(), message: "`device` is an empty list".into(), hint })
             }
             DeviceChoice::List(names) => names.iter().enumerate().map(|(at, name)| self.named(name, || format!("device[{at}]"))).collect(),
+            DeviceChoice::CudaRanks { cuda } => {
+                let name = |index: usize| DeviceSpec::Cuda(index).to_string();
+                (0..(*cuda).max(1)).map(|index| self.named(&name(index), || "device".into())).collect()
+            }
             DeviceChoice::CpuRanks { cpu } => Ok(vec![DeviceSpec::Cpu; (*cpu).max(1)]),
         }
     }
@@ -127,7 +146,7 @@ mod tests {
         let peak = |_: usize, level: u8| Some([90, 60, 40, 20][usize::from(level)]);
         let zero = |device| place(&host(2), json!({ "device": device, "zero": "auto" }), peak).unwrap().1;
         assert_eq!(zero(json!(["cuda:0", "cuda:1"])), 2);
-        assert_eq!(zero(json!({ "cpu": 2 })), 0);
+        assert_eq!(zero(json!({ "cpu": 2 })), 2, "two ranks share the 100 bytes of one CPU");
         assert_eq!(zero(json!("cuda:0")), 0);
     }
 }

@@ -15,6 +15,7 @@ pub mod history;
 pub mod html;
 /// Where an artifact comes from, drawn.
 pub mod lineage;
+pub mod memory;
 /// What stages measured.
 pub mod metrics;
 /// What a stage reported that belongs to its result.

@@ -1,13 +1,17 @@
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 
-use rlflow_api::{Placement, extends};
+use rlflow_api::{Needs, Placement, extends};
 use rlflow_store::{ActionRecord, Digest, LeaseHolder, Store};
 
 use crate::{
     Host, Rerun, Result,
     action::{Action, Actions, Decision, Outputs, Request},
-    history, settled,
-    workflow::Workflow,
+    history,
+    memory::Usage,
+    settled,
+    workflow::{Workflow, WorkflowErrors},
 };
 
 /// What would happen to a stage.
@@ -68,8 +72,14 @@ pub struct PlannedStage {
     pub continues_from_step: Option<u64>,
     /// Where it runs.
     pub placement: Placement,
-    /// Memory per rank, as the kind predicts it; zero if it does not.
+    /// Memory of the device that is filled most, as the kind predicts it; zero if it does not.
     pub peak_bytes: u64,
+    /// Memory of each device.
+    pub usage: Usage,
+    /// Whether it works where stages that it takes models of are placed (PPO's roles).
+    pub holds_others: bool,
+    /// Memory of a rank, by what it is for.
+    pub needs: Needs,
     /// How long it may take, where history knows.
     pub estimated_seconds: Option<f64>,
     /// Who is running it.
@@ -88,7 +98,12 @@ pub struct Plan {
 impl Plan {
     /// Plans a workflow.
     pub fn new(workflow: &Workflow, store: &Store, host: &Host, request: &Request) -> Result<Self> {
-        Self::of(&Actions::new(workflow, store, host, request)?)
+        let actions = Actions::new(workflow, store, host, request)?;
+        let plan = Self::of(&actions)?;
+        if !actions.misplaced().is_empty() {
+            plan.check_places(&actions, false)?;
+        }
+        Ok(plan)
     }
 
     /// Plans with what decides.
@@ -154,6 +169,13 @@ impl Plan {
         Ok(plan)
     }
 
+    /// Refuses what would run and cannot where it is placed; what is cached may be as large as it likes.
+    pub(crate) fn check_places(&self, actions: &Actions<'_>, run: bool) -> Result<()> {
+        let would_run = self.stages.iter().filter(|planned| !matches!(planned.status, Status::Cached));
+        let errors: Vec<_> = would_run.filter_map(|planned| actions.placement_error(planned.stage, run)).collect();
+        if errors.is_empty() { Ok(()) } else { Err(WorkflowErrors::new(errors).into()) }
+    }
+
     /// Whether nothing would run.
     pub fn is_all_cached(&self) -> bool {
         self.stages.iter().all(|stage| stage.status == Status::Cached)
@@ -203,6 +225,7 @@ fn estimate(last: &ActionRecord, settings: &Value, done: u64) -> Option<f64> {
 
 impl PlannedStage {
     fn new(actions: &Actions<'_>, stage: usize) -> Self {
+        let usage = actions.usage(stage);
         Self {
             stage,
             status: Status::Run,
@@ -210,7 +233,10 @@ impl PlannedStage {
             rerun: None,
             continues_from_step: None,
             placement: actions.placement(stage).clone(),
-            peak_bytes: actions.peak_bytes(stage),
+            peak_bytes: usage.values().copied().max().unwrap_or(0),
+            usage,
+            holds_others: !actions.workflow.stages[stage].described.holds().is_empty(),
+            needs: actions.needs(stage),
             estimated_seconds: None,
             holder: None,
             error: None,
@@ -246,6 +272,14 @@ impl PlannedStage {
             "ranks": self.placement.devices.len(),
             "zero": self.placement.zero,
             "peak_bytes": self.peak_bytes,
+            "memory": self.usage.iter().map(|(device, bytes)| (device.to_string(), *bytes)).collect::<BTreeMap<_, _>>(),
+            "rank_bytes": {
+                "parameters": self.needs.parameter_bytes,
+                "gradients": self.needs.gradient_bytes,
+                "optimizer": self.needs.optimizer_bytes,
+                "activations": self.needs.activation_bytes,
+                "buffers": self.needs.buffer_bytes,
+            },
             "estimated_seconds": self.estimated_seconds,
             "running_by": self.holder,
             "error": self.error,

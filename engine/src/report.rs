@@ -1,6 +1,6 @@
 use std::{collections::BTreeMap, fmt::Write as _};
 
-use rlflow_api::{ArtifactType, Kind, Table};
+use rlflow_api::{ArtifactType, DeviceSpec, Kind, Offload, Table};
 use rlflow_store::Store;
 
 use crate::{
@@ -168,12 +168,12 @@ pub fn plan_report(workflow: &Workflow, plan: &Plan, estimates: bool) -> String 
                 (None, None) => why,
             };
             let placement = &planned.placement;
-            let mut devices = placement.devices.iter().map(ToString::to_string).collect::<Vec<_>>();
-            let ranks = devices.len();
-            devices.dedup();
-            let ranks = if ranks > devices.len() { format!(" x{ranks}") } else { String::new() };
             let zero = if placement.zero > 0 { format!(" ZeRO {}", placement.zero) } else { String::new() };
-            let place = format!("{}{ranks}{zero}", devices.join(" "));
+            let offload = if placement.offload == Offload::Cpu { " offloaded" } else { "" };
+            // A stage that holds models of others works where those are.
+            let elsewhere: Vec<DeviceSpec> = planned.usage.keys().copied().collect();
+            let devices = if planned.holds_others { &elsewhere } else { &placement.devices };
+            let place = format!("{}{zero}{offload}", device_list(devices));
             let memory = if planned.peak_bytes > 0 { text::bytes(planned.peak_bytes) } else { String::new() };
             let name = workflow.stages[planned.stage].name.clone();
             if estimates {
@@ -193,4 +193,37 @@ pub fn plan_report(workflow: &Workflow, plan: &Plan, estimates: bool) -> String 
     let about = if estimates && known > 0.0 { format!(", {about} {} by what past runs took", text::seconds(known)) } else { String::new() };
     let _ = writeln!(out, "\n{} of {} stages cached{about}", cached, plan.stages.len());
     out
+}
+/// Devices of ranks in short: `cpu x4`, `cuda:0-7`.
+fn device_list(devices: &[DeviceSpec]) -> String {
+    let mut runs: Vec<(DeviceSpec, DeviceSpec, usize)> = Vec::new();
+    for device in devices {
+        match (runs.last_mut(), device) {
+            (Some((_, last, count)), _) if last == device => *count += 1,
+            (Some((_, last @ DeviceSpec::Cuda(_), 1)), DeviceSpec::Cuda(index)) if *last == DeviceSpec::Cuda(index.wrapping_sub(1)) => {
+                *last = *device
+            }
+            _ => runs.push((*device, *device, 1)),
+        }
+    }
+    let of = |(first, last, count): (DeviceSpec, DeviceSpec, usize)| match (first, last, count) {
+        (DeviceSpec::Cuda(from), DeviceSpec::Cuda(to), _) if from != to => format!("cuda:{from}-{to}"),
+        (device, _, 1) => device.to_string(),
+        (device, _, count) => format!("{device} x{count}"),
+    };
+    runs.into_iter().map(of).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_listed_in_short() {
+        let list = |names: &[&str]| device_list(&names.iter().map(|name| name.parse().unwrap()).collect::<Vec<_>>());
+        assert_eq!(list(&["cpu"]), "cpu");
+        assert_eq!(list(&["cpu", "cpu", "cpu"]), "cpu x3");
+        assert_eq!(list(&["cuda:0", "cuda:1", "cuda:2", "cuda:5"]), "cuda:0-2 cuda:5");
+        assert_eq!(list(&["cuda:0", "cuda:0", "cuda:1"]), "cuda:0 x2 cuda:1");
+    }
 }

@@ -11,7 +11,7 @@ use rlflow_api::{CancelToken, StageError, StageEvent};
 use rlflow_store::{ActionRecord, Digest, Store, StoreError};
 
 use crate::{
-    Host, RerunReason, Result,
+    Host, Plan, RerunReason, Result,
     action::{Action, Actions, Decision, Outputs, Request},
     event::{Event, Events, RunLogSink, StageOutcome, StageStatus, now},
     execute::{Attempt, Session},
@@ -86,6 +86,9 @@ pub fn run(
 ) -> Result<Summary> {
     let started = Instant::now();
     let actions = Actions::new(workflow, store, host, &options.request)?;
+    if !actions.misplaced().is_empty() {
+        Plan::of(&actions)?.check_places(&actions, true)?;
+    }
     let host_name = host_name();
     let header = run_header(&actions.workflow_name, &workflow.name, &options.command, &host.numerics);
     // A store that cannot be written still answers a run in which everything is cached.
@@ -216,8 +219,8 @@ impl<'a> Runner<'a> {
                     decided?;
                 }
                 while !self.stop && !session.cancel.is_cancelled() {
-                    let devices = |stage| session.actions.placement(stage).devices.clone();
-                    let Some(stage) = self.schedule.start(devices) else { break };
+                    let (usage, capacity) = (|stage| session.actions.usage(stage), |device| session.actions.capacity(device));
+                    let Some(stage) = self.schedule.start(usage, capacity) else { break };
                     let Some(action) = self.ready.remove(&stage) else { continue };
                     if let Some(error) = self.read_only.take() {
                         return Err(error.into());

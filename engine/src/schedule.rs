@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rlflow_api::DeviceSpec;
 
-use crate::workflow::Dag;
+use crate::{memory::Usage, workflow::Dag};
 
 /// Where a stage stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub struct Schedule {
     order: Vec<usize>,
     undecided: BTreeSet<usize>,
     ready: BTreeSet<usize>,
-    running: BTreeMap<usize, Vec<DeviceSpec>>,
+    running: BTreeMap<usize, Usage>,
     jobs: usize,
 }
 
@@ -149,21 +149,25 @@ impl Schedule {
         skipped.into_iter().map(|position| self.order[position]).collect()
     }
 
-    /// The next ready stage that finds a free job and free devices; it is running from now on. A CUDA device holds one
-    /// stage at a time; the CPU as many as there are jobs.
-    pub fn start(&mut self, devices: impl Fn(usize) -> Vec<DeviceSpec>) -> Option<usize> {
+    /// The next ready stage that finds a free job and room on its devices beside what runs there; it is running from now on.
+    /// What fits no device by itself was refused before; where capacities are unknown, memory is no limit.
+    pub fn start(&mut self, usage: impl Fn(usize) -> Usage, capacity: impl Fn(DeviceSpec) -> Option<u64>) -> Option<usize> {
         if self.running.len() >= self.jobs {
             return None;
         }
-        let taken = |spec: &DeviceSpec| *spec != DeviceSpec::Cpu && self.running.values().flatten().any(|busy| busy == spec);
-        let (position, devices) = self.ready.iter().find_map(|position| {
-            let devices = devices(self.order[*position]);
-            (!devices.iter().any(taken)).then_some((*position, devices))
+        let busy = |device: DeviceSpec| self.running.values().filter_map(|usage| usage.get(&device)).sum::<u64>();
+        let fits = |(device, bytes): (&DeviceSpec, &u64)| match (busy(*device), capacity(*device)) {
+            (0, _) | (_, None) => true,
+            (busy, Some(capacity)) => busy + bytes <= capacity,
+        };
+        let (position, usage) = self.ready.iter().find_map(|position| {
+            let usage = usage(self.order[*position]);
+            usage.iter().all(fits).then_some((*position, usage))
         })?;
         self.ready.remove(&position);
         let stage = self.order[position];
         self.state[stage] = State::Running;
-        self.running.insert(stage, devices);
+        self.running.insert(stage, usage);
         Some(stage)
     }
 
@@ -189,8 +193,12 @@ mod tests {
         Schedule::new(&dag, &[0, 1, 2, 3], |_| true, jobs)
     }
 
-    fn cpu(_: usize) -> Vec<DeviceSpec> {
-        vec![DeviceSpec::Cpu]
+    fn cpu(_: usize) -> Usage {
+        Usage::from([(DeviceSpec::Cpu, 60)])
+    }
+
+    fn large(_: DeviceSpec) -> Option<u64> {
+        Some(1_000)
     }
 
     fn decide_all_ready(schedule: &mut Schedule) -> Vec<usize> {
@@ -206,10 +214,10 @@ mod tests {
     fn independent_stages_run_together_when_jobs_allow() {
         let mut schedule = diamond(2);
         assert_eq!(decide_all_ready(&mut schedule), [0]);
-        assert_eq!((schedule.start(cpu), schedule.start(cpu)), (Some(0), None));
+        assert_eq!((schedule.start(cpu, large), schedule.start(cpu, large)), (Some(0), None));
         schedule.settle(0, true);
         assert_eq!(decide_all_ready(&mut schedule), [1, 2]);
-        assert_eq!((schedule.start(cpu), schedule.start(cpu)), (Some(1), Some(2)));
+        assert_eq!((schedule.start(cpu, large), schedule.start(cpu, large)), (Some(1), Some(2)));
         schedule.settle(2, true);
         assert_eq!(decide_all_ready(&mut schedule), [] as [usize; 0]);
         schedule.settle(1, true);
@@ -217,19 +225,36 @@ mod tests {
     }
 
     #[test]
-    fn one_job_runs_one_stage_and_a_gpu_holds_one() {
+    fn one_job_runs_one_stage() {
         let mut schedule = diamond(1);
         schedule.next_undecided();
         schedule.settle(0, true);
         decide_all_ready(&mut schedule);
-        assert_eq!((schedule.start(cpu), schedule.start(cpu)), (Some(1), None));
-        let mut schedule = diamond(4);
-        schedule.next_undecided();
-        schedule.settle(0, true);
-        decide_all_ready(&mut schedule);
-        let gpu = |_| vec![DeviceSpec::Cuda(0)];
-        assert_eq!((schedule.start(gpu), schedule.start(gpu)), (Some(1), None));
-        assert_eq!(schedule.start(|_| vec![DeviceSpec::Cuda(1)]), Some(2));
+        assert_eq!((schedule.start(cpu, large), schedule.start(cpu, large)), (Some(1), None));
+    }
+
+    #[test]
+    fn stages_run_side_by_side_where_they_fit_and_never_over() {
+        let ready = || {
+            let mut schedule = diamond(4);
+            schedule.next_undecided();
+            schedule.settle(0, true);
+            decide_all_ready(&mut schedule);
+            schedule
+        };
+        let on = |device, bytes| move |_: usize| Usage::from([(device, bytes)]);
+        let of = |bytes| move |_: DeviceSpec| Some(bytes);
+        let gpu = DeviceSpec::Cuda(0);
+        let mut schedule = ready();
+        assert_eq!((schedule.start(on(gpu, 60), of(100)), schedule.start(on(gpu, 60), of(100))), (Some(1), None));
+        assert_eq!(schedule.start(on(DeviceSpec::Cuda(1), 60), of(100)), Some(2));
+        let mut schedule = ready();
+        assert_eq!((schedule.start(on(gpu, 60), of(120)), schedule.start(on(gpu, 60), of(120))), (Some(1), Some(2)));
+        // What gave back its memory makes room.
+        let mut schedule = ready();
+        schedule.start(on(gpu, 60), of(100));
+        schedule.settle(1, true);
+        assert_eq!(schedule.start(on(gpu, 60), of(100)), Some(2));
     }
 
     #[test]
@@ -238,9 +263,9 @@ mod tests {
         schedule.next_undecided();
         schedule.settle(0, true);
         decide_all_ready(&mut schedule);
-        schedule.start(cpu);
+        schedule.start(cpu, large);
         assert_eq!(schedule.fail(1), [3]);
-        assert_eq!(schedule.start(cpu), Some(2));
+        assert_eq!(schedule.start(cpu, large), Some(2));
         schedule.settle(2, true);
         assert_eq!(schedule.next_undecided(), None);
         assert_eq!(schedule.unfinished(), [] as [usize; 0]);
@@ -260,7 +285,7 @@ mod tests {
             // 3 does not read 0, so it stays ready; its inputs 1 and 2 are settled.
             assert_eq!(schedule.next_undecided(), Some(0));
             schedule.ready(0);
-            assert_eq!(schedule.start(cpu), Some(0));
+            assert_eq!(schedule.start(cpu, large), Some(0));
             schedule.settle(0, changed);
             let again: Vec<usize> = std::iter::from_fn(|| schedule.next_undecided()).collect();
             assert_eq!(again, if changed { vec![1, 2] } else { vec![] });
@@ -279,8 +304,8 @@ mod tests {
         schedule.reopen(2);
         assert_eq!(schedule.next_undecided(), Some(2));
         schedule.ready(2);
-        assert_eq!(schedule.start(cpu), Some(2));
-        assert_eq!(schedule.start(cpu), None);
+        assert_eq!(schedule.start(cpu, large), Some(2));
+        assert_eq!(schedule.start(cpu, large), None);
         schedule.settle(2, false);
         assert_eq!(schedule.next_undecided(), Some(3));
     }

@@ -43,6 +43,7 @@ pub fn workflow_schema(registry: &Registry) -> Value {
     branches.push(json!({ "type": "object", "not": { "required": ["kind"] } }));
     definitions.insert("stage".into(), json!({ "oneOf": branches }));
     definitions.insert("defaults".into(), defaults(settings));
+    let size = json!({ "type": ["string", "integer"], "description": "A size: \"80 GB\", \"80 GiB\" or a number of bytes." });
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "rlflow workflow",
@@ -58,6 +59,19 @@ pub fn workflow_schema(registry: &Registry) -> Value {
             "include": {
                 "anyOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }],
                 "description": "Workflow files to lay under this one, relative to it."
+            },
+            "devices": {
+                "type": "object",
+                "description": "Devices to plan with, whatever this machine has, and how much memory stages may take of them.",
+                "properties": {
+                    "cpu": { "type": "object", "properties": { "memory": size }, "additionalProperties": false },
+                    "cuda": {
+                        "type": "object",
+                        "properties": { "count": { "type": "integer", "minimum": 1, "default": 1 }, "memory": size },
+                        "additionalProperties": false
+                    }
+                },
+                "additionalProperties": false
             },
             "defaults": { "$ref": "#/$defs/defaults" },
             "stage": {

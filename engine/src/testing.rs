@@ -49,7 +49,7 @@ fn meta(artifact_type: ArtifactType, tokenizer: Option<Origin>) -> ArtifactMeta 
 }
 
 fn describing(port: &str, meta: ArtifactMeta) -> Description {
-    Description { outputs: BTreeMap::from([(port.to_owned(), meta)]), needs: Needs::default() }
+    Description::new(BTreeMap::from([(port.to_owned(), meta)]), Needs::default())
 }
 
 /// A file to read.

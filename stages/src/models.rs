@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactBuilder, ArtifactMeta, ArtifactType, DescribeContext, Description, Needs, Placement, Problem, RunContext, StageError,
+    Artifact, ArtifactBuilder, ArtifactMeta, ArtifactType, DescribeContext, Description, Needs, Problem, RunContext, StageError,
     StageResult,
 };
-use rlflow_model::{CheckpointInfo, Group, Head, LoraSettings, adapter, checkpoint};
+use rlflow_model::{CheckpointInfo, Group, Head, Layout, LoraSettings, Use, adapter, checkpoint};
 use rlflow_text::ChatTokenizer;
 
-use crate::train::{Precision, layout};
+use crate::train::{Memory, Precision};
 
 /// A loaded model with where it came from.
 pub struct LoadedModel {
@@ -21,27 +21,29 @@ pub struct LoadedModel {
     pub artifact: Artifact,
 }
 
-/// Loads the model on `port` to where the stage runs; with `lora` a fresh adapter is put on it.
+/// Loads the model on `port` to where the stage runs, to be trained; with `lora` a fresh adapter is put on it.
 pub fn load(
     context: &RunContext<'_>,
     port: &str,
     head: Head,
     precision: Precision,
     lora: Option<&LoraSettings>,
+    memory: &Memory,
 ) -> StageResult<LoadedModel> {
-    load_artifact(&context.input(port)?.artifact, head, context.seed, context.placement, precision, lora)
+    let layout = memory.layout(context.placement)?;
+    load_artifact(&context.input(port)?.artifact, head, context.seed, &layout, precision, Use::Trained(lora))
 }
 
-/// Loads a model artifact.
+/// Loads a model artifact onto the ranks of `layout`.
 pub fn load_artifact(
     artifact: &Artifact,
     head: Head,
     seed: u64,
-    placement: &Placement,
+    layout: &Layout,
     precision: Precision,
-    lora: Option<&LoraSettings>,
+    usage: Use<'_>,
 ) -> StageResult<LoadedModel> {
-    let (model, info) = checkpoint::load_on(artifact, head, seed, &layout(placement)?, precision.arithmetic(), lora)?;
+    let (model, info) = checkpoint::load_on(artifact, head, seed, layout, precision.arithmetic(), usage)?;
     Ok(LoadedModel { model, info, artifact: artifact.clone() })
 }
 
@@ -127,5 +129,5 @@ pub fn describe_from(
     let meta = ArtifactMeta { artifact_type, ..input.meta.clone() };
     let needs = needs(&meta);
     let size_bytes = meta.model.as_ref().map(|model| 4 * model.parameter_count());
-    Ok(Description { outputs: BTreeMap::from([(output.to_owned(), ArtifactMeta { size_bytes, ..meta })]), needs })
+    Ok(Description::new(BTreeMap::from([(output.to_owned(), ArtifactMeta { size_bytes, ..meta })]), needs))
 }

@@ -8,13 +8,14 @@ use super::{
     reference::Reference,
     source::Span,
 };
-use crate::{Registry, suggest::did_you_mean};
+use crate::{DeviceInfo, Registry, suggest::did_you_mean};
 
 /// What a file says at its top.
 pub(crate) struct Header {
     pub name: Option<String>,
     pub edition: u32,
     pub seed: u64,
+    pub devices: Vec<DeviceInfo>,
     pub defaults: Table,
 }
 
@@ -57,7 +58,7 @@ pub(crate) struct MatrixAxis {
 
 /// Keys of a stage that are not settings of its kind.
 pub(crate) const STRUCTURE: [&str; 4] = ["kind", "inputs", "seed", "matrix"];
-const ROOT: [&str; 6] = ["name", "edition", "seed", "include", "defaults", "stage"];
+const ROOT: [&str; 7] = ["name", "edition", "seed", "include", "devices", "defaults", "stage"];
 
 /// Takes the head off a merged file.
 pub(crate) fn header(root: &mut Table, registry: &Registry, errors: &mut Collector) -> Header {
@@ -65,7 +66,7 @@ pub(crate) fn header(root: &mut Table, registry: &Registry, errors: &mut Collect
         let error = WorkflowError::new("unknown_key", format!("a workflow has no `{key}`"));
         let hint = did_you_mean(key, ROOT).unwrap_or_else(|| match entry.node.as_table() {
             Some(table) if table.contains_key("kind") => format!("did you mean `[stage.{key}]`?"),
-            _ => "known here: `name`, `edition`, `seed`, `include`, `[defaults]`, `[stage.NAME]`".into(),
+            _ => "known here: `name`, `edition`, `seed`, `include`, `[devices]`, `[defaults]`, `[stage.NAME]`".into(),
         });
         errors.add(entry.key, error.with_hint(hint));
     }
@@ -87,7 +88,8 @@ pub(crate) fn header(root: &mut Table, registry: &Registry, errors: &mut Collect
         }
         None => Table::default(),
     };
-    Header { name, edition, seed, defaults }
+    let devices = root.shift_remove("devices").map(|entry| super::devices::devices(&entry.node, errors)).unwrap_or_default();
+    Header { name, edition, seed, devices, defaults }
 }
 
 fn edition(node: &Node, registry: &Registry, errors: &mut Collector) -> u32 {

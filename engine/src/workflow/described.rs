@@ -8,12 +8,18 @@ pub struct Described {
     outputs: Box<[(String, ArtifactMeta)]>,
     /// Memory and time.
     pub needs: Needs,
+    holds: Box<[(&'static str, Needs)]>,
 }
 
 impl Described {
     /// What the output `port` will hold.
     pub fn output(&self, port: &str) -> Option<&ArtifactMeta> {
         self.outputs.iter().find(|(name, _)| name == port).map(|(_, meta)| meta)
+    }
+
+    /// Input ports whose stages' models it holds, with memory per rank.
+    pub fn holds(&self) -> &[(&'static str, Needs)] {
+        &self.holds
     }
 
     /// Output port and what it will hold, by port.
@@ -24,6 +30,6 @@ impl Described {
 
 impl From<Description> for Described {
     fn from(description: Description) -> Self {
-        Self { outputs: description.outputs.into_iter().collect(), needs: description.needs }
+        Self { outputs: description.outputs.into_iter().collect(), needs: description.needs, holds: description.holds.into() }
     }
 }

@@ -251,7 +251,7 @@ pub(crate) fn asked_placement(kind: &dyn Kind, config: &ErasedStage) -> (usize, 
     let ranks = match &execution.device {
         DeviceChoice::One(_) => 1,
         DeviceChoice::List(devices) => devices.len().max(1),
-        DeviceChoice::CpuRanks { cpu } => (*cpu).max(1),
+        DeviceChoice::CpuRanks { cpu: ranks } | DeviceChoice::CudaRanks { cuda: ranks } => (*ranks).max(1),
     };
     let zero = match execution.zero {
         ZeroSetting::Level(level) => level,

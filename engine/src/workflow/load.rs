@@ -189,14 +189,15 @@ impl Loading<'_> {
                 let Some((name, _)) = stage.inputs.get_index(edge.input) else { return false };
                 // Only ports that name kinds read settings of what is connected; copying them for all would cost half of the loading.
                 let reads_settings = kind.inputs().iter().any(|known| known.name == name && !known.kinds.is_empty());
-                let settings = if reads_settings {
+                let (settings, (ranks, zero)) = if reads_settings {
                     let Some(config) = found[edge.stage].as_ref().and_then(|found| found.checked.config.as_ref()) else { return false };
-                    config.settings().clone()
+                    let placed = declared[stages[edge.stage].base].kind.map_or((1, 0), |kind| edges::asked_placement(kind, config));
+                    (config.settings().clone(), placed)
                 } else {
-                    serde_json::Value::Null
+                    (serde_json::Value::Null, (1, 0))
                 };
                 let (stage, port, kind) = (stages[edge.stage].name.clone(), port.to_owned(), source.to_owned());
-                let meta = InputMeta { stage, port, kind, meta: meta.clone(), settings };
+                let meta = InputMeta { stage, port, kind, meta: meta.clone(), ranks, zero, settings };
                 match inputs.get_mut(name) {
                     Some(metas) => metas.push(meta),
                     None => drop(inputs.insert(name.clone(), vec![meta])),
@@ -269,6 +270,7 @@ impl Loading<'_> {
             name: header.name.unwrap_or_else(stem),
             edition: header.edition,
             seed: header.seed,
+            devices: header.devices,
             path: self.path.to_owned(),
             folder: self.folder.clone(),
             sources: std::mem::take(&mut self.files),

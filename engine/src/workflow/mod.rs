@@ -8,6 +8,7 @@
 mod dag;
 mod declare;
 mod described;
+mod devices;
 mod edges;
 mod error;
 mod files;
@@ -25,7 +26,7 @@ pub(crate) mod validate;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use rlflow_api::{DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Problem};
+use rlflow_api::{DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Needs, Problem};
 
 pub use dag::Dag;
 pub use described::Described;
@@ -35,6 +36,8 @@ pub use identity::IdentitySettings;
 pub use load::load;
 use node::Table;
 use source::{Sources, Span};
+
+use crate::DeviceInfo;
 
 /// What may be said about a workflow from outside of its file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -51,6 +54,8 @@ pub struct Workflow {
     pub edition: u32,
     /// Seed of stages without one of their own.
     pub seed: u64,
+    /// Devices that it may plan with, whatever this machine has.
+    pub devices: Vec<DeviceInfo>,
     /// The workflow file.
     pub path: PathBuf,
     /// Folder of the workflow file.
@@ -154,9 +159,17 @@ impl Workflow {
 
     /// What planning knows of the inputs of a stage.
     pub fn input_metas(&self, stage: usize) -> BTreeMap<String, Vec<InputMeta>> {
+        self.placed_inputs(stage, &|source| edges::asked_placement(self.stages[source].kind, &self.stages[source].config))
+    }
+
+    /// The same with the ranks and ZeRO levels that `placed` gives their stages.
+    fn placed_inputs(&self, stage: usize, placed: &dyn Fn(usize) -> (usize, u8)) -> BTreeMap<String, Vec<InputMeta>> {
         let meta = |edge: &Edge| {
             let source = &self.stages[edge.stage];
+            let (ranks, zero) = placed(edge.stage);
             Some(InputMeta {
+                ranks,
+                zero,
                 stage: source.name.clone(),
                 port: edge.port.clone(),
                 kind: source.kind.name().to_owned(),
@@ -175,11 +188,23 @@ impl Workflow {
 
     /// Describes a stage again, for a number of ranks and a ZeRO level.
     pub fn describe(&self, stage: usize, ranks: usize, zero: u8) -> Result<Description, WorkflowErrors> {
+        self.describe_as(stage, &self.stages[stage].config, ranks, zero)
+    }
+
+    /// What it holds of other stages where `placed` puts them, per rank.
+    pub fn held(&self, stage: usize, placed: &dyn Fn(usize) -> (usize, u8)) -> Option<Vec<(&'static str, Needs)>> {
+        let (inputs, found) = (self.placed_inputs(stage, placed), &self.stages[stage]);
+        let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, ranks: 1, zero: 0 };
+        Some(edges::describe(found.kind, &found.config, &context).ok()?.holds)
+    }
+
+    /// The same under another config.
+    pub fn describe_as(&self, stage: usize, config: &ErasedStage, ranks: usize, zero: u8) -> Result<Description, WorkflowErrors> {
         let inputs = self.input_metas(stage);
         let found = &self.stages[stage];
         let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, ranks, zero };
         let told = |problems: Vec<Problem>| WorkflowErrors::new(problems.iter().map(|problem| self.error(stage, problem)).collect());
-        edges::describe(found.kind, &found.config, &context).map_err(told)
+        edges::describe(found.kind, config, &context).map_err(told)
     }
 
     /// Whether a setting of a stage is written somewhere, rather than a default.

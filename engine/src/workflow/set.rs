@@ -11,7 +11,7 @@ use super::{
 use crate::suggest::did_you_mean;
 
 /// What may be set at the top of a file.
-const ROOT_KEYS: [&str; 5] = ["name", "edition", "seed", "defaults", "stage"];
+const ROOT_KEYS: [&str; 6] = ["name", "edition", "seed", "devices", "defaults", "stage"];
 
 /// Applies one `--set` argument to a merged workflow file. What it may be set to is checked with the rest of the file,
 /// since the value remembers that it came from here.

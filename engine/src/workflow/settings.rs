@@ -287,7 +287,7 @@ pub(crate) fn problem_error(
 fn device_problems(kind: &dyn Kind, config: &ErasedStage) -> Vec<Problem> {
     let Some(execution) = kind.execution(config) else { return Vec::new() };
     let wrong = |name: &String| name != "auto" && name.parse::<DeviceSpec>().is_err();
-    let hint = "devices are \"auto\", \"cpu\", \"cuda\", \"cuda:N\", a list of those, or { cpu = RANKS }";
+    let hint = "devices are \"auto\", \"cpu\", \"cuda\", \"cuda:N\", a list of those, { cpu = RANKS } or { cuda = RANKS }";
     let problem = |setting: String, message: String| Problem::new("unknown_value", setting, message).hint(hint);
     match &execution.device {
         DeviceChoice::One(name) if wrong(name) => {

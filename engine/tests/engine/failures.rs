@@ -259,7 +259,8 @@ fn a_device_that_is_not_there_is_said_before_anything_runs() {
 fn a_plan_tells_the_memory_at_the_level_that_it_chose() {
     let mut world = World::new(&CHAIN.replace("beta = 0.1", "device = { cpu = 2 }\nzero = \"auto\""));
     let planned = |world: &World| (world.plan().stages[2].placement.zero, world.plan().stages[2].peak_bytes);
-    assert_eq!(planned(&world), (0, 1000));
-    world.host.devices[0].memory_bytes = 600;
-    assert_eq!(planned(&world), (3, 500));
+    // Two ranks of 1,000 bytes on one device; at level 3 of 500.
+    assert_eq!(planned(&world), (0, 2000));
+    world.host.devices[0].memory_bytes = 1200;
+    assert_eq!(planned(&world), (3, 1000));
 }

@@ -24,7 +24,7 @@ fn note_run(context: &RunContext<'_>, what: &str) {
 
 fn described(port: &str, artifact_type: ArtifactType) -> Description {
     let needs = Needs { parameter_bytes: 1000, ..Needs::default() };
-    Description { outputs: BTreeMap::from([(port.to_owned(), ArtifactMeta::new(artifact_type))]), needs }
+    Description::new(BTreeMap::from([(port.to_owned(), ArtifactMeta::new(artifact_type))]), needs)
 }
 
 /// Reads files and keeps their first lines.

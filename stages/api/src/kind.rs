@@ -117,6 +117,10 @@ pub struct InputMeta {
     pub kind: String,
     /// What it is.
     pub meta: ArtifactMeta,
+    /// Ranks that the stage runs on, where its settings are known.
+    pub ranks: usize,
+    /// Its ZeRO level, where its settings are known.
+    pub zero: u8,
     /// Normalised settings of that stage where the port names the kinds it takes (PPO reads its roles' here), else null: copying
     /// them for every edge would take most of the time that loading takes.
     pub settings: Value,
@@ -163,7 +167,17 @@ pub struct Needs {
 impl Needs {
     /// Sum of all.
     pub fn peak_bytes(&self) -> u64 {
-        self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes + self.buffer_bytes
+        self.lasting_bytes() + self.passing_bytes()
+    }
+
+    /// What is held for as long as the stage runs.
+    pub fn lasting_bytes(&self) -> u64 {
+        self.parameter_bytes + self.optimizer_bytes
+    }
+
+    /// What is held only while the model works.
+    pub fn passing_bytes(&self) -> u64 {
+        self.gradient_bytes + self.activation_bytes + self.buffer_bytes
     }
 }
 
@@ -172,8 +186,17 @@ impl Needs {
 pub struct Description {
     /// Output port to what it will hold.
     pub outputs: BTreeMap<String, ArtifactMeta>,
-    /// Memory and time.
+    /// Memory and time, per rank.
     pub needs: Needs,
+    /// Models of other stages that it holds where those are placed (PPO's roles): input port, and memory per rank.
+    pub holds: Vec<(&'static str, Needs)>,
+}
+
+impl Description {
+    /// Of a stage that holds nothing of others.
+    pub fn new(outputs: BTreeMap<String, ArtifactMeta>, needs: Needs) -> Self {
+        Self { outputs, needs, holds: Vec::new() }
+    }
 }
 
 /// A stage kind, as its author writes it.

@@ -36,7 +36,8 @@ impl FromStr for DeviceSpec {
     }
 }
 
-/// The `device` setting: `"auto"`, `"cpu"`, `"cuda:0"`, a list of devices (one rank each), or `{ cpu = 4 }` (ranks on the CPU).
+/// The `device` setting: `"auto"`, `"cpu"`, `"cuda:0"`, a list of devices (one rank each), `{ cuda = 8 }` (a rank on each of
+/// eight GPUs) or `{ cpu = 4 }` (ranks on the CPU).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum DeviceChoice {
@@ -44,6 +45,12 @@ pub enum DeviceChoice {
     One(String),
     /// One rank per device.
     List(Vec<String>),
+    /// Several ranks on as many GPUs.
+    CudaRanks {
+        /// Number of ranks, on `cuda:0` and those after it.
+        #[schemars(range(min = 1, max = 1024))]
+        cuda: usize,
+    },
     /// Several ranks on the CPU.
     CpuRanks {
         /// Number of ranks.
@@ -100,7 +107,7 @@ pub enum Offload {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Execution {
-    /// Where the stage runs: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:0"`, a list of devices, or `{ cpu = 4 }` for four ranks on the CPU.
+    /// Where the stage runs: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:0"`, a list of devices, `{ cuda = 8 }` for a rank on each of eight GPUs, or `{ cpu = 4 }` for four ranks on the CPU.
     #[schemars(extend("x-setting" = "execution"))]
     pub device: DeviceChoice,
     /// ZeRO level: 0, 1, 2, 3, or `"auto"` for the lowest that fits. On one rank there is nothing to shard and all are the same.

@@ -6,7 +6,7 @@ use rlflow_kernels::matmul::Arithmetic;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Decoder, Group, Layout, LoraSettings, adapter, lora,
+    Decoder, Group, Layout, LoraSettings, Use, adapter, lora,
     parameters::{Head, ParameterSpec, SCORE_WEIGHT, initial, specs},
 };
 
@@ -90,11 +90,11 @@ pub fn load_on(
     seed: u64,
     layout: &Layout,
     arithmetic: Arithmetic,
-    lora: Option<&LoraSettings>,
+    usage: Use<'_>,
 ) -> StageResult<(Group, CheckpointInfo)> {
     let info = CheckpointInfo::of(artifact)?;
     let fresh = initial(&info.model, seed, 0.02);
-    let group = Group::new(&info.model, head, layout, arithmetic, lora, |spec| {
+    let group = Group::new(&info.model, head, layout, arithmetic, usage, |spec| {
         if lora::is_factor(&spec.name) {
             return Ok(lora::initial(spec, seed));
         }
@@ -109,7 +109,7 @@ pub fn load_on(
 /// # Errors
 /// If a tensor of the trunk is missing or misshapen.
 pub fn load(artifact: &Artifact, head: Head, seed: u64, device: &Device) -> StageResult<(Decoder, CheckpointInfo)> {
-    let (group, info) = load_on(artifact, head, seed, &Layout::one(device.clone()), Arithmetic::F32, None)?;
+    let (group, info) = load_on(artifact, head, seed, &Layout::one(device.clone()), Arithmetic::F32, Use::Frozen)?;
     Ok((group.first().clone(), info))
 }
 

@@ -11,6 +11,7 @@ use rlflow_kernels::{Affine, Projection, matmul::Arithmetic};
 use crate::{
     dropout::BlockDropout,
     fused::{AttentionContext, AttentionTensors, MlpContext, MlpTensors, TokenTargets},
+    parameters::widened,
 };
 
 fn indices(rows: &[u32], device: &Device) -> Tensor<1, Int> {
@@ -22,7 +23,7 @@ fn indices(rows: &[u32], device: &Device) -> Tensor<1, Int> {
 /// Embedding rows of `ids`.
 pub fn embed(weight: Tensor<2>, ids: Arc<[u32]>) -> Tensor<2> {
     let ids = indices(&ids, &weight.device());
-    weight.select(0, ids)
+    widened(weight.select(0, ids))
 }
 
 /// RMSNorm.
@@ -41,7 +42,7 @@ pub fn norm(x: Tensor<2>, part: Affine<Tensor<2>>, eps: f32) -> Tensor<2> {
 /// What a product takes of an operand.
 fn rounded(x: Tensor<2>, arithmetic: Arithmetic) -> Tensor<2> {
     match arithmetic {
-        Arithmetic::F32 => x,
+        Arithmetic::F32 => widened(x),
         Arithmetic::Bf16 => x.cast(FloatDType::BF16).cast(FloatDType::F32),
     }
 }

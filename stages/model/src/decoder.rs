@@ -18,9 +18,10 @@ use crate::{
     composed,
     dropout::{BlockDropout, DropoutDraws},
     fused::{AttentionContext, MlpContext, TokenTargets, flex},
+    ledger::{Held, Purpose, hold},
     lora::{self, LoraSettings},
     optimizer::accumulate,
-    parameters::{BlockSlots, Head, Parameters, Slots, specs},
+    parameters::{BlockSlots, Head, Parameters, Slots, specs, widened},
 };
 
 /// Tokens of one micro-batch: sequences laid end to end.
@@ -134,7 +135,7 @@ impl Decoder {
             Arc::new(RopeTable::new(config.context, config.head_dim, config.rope_theta, scaling))
         });
         let slopes = if config.positions == Positions::Alibi { alibi_slopes(config.heads).into() } else { Arc::from([]) };
-        let fused = parameters.tensors().first().is_none_or(|tensor| crate::parameters::flex_view(tensor).is_some());
+        let fused = parameters.tensors().first().is_none_or(crate::parameters::is_flex);
         Self { config, head, parameters, slots, device, fused, rope, slopes, arithmetic: Arithmetic::F32, adapter: None }
     }
 
@@ -252,6 +253,12 @@ impl Decoder {
         self.config.norm_eps as f32
     }
 
+    /// Tables, and the rows of them that a batch reads.
+    fn table_rows(&self, batch: &PackedBatch) -> impl Iterator<Item = (usize, Arc<[u32]>)> + use<> {
+        let positions = self.slots.positions.map(|slot| (slot, batch.layout.positions().into()));
+        std::iter::once((self.slots.embed, batch.ids.clone())).chain(positions)
+    }
+
     /// Rows of the embedding, and those of learned positions added.
     fn embed(&self, batch: &PackedBatch, weight: &mut dyn FnMut(usize) -> Tensor<2>) -> Tensor<2> {
         let embed = if self.fused { flex::embed } else { composed::embed };
@@ -274,8 +281,15 @@ impl Decoder {
         Some(BlockDropout { probability, block: slots.index, draws, layout: batch.layout.clone() })
     }
 
-    /// Runs block weights given by `weight`, which says how each is seen (recorded or not).
-    fn block(&self, x: Tensor<2>, slots: &BlockSlots, batch: &PackedBatch, weight: &mut dyn FnMut(usize) -> Tensor<2>) -> Tensor<2> {
+    /// Runs block weights given by `weight`, which says how each is seen (recorded or not); those of `next` may come meanwhile.
+    fn block(
+        &self,
+        x: Tensor<2>,
+        slots: &BlockSlots,
+        next: Option<&BlockSlots>,
+        batch: &PackedBatch,
+        weight: &mut dyn FnMut(usize) -> Tensor<2>,
+    ) -> Tensor<2> {
         let BlockSlots { attention, mlp, .. } = slots;
         let attention_context = AttentionContext {
             shape: self.attention_shape(),
@@ -286,6 +300,7 @@ impl Decoder {
         };
         let mlp_context = MlpContext { eps: self.eps(), arithmetic: self.arithmetic, dropout: self.dropout(slots, batch) };
         let (attention, mlp) = (attention.map(|slot| weight(*slot)), mlp.map(|slot| weight(*slot)));
+        self.parameters.prefetch(next.into_iter().flat_map(BlockSlots::all));
         let (attend, feed) = if self.fused {
             (flex::attention as fn(_, _, _) -> _, flex::mlp as fn(_, _, _) -> _)
         } else {
@@ -298,10 +313,12 @@ impl Decoder {
     /// Forward pass without recording; `read` gets the end of it.
     pub fn evaluate<T>(&self, batch: &PackedBatch, read: impl FnOnce(&HeadView<'_>) -> T) -> T {
         let weight = |slot: usize| self.parameters.get(slot);
-        let mut x = self.embed(batch, &mut { weight });
-        for slots in &self.slots.blocks {
-            x = self.block(x, slots, batch, &mut { weight });
+        let _passing = hold(Purpose::Buffers, batch.tokens() * self.config.hidden_size);
+        let mut x = self.embed_gathered(batch);
+        for number in 0..self.slots.blocks.len() {
+            x = self.block_gathered(x, number, batch);
         }
+        let _gathered = self.parameters.hold_gathered(self.head_slots());
         let normed = self.norm(x, self.slots.norm.map(|slot| weight(*slot)));
         read(&HeadView { decoder: self, normed, lm_head: self.slots.lm_head.map(weight), score: self.slots.score.map(weight) })
     }
@@ -312,7 +329,7 @@ impl Decoder {
             return self.clone();
         }
         let specs = self.parameters.specs().to_vec();
-        let tensors = (0..specs.len()).map(|slot| self.parameters.get(slot)).collect();
+        let tensors = (0..specs.len()).map(|slot| widened(self.parameters.get(slot))).collect();
         Self { parameters: Parameters::from_tensors(specs, tensors, None), ..self.clone() }
     }
 
@@ -340,16 +357,19 @@ impl Decoder {
             self.attend(self.head_slots());
         }
         self.head_gradients().for_each(|slot| take(slot, None));
-        for block in self.slots.blocks.iter().rev() {
+        for (number, block) in self.slots.blocks.iter().enumerate().rev() {
             if shared {
                 self.attend(block.all());
+                self.parameters.prefetch(number.checked_sub(1).into_iter().flat_map(|next| self.slots.blocks[next].all()));
             }
             block.all().for_each(|slot| take(slot, None));
         }
-        if shared && !self.are_tables_frozen() {
-            self.attend(self.tables());
+        for slot in self.tables() {
+            if shared && !self.fused && !self.are_tables_frozen() {
+                self.attend(std::iter::once(slot));
+            }
+            take(slot, None);
         }
-        self.tables().for_each(|slot| take(slot, None));
     }
 
     /// Whether nothing below the blocks is trained: then the backward pass ends with them.
@@ -363,7 +383,10 @@ impl Decoder {
 
     fn attend_forward(&self) {
         self.attend(self.tables());
-        self.slots.blocks.iter().for_each(|block| self.attend(block.all()));
+        for (number, block) in self.slots.blocks.iter().enumerate() {
+            self.attend(block.all());
+            self.parameters.prefetch(self.slots.blocks.get(number + 1).into_iter().flat_map(BlockSlots::all));
+        }
     }
 
     /// Slots that the embedding reads, in order.
@@ -399,22 +422,28 @@ impl Decoder {
     ) -> T {
         let checkpointing = checkpointing || self.parameters.is_shared();
         let constant = |slot: usize| self.parameters.get(slot);
+        let states = batch.tokens() * self.config.hidden_size;
         let mut segments = Vec::with_capacity(self.slots.blocks.len());
-        let mut x = self.embed(batch, &mut { constant });
-        for slots in &self.slots.blocks {
+        let mut x = self.embed_gathered(batch);
+        let mut held = hold(Purpose::Activations, states);
+        for number in 0..self.slots.blocks.len() {
             if checkpointing {
                 let input = x;
-                x = self.block(input.clone(), slots, batch, &mut { constant });
-                segments.push((input, None));
+                x = self.block_gathered(input.clone(), number, batch);
+                segments.push((input, None, held.take()));
+                held = hold(Purpose::Activations, states);
             } else {
-                let segment = self.record(x.clone(), slots, batch);
+                let segment = self.record(x.clone(), number, batch);
                 let output = segment.output.clone().inner();
-                segments.push((x, Some(segment)));
+                segments.push((x, Some(segment), held.take()));
                 x = output;
             }
         }
 
         let recorded = |slot: usize| self.recorded(slot);
+        let trained = self.head_slots().filter(|slot| !self.is_frozen(*slot));
+        let of_head: usize = trained.map(|slot| self.parameters.specs()[slot].len()).sum();
+        let gathered = self.parameters.hold_gathered(self.head_slots());
         let hidden = x.autodiff().require_grad();
         let norm = self.slots.norm.map(|slot| recorded(*slot));
         let lm_head = self.slots.lm_head.map(recorded);
@@ -423,6 +452,7 @@ impl Decoder {
         let view = HeadView { decoder: self, normed, lm_head: lm_head.clone(), score: score.clone() };
         let (loss, result) = loss(&view);
         drop(view);
+        let passing = hold(Purpose::Buffers, of_head + 2 * states);
         let mut gradients = loss.backward();
         let mut upstream = hidden.grad_remove(&mut gradients).unwrap_or_else(|| hidden.clone().inner().zeros_like());
         // With tied embeddings the head's gradient waits for the embedding's, so that each weight is taken once.
@@ -432,29 +462,35 @@ impl Decoder {
             let gradient = weight.grad_remove(&mut gradients);
             if slot == self.slots.embed { head_gradient = gradient } else { take(slot, gradient) }
         }
+        drop((hidden, held, gathered, passing));
+        let waiting = head_gradient.as_ref().and_then(|_| hold(Purpose::Buffers, self.parameters.specs()[self.slots.embed].len()));
         drop(gradients);
 
-        for (slots, (input, segment)) in self.slots.blocks.iter().zip(segments).rev() {
-            let segment = segment.unwrap_or_else(|| self.record(input, slots, batch));
+        for (number, (input, segment, held)) in segments.into_iter().enumerate().rev() {
+            let segment = segment.unwrap_or_else(|| self.record(input, number, batch));
+            let _passing = hold(Purpose::Buffers, segment.gradient_elements(self) + 2 * states);
             upstream = segment.backward(self, upstream, &mut take);
+            drop(held);
         }
 
         if self.are_tables_frozen() {
             self.tables().for_each(|slot| take(slot, None));
             return result;
         }
-        let mut tables = Vec::with_capacity(2);
-        let embedded = self.embed(batch, &mut |slot| {
-            let weight = recorded(slot);
-            tables.push((slot, weight.clone()));
-            weight
-        });
-        let mut gradients = self.backward_from(embedded, upstream);
-        for (slot, weight) in tables {
-            let gradient = weight.grad_remove(&mut gradients).unwrap_or_else(|| weight.inner().zeros_like());
+        for (slot, ids) in self.table_rows(batch) {
+            let dims = self.parameters.specs()[slot].dims();
+            let _passing = hold(Purpose::Buffers, dims[0] * dims[1] + states);
+            let gradient = if self.fused {
+                flex::embed_gradient(&upstream, &ids, dims)
+            } else {
+                let table = constant(slot).autodiff().require_grad();
+                let mut gradients = self.backward_from(composed::embed(table.clone(), ids), upstream.clone());
+                table.grad_remove(&mut gradients).unwrap_or_else(|| Tensor::zeros(dims, &self.device))
+            };
             let head = head_gradient.take_if(|_| slot == self.slots.embed);
             take(slot, Some(head.map_or_else(|| gradient.clone(), |head| accumulate(head, gradient.clone()))));
         }
+        drop(waiting);
         result
     }
 
@@ -464,21 +500,38 @@ impl Decoder {
         root(output, gradient).backward()
     }
 
+    /// [`Decoder::embed`] with weights that are dropped after it.
+    fn embed_gathered(&self, batch: &PackedBatch) -> Tensor<2> {
+        let _gathered = self.parameters.hold_gathered(self.tables());
+        self.embed(batch, &mut |slot| self.parameters.get(slot))
+    }
+
+    /// [`Decoder::block`] with weights that are dropped after it.
+    fn block_gathered(&self, x: Tensor<2>, number: usize, batch: &PackedBatch) -> Tensor<2> {
+        let slots = &self.slots.blocks[number];
+        let _gathered = self.parameters.hold_gathered(slots.all());
+        self.block(x, slots, self.slots.blocks.get(number + 1), batch, &mut |slot| self.parameters.get(slot))
+    }
+
     /// A weight as the graph of a backward pass sees it.
     fn recorded(&self, slot: usize) -> Tensor<2> {
         let weight = self.parameters.get(slot).autodiff();
         if self.is_frozen(slot) { weight } else { weight.require_grad() }
     }
 
-    fn record(&self, input: Tensor<2>, slots: &BlockSlots, batch: &PackedBatch) -> Segment {
+    fn record(&self, input: Tensor<2>, number: usize, batch: &PackedBatch) -> Segment {
+        let slots = &self.slots.blocks[number];
+        let gathered = self.parameters.hold_gathered(slots.all());
         let input = input.autodiff().require_grad();
         let mut weights = Vec::with_capacity(9);
-        let output = self.block(input.clone(), slots, batch, &mut |slot| {
+        // The backward pass goes down.
+        let next = number.checked_sub(1).map(|next| &self.slots.blocks[next]);
+        let output = self.block(input.clone(), slots, next, batch, &mut |slot| {
             let weight = self.recorded(slot);
             weights.push((slot, weight.clone()));
             weight
         });
-        Segment { input, weights, output }
+        Segment { input, weights, output, gathered }
     }
 }
 
@@ -487,15 +540,24 @@ struct Segment {
     input: Tensor<2>,
     weights: Vec<(usize, Tensor<2>)>,
     output: Tensor<2>,
+    /// Weights that are here for this block only.
+    gathered: Option<Held>,
 }
 
 impl Segment {
+    /// Elements of its weights' gradients, which are there together until they are handed over.
+    fn gradient_elements(&self, decoder: &Decoder) -> usize {
+        let trained = self.weights.iter().filter(|(slot, _)| !decoder.is_frozen(*slot));
+        trained.map(|(slot, _)| decoder.parameters.specs()[*slot].len()).sum()
+    }
+
     /// Hands over the weights' gradients and returns the input's.
     fn backward(self, decoder: &Decoder, upstream: Tensor<2>, take: &mut impl FnMut(usize, Option<Tensor<2>>)) -> Tensor<2> {
         let mut gradients = decoder.backward_from(self.output, upstream);
         for (slot, weight) in self.weights {
             take(slot, weight.grad_remove(&mut gradients));
         }
+        drop(self.gathered);
         let input = self.input;
         input.grad_remove(&mut gradients).unwrap_or_else(|| input.inner().zeros_like())
     }

@@ -17,6 +17,7 @@ use rlflow_kernels::{
 
 use crate::{
     Decoder,
+    ledger::{Purpose, hold},
     parameters::{BlockSlots, Slots, flex_view, host},
 };
 
@@ -132,6 +133,12 @@ pub fn generate(
     // Prefill.
     let layout = SequenceLayout::from_lengths(prompts.iter().map(|prompt| prompt.len()));
     let ids: Vec<u32> = prompts.concat();
+    // The prefill's rows of one block, and the keys and values of all answers.
+    let kv_width = shape.heads.kv_width();
+    let capacities: usize = prompts.iter().map(|prompt| (prompt.len() + sampling.max_new_tokens).min(context)).sum();
+    let block = 3 * hidden + 2 * shape.heads.query_width() + 2 * kv_width + 3 * config.intermediate_size;
+    let prefill = hold(Purpose::Buffers, ids.len() * block);
+    let _caches = hold(Purpose::Buffers, 2 * config.layers * kv_width * capacities + prompts.len() * (vocab + hidden));
     let mut x = weights.embed(decoder.slots(), &ids, layout.positions(), hidden);
     let mut active: Vec<Active> = prompts
         .iter()
@@ -148,6 +155,7 @@ pub fn generate(
         x = mlp_block::forward(&y, weights.mlp(slots), shape.eps, Arithmetic::F32, None).0;
     }
     let mut last_rows: Vec<f32> = (0..prompts.len()).flat_map(|i| &x[(layout.range(i).end - 1) * hidden..][..hidden]).copied().collect();
+    drop((x, prefill));
     let mut scratch = DecodeScratch::default();
     loop {
         // Next tokens of all active sequences.

@@ -97,9 +97,13 @@ pub struct OptimizerSettings {
 }
 
 /// AdamW (arXiv:1711.05101) with torch's definitions: moments of each weight, or of one rank's share of it.
+///
+/// Weights that the model holds in bfloat16, or on another device than their moments, have a master here in f32, which is
+/// what is updated; the model gets a copy of it.
 #[derive(Debug, Clone)]
 pub struct Optimizer {
     settings: OptimizerSettings,
+    masters: Vec<Option<Tensor<2>>>,
     /// Elements of each weight that are updated here.
     shares: Vec<Range<usize>>,
     first: Vec<Tensor<2>>,
@@ -117,13 +121,29 @@ impl Optimizer {
     /// Zero moments for all of `parameters`.
     pub fn new(parameters: &Parameters, settings: OptimizerSettings) -> Self {
         let shares = parameters.specs().iter().map(|spec| 0..spec.len()).collect();
-        Self { settings, shares, first: parameters.zeros_like(), second: parameters.zeros_like(), step: 0 }
+        let masters = vec![None; parameters.specs().len()];
+        Self { settings, masters, shares, first: parameters.zeros_like(), second: parameters.zeros_like(), step: 0 }
     }
 
-    /// Zero moments for `shares`, a range of each weight's elements.
-    pub(crate) fn of_shares(shares: Vec<Range<usize>>, device: &Device, settings: OptimizerSettings) -> Self {
-        let zeros = || shares.iter().map(|share| Tensor::zeros([1, share.len()], device)).collect();
-        Self { settings, first: zeros(), second: zeros(), shares: shares.clone(), step: 0 }
+    /// Zero moments on `home` for `shares`, a range of each weight's elements, with the masters of those that have one.
+    pub(crate) fn of_shares(
+        shares: Vec<Range<usize>>,
+        masters: Vec<Option<Tensor<2>>>,
+        home: &Device,
+        settings: OptimizerSettings,
+    ) -> Self {
+        let zeros = || shares.iter().map(|share| Tensor::zeros([1, share.len()], home)).collect();
+        Self { settings, masters, first: zeros(), second: zeros(), shares: shares.clone(), step: 0 }
+    }
+
+    /// The master of a weight, or of a share of it.
+    pub(crate) fn master(&self, slot: usize) -> Option<&Tensor<2>> {
+        self.masters[slot].as_ref()
+    }
+
+    /// All of them, to be replaced in place.
+    pub(crate) fn masters_mut(&mut self) -> &mut [Option<Tensor<2>>] {
+        &mut self.masters
     }
 
     /// First moments, second moments, steps done.
@@ -183,6 +203,17 @@ impl Optimizer {
             let share = &self.shares[slot];
             let (ours, theirs) = (within(parameter, share), within(gradient, share));
             let (first, second) = (&mut self.first[slot], &mut self.second[slot]);
+            if let Some(master) = &mut self.masters[slot] {
+                if !share.is_empty() {
+                    let gradient = cut(gradient, theirs).to_device(&master.device());
+                    step_master(master, &gradient, first, second, settings);
+                }
+                // A rank that updates a part of what it holds gets the rest from others, all at once.
+                if ours.len() == parameter.shape().num_elements() {
+                    *parameter = copy_of(master, parameter).reshape(parameter.dims());
+                }
+                continue;
+            }
             let view = flex_view(gradient);
             let done = view.as_ref().is_some_and(|view| {
                 let gradient: &[f32] = view.as_slice().expect("views are contiguous f32");
@@ -205,6 +236,26 @@ impl Optimizer {
 pub(crate) fn norm(squares: &[Vec<Vec<f64>>], count: usize) -> f64 {
     let of = |slot: usize| squares.iter().flat_map(|of_rank| &of_rank[slot]).sum::<f64>();
     (0..count).map(of).sum::<f64>().sqrt()
+}
+
+/// A master's copy in the format and on the device of `parameter`.
+pub(crate) fn copy_of(master: &Tensor<2>, parameter: &Tensor<2>) -> Tensor<2> {
+    let copy = master.clone().to_device(&parameter.device());
+    if parameter.dtype() == copy.dtype() { copy } else { copy.cast(parameter.dtype()) }
+}
+
+/// One update of a master, which stands where its moments do.
+fn step_master(master: &mut Tensor<2>, gradient: &Tensor<2>, first: &mut Tensor<2>, second: &mut Tensor<2>, settings: AdamW) {
+    let view = flex_view(gradient);
+    let done = view.as_ref().is_some_and(|view| {
+        let gradient: &[f32] = view.as_slice().expect("views are contiguous f32");
+        update_in_place([&mut *master, &mut *first, &mut *second], |[master, first, second]| {
+            adamw(master, gradient, first, second, settings)
+        })
+    });
+    if !done {
+        composed_adamw(master, gradient, first, second, settings);
+    }
 }
 
 /// The same update from plain tensor operations, for devices without the kernel.

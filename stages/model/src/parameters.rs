@@ -1,13 +1,19 @@
 //! Names, shapes and storage of a model's weights. Names and layouts are those of Llama checkpoints.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use rlflow_api::{CounterRng, ModelConfig, Positions};
-use rlflow_kernels::{Affine, AttentionParts, MlpParts};
+use rlflow_kernels::{Affine, AttentionParts, MlpParts, matmul::Arithmetic};
 
-use crate::ranks::{Collective, join};
+use crate::{
+    ledger::{Held, Purpose, hold_bytes},
+    ranks::{Collective, Pending, join},
+};
 
 /// What stands on top of the decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -56,6 +62,13 @@ impl ParameterSpec {
     /// Norm weights and biases are vectors; weight decay leaves them alone.
     pub fn is_matrix(&self) -> bool {
         self.shape.len() > 1
+    }
+
+    /// In what format it is held by a model that computes with `arithmetic`: bfloat16 for the matrices of one that multiplies
+    /// such numbers.
+    pub(crate) fn stored_in(&self, arithmetic: Arithmetic) -> FloatDType {
+        let is_product = self.is_matrix() && self.name != SCORE_WEIGHT;
+        if arithmetic == Arithmetic::Bf16 && is_product { FloatDType::BF16 } else { FloatDType::F32 }
     }
 
     /// Elements of a row along the first dimension; 1 for vectors.
@@ -178,6 +191,16 @@ pub struct Parameters {
     tensors: Vec<Tensor<2>>,
     /// With whom the weights are shared, where they are.
     shared_with: Option<Arc<dyn Collective>>,
+    /// Weights that are being gathered, in the order in which they will be asked for.
+    coming: Arc<Mutex<VecDeque<Coming>>>,
+}
+
+/// A weight that is being gathered.
+#[derive(Debug)]
+struct Coming {
+    slot: usize,
+    pieces: Pending,
+    _held: Option<Held>,
 }
 
 impl Parameters {
@@ -192,23 +215,28 @@ impl Parameters {
     ) -> Result<Self, E> {
         let tensors =
             specs.iter().map(|spec| Ok(Tensor::from_data(TensorData::new(data(spec)?, spec.dims()), device))).collect::<Result<_, E>>()?;
-        Ok(Self { specs, tensors, shared_with: None })
+        Ok(Self::from_tensors(specs, tensors, None))
     }
 
     /// Without all but the first `count` weights.
     pub(crate) fn truncated(&self, count: usize) -> Self {
-        let Self { specs, tensors, shared_with } = self;
-        Self { specs: specs[..count].to_vec(), tensors: tensors[..count].to_vec(), shared_with: shared_with.clone() }
+        let Self { specs, tensors, shared_with, .. } = self;
+        Self::from_tensors(specs[..count].to_vec(), tensors[..count].to_vec(), shared_with.clone())
     }
 
     /// Around tensors that are there: whole weights, or, with `shared_with`, this rank's share of each (`[1, elements]`).
     pub(crate) fn from_tensors(specs: Vec<ParameterSpec>, tensors: Vec<Tensor<2>>, shared_with: Option<Arc<dyn Collective>>) -> Self {
-        Self { specs, tensors, shared_with }
+        Self { specs, tensors, shared_with, coming: Arc::default() }
     }
 
     /// Whether this is one rank's share.
     pub fn is_shared(&self) -> bool {
         self.shared_with.is_some()
+    }
+
+    /// Moves everything to `device`.
+    pub(crate) fn move_to(&mut self, device: &Device) {
+        self.tensors.iter_mut().for_each(|tensor| *tensor = tensor.clone().to_device(device));
     }
 
     /// Zeros of the same shapes, on the same device.
@@ -221,17 +249,41 @@ impl Parameters {
         &self.specs
     }
 
-    /// The weight in `slot`, gathered from all ranks where each holds a share: then all must ask for the same weights in the
-    /// same order.
+    /// The weight in `slot`, in the format that it is held in, gathered from all ranks where each holds a share: then all must ask for the same weights
+    /// in the same order.
     pub fn get(&self, slot: usize) -> Tensor<2> {
         let own = self.tensors[slot].clone();
         match &self.shared_with {
             None => own,
             Some(world) => {
                 let device = own.device();
-                join(&world.all_gather(own), self.specs[slot].dims(), &device)
+                let coming = self.coming().pop_front_if(|coming| coming.slot == slot);
+                let pieces = coming.map_or_else(|| world.all_gather(own), |coming| coming.pieces.wait());
+                join(&pieces, self.specs[slot].dims(), &device)
             }
         }
+    }
+
+    /// Starts to gather weights that will be asked for next, in this order; nothing where they are here anyway.
+    pub(crate) fn prefetch(&self, slots: impl Iterator<Item = usize>) {
+        let Some(world) = &self.shared_with else { return };
+        for slot in slots {
+            let held = self.hold_gathered(std::iter::once(slot));
+            let coming = Coming { slot, pieces: world.start_all_gather(self.tensors[slot].clone()), _held: held };
+            self.coming().push_back(coming);
+        }
+    }
+
+    fn coming(&self) -> MutexGuard<'_, VecDeque<Coming>> {
+        self.coming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts weights that are about to be gathered; none where they are here anyway.
+    pub(crate) fn hold_gathered(&self, slots: impl Iterator<Item = usize>) -> Option<Held> {
+        if !self.is_shared() {
+            return None;
+        }
+        hold_bytes(Purpose::Buffers, slots.map(|slot| self.specs[slot].len() * self.tensors[slot].dtype().size()).sum())
     }
 
     /// What is held of all weights.
@@ -260,18 +312,40 @@ impl Parameters {
     }
 }
 
+/// The same numbers as f32.
+pub(crate) fn widened(tensor: Tensor<2>) -> Tensor<2> {
+    if tensor.dtype() == DType::F32 { tensor } else { tensor.cast(FloatDType::F32) }
+}
+
 /// Elements of a tensor on the host.
 pub fn host<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
     tensor.to_data().convert::<f32>().try_to_vec().expect("float tensors convert to f32")
 }
 
-/// Reads a `Flex` tensor in place; `None` on other devices.
+/// Whether a tensor lives on `Flex`, the CPU.
+pub fn is_flex<const D: usize>(tensor: &Tensor<D>) -> bool {
+    tensor.clone().try_into_primitive::<burn::backend::Flex>().is_ok()
+}
+
+/// Reads an f32 tensor on `Flex` in place; `None` for other formats and on other devices.
 pub fn flex_view<const D: usize>(tensor: &Tensor<D>) -> Option<FlexTensor> {
+    if tensor.dtype() != DType::F32 {
+        return None;
+    }
     let tensor = tensor.clone().try_into_primitive::<burn::backend::Flex>().ok()?;
     Some(if tensor.as_slice::<f32>().is_some() { tensor } else { tensor.to_contiguous() })
 }
 
-/// Changes the elements of `Flex` tensors in place, without a copy where nobody else holds them. False on other devices.
+/// The same for bfloat16.
+pub(crate) fn flex_narrow_view<const D: usize>(tensor: &Tensor<D>) -> Option<FlexTensor> {
+    if tensor.dtype() != DType::BF16 {
+        return None;
+    }
+    let tensor = tensor.clone().try_into_primitive::<burn::backend::Flex>().ok()?;
+    Some(if tensor.as_slice::<half::bf16>().is_some() { tensor } else { tensor.to_contiguous() })
+}
+
+/// Changes the elements of f32 tensors on `Flex` in place, without a copy where nobody else holds them. False for others.
 pub fn update_in_place<const N: usize>(tensors: [&mut Tensor<2>; N], update: impl FnOnce([&mut [f32]; N])) -> bool {
     let mut views = Vec::with_capacity(N);
     for tensor in &tensors {

@@ -7,10 +7,10 @@ mod task;
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactType, DescribeContext, Description, Dtype, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot,
+    Artifact, ArtifactType, DescribeContext, Description, Dtype, Execution, InputPort, Needs, OutputPort, Problem, RunContext, Snapshot,
     StageError, StageKind, StageResult,
 };
-use rlflow_model::{Group, Head, LoraSettings, Schedule, checkpoint};
+use rlflow_model::{Group, Head, LoraSettings, Schedule, Use, checkpoint};
 use rlflow_text::{PreferenceDataset, Split};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -23,7 +23,7 @@ use crate::{
     lora,
     models::{self, LoadedModel},
     pairs::{Pair, Pairs, TooLong},
-    train::{self, RowOrder, TrainDefaults, TrainExecution, TrainSettings},
+    train::{self, Memory, RowOrder, Sharding, TrainDefaults, TrainExecution, TrainSettings},
 };
 
 /// See the module.
@@ -129,6 +129,11 @@ impl StageKind for Dpo {
         ("eval/rewards/accuracies", "share of held-out pairs ranked right"),
         ("eval/rewards/margins", "mean margin on held-out pairs"),
         ("tokens_per_s", "tokens trained on per second"),
+        ("memory/peak_bytes", "bytes of the rank that held most, at its peak"),
+        (
+            "memory/<device>/<rank>/peak_bytes",
+            "bytes of each rank at its peak; likewise parameters_bytes, gradients_bytes, optimizer_bytes, activations_bytes and buffers_bytes then, and now_bytes at the end",
+        ),
     ];
     const DRAWS: bool = true;
 
@@ -151,9 +156,14 @@ impl StageKind for Dpo {
         models::describe_from(context, "model", "model", ArtifactType::Policy, |meta| {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
-            let tokens = (2 * plan.micro_batch_size * model.context) as u64;
             let total = 2 * plan.steps * (plan.batch_size * model.context) as u64;
-            lora::needs(config.lora.as_ref(), model, train::needs(model, tokens, total, config.execution.gradient_checkpointing))
+            let pass = plan.pass(Head::Language, 2 * model.context, &config.execution);
+            let needs = train::training_needs(model, pass, Sharding::of(context), total);
+            // Only the divergence of KTO needs the reference while training; else its log-probabilities are computed before. Below
+            // an adapter it is there anyway.
+            let is_held = config.loss == DpoLoss::Kto && config.lora.is_none();
+            let reference = if is_held { needs.parameter_bytes } else { 0 };
+            lora::needs(config.lora.as_ref(), model, Needs { parameter_bytes: needs.parameter_bytes + reference, ..needs })
         })
     }
 
@@ -171,7 +181,8 @@ impl StageKind for Dpo {
 
     fn run(config: &DpoConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "ref", "data"])?;
-        let loaded = models::load(context, "model", Head::Language, config.execution.precision, config.lora.as_ref())?;
+        let memory = Memory::default();
+        let loaded = models::load(context, "model", Head::Language, config.execution.precision, config.lora.as_ref(), &memory)?;
         let data = &context.input("data")?.artifact;
         let length = loaded.model.config().context;
         let train = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Truncate);
@@ -187,7 +198,8 @@ impl StageKind for Dpo {
             if let Some(base) = loaded.base_as(&reference) {
                 return Ok(base);
             }
-            let loaded = models::load_artifact(&reference, Head::Language, context.seed, context.placement, precision, None)?;
+            let layout = memory.layout(context.placement)?;
+            let loaded = models::load_artifact(&reference, Head::Language, context.seed, &layout, precision, Use::Frozen)?;
             Ok::<_, StageError>(loaded.model)
         };
         let (train, heldout) = if config.loss.has_reference() {
@@ -227,6 +239,7 @@ impl StageKind for Dpo {
         let LoadedModel { mut model, info, artifact } = loaded;
         context.phase("training");
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
+        memory.report(context);
         let artifact = models::publish(context, ArtifactType::Policy, &model, Head::Language, &info, &artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }

@@ -5,10 +5,10 @@ mod rule;
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, Input, InputPort, OutputPort, Problem, RunContext,
-    Sample, StageError, StageEvent, StageKind, StageResult, Table,
+    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, Input, InputPort, Needs, OutputPort, Problem,
+    RunContext, Sample, StageError, StageEvent, StageKind, StageResult, Table,
 };
-use rlflow_model::{Completion, Decoder, Draws, Group, Head, Sampling, parameters::host};
+use rlflow_model::{Completion, Decoder, Draws, Group, Head, Layout, Sampling, Use, parameters::host};
 use rlflow_text::{ChatTokenizer, PromptDataset, PromptRow, Split, TokenDataset, tokenize_corpus};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -23,7 +23,7 @@ use crate::{
     pairs::{Answered, AnsweredBatch},
     pretrain::{self, Windows},
     reward_model::ScoredBatch,
-    train::Precision,
+    train::{Memory, Precision, Sharding, frozen_needs, sampling_bytes},
 };
 
 /// See the module.
@@ -124,6 +124,11 @@ impl StageKind for Eval {
         ("<model>/perplexity", "exp of the mean cross-entropy per token on held-out documents"),
         ("<model>/response_length", "mean length of the answers, in tokens"),
         ("<model>/ended", "share of answers that ended by themselves"),
+        ("memory/peak_bytes", "bytes of the rank that held most, at its peak"),
+        (
+            "memory/<device>/<rank>/peak_bytes",
+            "bytes of each rank at its peak; likewise parameters_bytes, gradients_bytes, optimizer_bytes, activations_bytes and buffers_bytes then, and now_bytes at the end",
+        ),
     ];
     const DRAWS: bool = true;
 
@@ -150,12 +155,14 @@ impl StageKind for Eval {
             return Err(problems);
         }
         let needs = context.input("models").and_then(|input| input.meta.model.as_ref()).map(|model| {
-            let one = crate::train::needs(model, (config.batch_size * model.context) as u64, 0, true);
-            let cache = 8 * (config.batch_size * model.context * model.layers * model.kv_heads * model.head_dim) as u64;
-            rlflow_api::Needs { parameter_bytes: 3 * one.parameter_bytes, buffer_bytes: one.buffer_bytes + cache, ..Default::default() }
+            // A model, the reference and the judge; answers are sampled and scored in groups.
+            let tokens = (config.batch_size * model.context) as u64;
+            let one = frozen_needs(model, Head::Language, tokens, Sharding::of(context), Precision::Fp32);
+            let cache = sampling_bytes(model, config.batch_size as u64, model.context as u64, Sharding::of(context), Precision::Fp32);
+            Needs { parameter_bytes: 3 * one.parameter_bytes, buffer_bytes: one.buffer_bytes.max(cache), ..one }
         });
         let outputs = BTreeMap::from([("evaluation".into(), ArtifactMeta::new(ArtifactType::Evaluation))]);
-        Ok(Description { outputs, needs: needs.unwrap_or_default() })
+        Ok(Description::new(outputs, needs.unwrap_or_default()))
     }
 
     fn execution(config: &EvalConfig) -> Option<&Execution> {
@@ -186,6 +193,8 @@ struct Evaluation<'a> {
     held_out: bool,
     tokenizer: ChatTokenizer,
     rule: Option<rule::CompiledRule>,
+    memory: Memory,
+    layout: Layout,
     judge: Option<Group>,
     reference: Group,
     heldout_text: Vec<LanguageBatch>,
@@ -194,7 +203,9 @@ struct Evaluation<'a> {
 impl<'a> Evaluation<'a> {
     fn load(config: &'a EvalConfig, context: &'a RunContext<'a>) -> StageResult<Self> {
         models::check_same_tokenizer(context, &["models", "prompts", "judge", "baseline", "ref"])?;
-        let load = |artifact, head| models::load_artifact(artifact, head, context.seed, context.placement, Precision::Fp32, None);
+        let memory = Memory::default();
+        let layout = memory.layout(context.placement)?;
+        let load = |artifact, head| models::load_artifact(artifact, head, context.seed, &layout, Precision::Fp32, Use::Frozen);
         let prompts = &context.input("prompts")?.artifact;
         let mut rows = PromptDataset::load(prompts, Split::HeldOut)?;
         let held_out = !rows.is_empty();
@@ -237,7 +248,7 @@ impl<'a> Evaluation<'a> {
                 context.warning(format!("{judged} of {of} prompts carry a reference answer: rule_score is over those"));
             }
         }
-        Ok(Self { config, context, rows, held_out, tokenizer, rule, judge, reference, heldout_text })
+        Ok(Self { config, context, rows, held_out, tokenizer, rule, memory, layout, judge, reference, heldout_text })
     }
 
     fn run(self) -> StageResult<BTreeMap<String, Artifact>> {
@@ -263,6 +274,7 @@ impl<'a> Evaluation<'a> {
         };
         let numbers: Vec<Vec<(&str, f64)>> = results.iter().map(|result| result.numbers(&baseline_rewards)).collect();
         self.report(&results, &numbers, &baseline.name());
+        self.memory.report(context);
 
         let mut builder = context.output(ArtifactType::Evaluation);
         // By position, not by name: a renamed stage gives the same evaluation.
@@ -287,7 +299,7 @@ impl<'a> Evaluation<'a> {
     fn evaluate(&self, name: &str, artifact: &Artifact) -> StageResult<ModelResult> {
         let (config, context) = (self.config, self.context);
         context.phase(&format!("answers of {name}"));
-        let model = models::load_artifact(artifact, Head::Language, context.seed, context.placement, Precision::Fp32, None)?.model;
+        let model = models::load_artifact(artifact, Head::Language, context.seed, &self.layout, Precision::Fp32, Use::Frozen)?.model;
         let sampling = Sampling {
             temperature: config.temperature,
             top_k: config.top_k,

@@ -94,7 +94,7 @@ impl StageKind for Import {
             ..ArtifactMeta::new(directory.config.role.artifact_type())
         };
         let outputs = BTreeMap::from([("model".to_owned(), described), ("tokenizer".to_owned(), tokenizer)]);
-        Ok(Description { outputs, needs: Needs::default() })
+        Ok(Description::new(outputs, Needs::default()))
     }
 
     fn run(config: &ImportConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {

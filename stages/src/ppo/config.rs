@@ -1,11 +1,11 @@
 use rlflow_api::Problem;
-use rlflow_model::{LearningRate, OptimizerSettings, Schedule};
+use rlflow_model::{Head, LearningRate, OptimizerSettings, Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     losses::{KlEstimator, LossAggregation, PolicyClip},
-    train::{Precision, SnapshotSettings},
+    train::{Pass, Precision, SnapshotSettings},
 };
 
 /// How the KL coefficient moves.
@@ -326,6 +326,11 @@ impl RoleTrain {
     /// Optimizer settings.
     pub fn optimizer(&self) -> OptimizerSettings {
         OptimizerSettings { betas: self.betas, eps: self.eps, weight_decay: self.weight_decay, grad_clip: self.grad_clip }
+    }
+
+    /// A pass over answers that fill the context.
+    pub(super) fn pass(&self, head: Head, context: usize, micro_batches: u64, precision: Precision) -> Pass {
+        Pass { head, tokens: (self.micro_batch_size * context) as u64, micro_batches, checkpointing: false, precision }
     }
 
     /// Learning rate over `steps` PPO steps.

@@ -22,7 +22,7 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, Needs, OutputPort, Problem, Retain, RunContext, Sample,
     Snapshot, StageError, StageEvent, StageKind, StageResult,
 };
-use rlflow_model::{CheckpointInfo, Group, Head, checkpoint};
+use rlflow_model::{CheckpointInfo, Group, Head, LoraSettings, Use, checkpoint};
 use rlflow_text::{PromptDataset, Split};
 use serde_json::json;
 
@@ -33,7 +33,7 @@ use self::{experience::Experience, ptx::Ptx, score_moments::ScoreMoments, update
 use crate::{
     lora,
     models::{self, LoadedModel},
-    train::RowOrder,
+    train::{Memory, RowOrder, Sharding, sampling_bytes},
 };
 
 /// See the module.
@@ -87,6 +87,11 @@ impl StageKind for Ppo {
         ("lr", "learning rate of the actor"),
         ("episode", "answers sampled so far"),
         ("tokens_per_s", "answer tokens sampled and learnt from per second"),
+        ("memory/peak_bytes", "bytes of the rank that held most, at its peak"),
+        (
+            "memory/<device>/<rank>/peak_bytes",
+            "bytes of each rank at its peak; likewise parameters_bytes, gradients_bytes, optimizer_bytes, activations_bytes and buffers_bytes then, and now_bytes at the end",
+        ),
     ];
     const DRAWS: bool = true;
 
@@ -122,19 +127,13 @@ impl StageKind for Ppo {
             let hint = format!("a prompt and its answer share the context: at most {}", model.context - 1);
             return Err(vec![Problem::new("context_too_long", "max_new_tokens", message).hint(hint)]);
         }
-        let needs = model.map_or_else(Needs::default, |model| {
-            let tokens = (config.batch_size * model.context) as u64;
-            let cache = 8 * tokens * (model.layers * model.kv_heads * model.head_dim) as u64;
-            let one = crate::train::needs(model, (4 * model.context) as u64, tokens * config.steps, false);
-            let trained = if config.share_backbone { 1 } else { 2 };
-            Needs {
-                parameter_bytes: (2 + trained) * one.parameter_bytes,
-                gradient_bytes: one.gradient_bytes,
-                optimizer_bytes: trained * one.optimizer_bytes,
-                activation_bytes: one.activation_bytes,
-                buffer_bytes: one.buffer_bytes + cache,
-                tokens: one.tokens,
-            }
+        // Beside the roles stands what a rollout takes.
+        let sharding =
+            context.input("actor").map_or(Sharding { ranks: 1, zero: 0 }, |actor| Sharding { ranks: actor.ranks, zero: actor.zero });
+        let needs = model.map_or_else(Needs::default, |model| Needs {
+            buffer_bytes: sampling_bytes(model, config.batch_size as u64, model.context as u64, sharding, config.precision),
+            tokens: (config.batch_size * model.context) as u64 * config.steps,
+            ..Needs::default()
         });
         let meta = |artifact_type| match actor {
             Some(actor) => ArtifactMeta { artifact_type, ..actor.clone() },
@@ -142,7 +141,7 @@ impl StageKind for Ppo {
         };
         let outputs = [("model", ArtifactType::Policy), ("critic", ArtifactType::Critic), ("ema", ArtifactType::Policy)];
         let outputs = outputs.into_iter().map(|(port, artifact_type)| (port.to_owned(), meta(artifact_type))).collect();
-        Ok(Description { outputs, needs })
+        Ok(Description { outputs, needs, holds: held(config, context) })
     }
 
     fn horizon(_: &PpoConfig) -> Vec<&'static str> {
@@ -158,8 +157,35 @@ impl StageKind for Ppo {
     fn run(config: &PpoConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         let mut ppo = Run::load(config, context)?;
         ppo.train()?;
+        ppo.memory.report(context);
         ppo.publish()
     }
+}
+
+/// What the roles hold, per rank of each. A critic that shares the actor's trunk is no model of its own.
+fn held(config: &PpoConfig, context: &DescribeContext<'_>) -> Vec<(&'static str, Needs)> {
+    let train = |port: &str| -> RoleTrain {
+        let settings = context.input(port).and_then(|input| input.settings.get("train").cloned());
+        settings.and_then(|settings| serde_json::from_value(settings).ok()).unwrap_or_default()
+    };
+    let answers = train("actor").micro_batch_size;
+    let actor_head = if config.share_backbone { Head::LanguageAndScore } else { Head::Language };
+    let roles =
+        [("actor", actor_head, true), ("ref", Head::Language, false), ("reward", Head::Score, false), ("critic", Head::Score, true)];
+    let needs = |(port, head, is_trained): (&'static str, Head, bool)| {
+        let input = context.input(port)?;
+        let model = input.meta.model.as_ref()?;
+        let sharding = Sharding { ranks: input.ranks, zero: input.zero };
+        let pass = is_trained.then(|| {
+            let train = train(port);
+            let of_mini_batch = config.batch_size.div_ceil(config.num_mini_batches.max(1));
+            train.pass(head, model.context, of_mini_batch.div_ceil(train.micro_batch_size.max(1)) as u64, config.precision)
+        });
+        let adapter = input.settings.get("lora").and_then(|lora| serde_json::from_value::<LoraSettings>(lora.clone()).ok());
+        let needs = roles::needs_of(model, head, pass, answers, sharding, config.precision);
+        Some((port, lora::needs(adapter.as_ref(), model, needs)))
+    };
+    roles.into_iter().take(if config.share_backbone { 3 } else { 4 }).filter_map(needs).collect()
 }
 
 /// The actor and the critic: two models, or two heads of one.
@@ -198,6 +224,8 @@ struct Run<'a> {
     kl_coef: f64,
     score_moments: ScoreMoments,
     ptx: Option<Ptx>,
+    /// Bytes of all roles.
+    memory: Memory,
     /// Moving average of the actor, if one is kept.
     average: Option<Group>,
     /// Gradient norms of the newest minibatch: actor, critic.
@@ -210,19 +238,21 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn load(config: &'a PpoConfig, context: &'a RunContext<'a>) -> StageResult<Self> {
         models::check_same_tokenizer(context, &["prompts", "actor", "critic", "ref", "reward"])?;
-        let load = |port: &str, head: Head| -> StageResult<LoadedModel> {
+        let memory = Memory::default();
+        let load = |port: &str, head: Head, is_trained: bool| -> StageResult<LoadedModel> {
             let role = context.input(port)?;
             let training = RoleTraining::of(&CheckpointInfo::of(&role.artifact)?)?;
-            models::load_artifact(&role.artifact, head, context.seed, &role.placement, config.precision, training.lora.as_ref())
+            let usage = if is_trained { Use::Trained(training.lora.as_ref()) } else { Use::Frozen };
+            models::load_artifact(&role.artifact, head, context.seed, &memory.layout(&role.placement)?, config.precision, usage)
         };
         // What a role is below its adapter, in the same place, is not held a second time.
         let load_frozen = |port: &str, head: Head, above: &str, model: &LoadedModel| -> StageResult<Group> {
             let (role, above) = (context.input(port)?, context.input(above)?);
             let base = if role.placement == above.placement { model.base_as(&role.artifact) } else { None };
-            base.map_or_else(|| load(port, head).map(|loaded| loaded.model), Ok)
+            base.map_or_else(|| load(port, head, false).map(|loaded| loaded.model), Ok)
         };
         let actor_head = if config.share_backbone { Head::LanguageAndScore } else { Head::Language };
-        let (actor, critic) = (load("actor", actor_head)?, load("critic", Head::Score)?);
+        let (actor, critic) = (load("actor", actor_head, true)?, load("critic", Head::Score, true)?);
         let reference = load_frozen("ref", Head::Language, "actor", &actor)?;
         let reward = load_frozen("reward", Head::Score, "critic", &critic)?;
         let (actor, critic) = (Trained::new(actor)?, Trained::new(critic)?);
@@ -270,7 +300,7 @@ impl<'a> Run<'a> {
             prompts,
             usable,
             order,
-            average: config.ema_decay.map(|_| actor.model.frozen_copy()),
+            average: config.ema_decay.map(|_| actor.model.frozen_copy()).transpose()?,
             actor,
             critic,
             reference,
@@ -278,6 +308,7 @@ impl<'a> Run<'a> {
             tokenizer,
             kl_coef: config.kl_coef,
             score_moments: ScoreMoments::default(),
+            memory,
             ptx,
             last_norms: (0.0, 0.0),
             dropout,

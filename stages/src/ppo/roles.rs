@@ -3,15 +3,18 @@
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, Needs, OutputPort, Problem, RunContext, StageError,
-    StageKind, StageResult,
+    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, ModelConfig, Needs, OutputPort, Problem, RunContext,
+    StageError, StageKind, StageResult,
 };
 use rlflow_model::{CheckpointInfo, Head, LoraSettings, checkpoint};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::config::RoleTrain;
-use crate::{lora, models};
+use crate::{
+    lora, models,
+    train::{Pass, Precision, Sharding, frozen_needs, training_needs},
+};
 
 /// Settings of a role that is trained.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
@@ -92,10 +95,19 @@ impl RoleConfig for FrozenRoleConfig {
     }
 }
 
-/// Four bytes per parameter, and none of what only training needs.
-fn frozen_needs(meta: &rlflow_api::ArtifactMeta) -> Needs {
-    let parameters = meta.model.as_ref().map_or(0, |model| model.parameter_count());
-    Needs { parameter_bytes: 4 * parameters, ..Needs::default() }
+/// What a role holds while `ppo` runs. Frozen ones score as many answers at a time as the actor learns from.
+pub(super) fn needs_of(
+    model: &ModelConfig,
+    head: Head,
+    train: Option<Pass>,
+    answers: usize,
+    sharding: Sharding,
+    precision: Precision,
+) -> Needs {
+    match train {
+        Some(pass) => training_needs(model, pass, sharding, 0),
+        None => frozen_needs(model, head, (answers * model.context) as u64, sharding, precision),
+    }
 }
 
 macro_rules! role {
@@ -127,7 +139,8 @@ macro_rules! role {
 
             fn describe(config: &$config, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
                 lora::check_model(config.training().unwrap_or_default().lora.as_ref(), context)?;
-                models::describe_from(context, "model", "model", $gives, frozen_needs)
+                // What the role takes of its devices is `ppo`'s to say: here it only gets its settings.
+                models::describe_from(context, "model", "model", $gives, |_| Needs::default())
             }
 
             fn execution(config: &$config) -> Option<&Execution> {

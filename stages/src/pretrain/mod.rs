@@ -12,7 +12,7 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, InputPort, OutputPort, Problem, RunContext, Snapshot,
     StageError, StageKind, StageResult,
 };
-use rlflow_model::{CheckpointInfo, Decoder, Group, Head, Schedule, parameters, ranks::Take};
+use rlflow_model::{CheckpointInfo, Decoder, Group, Head, Schedule, Use, parameters, ranks::Take};
 use rlflow_text::{ChatTokenizer, Split, TokenDataset, tokenize_corpus};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -23,7 +23,7 @@ use crate::{
     language::{self, LanguageBatch, LanguageBatchBuilder},
     model_settings::ModelSettings,
     models,
-    train::{self, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings, layout},
+    train::{self, Memory, Sharding, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings},
 };
 
 /// See the module.
@@ -74,6 +74,11 @@ impl StageKind for Pretrain {
         ("eval/loss", "mean cross-entropy on held-out documents"),
         ("eval/perplexity", "exp of eval/loss"),
         ("tokens_per_s", "tokens trained on per second"),
+        ("memory/peak_bytes", "bytes of the rank that held most, at its peak"),
+        (
+            "memory/<device>/<rank>/peak_bytes",
+            "bytes of each rank at its peak; likewise parameters_bytes, gradients_bytes, optimizer_bytes, activations_bytes and buffers_bytes then, and now_bytes at the end",
+        ),
     ];
     const DRAWS: bool = true;
 
@@ -109,8 +114,8 @@ impl StageKind for Pretrain {
         };
         let needs = model.as_ref().map(|model| {
             let plan = config.train.plan(0);
-            let tokens = (plan.micro_batch_size * model.context) as u64;
-            train::needs(model, tokens, plan.steps * (plan.batch_size * model.context) as u64, config.execution.gradient_checkpointing)
+            let total = plan.steps * (plan.batch_size * model.context) as u64;
+            train::training_needs(model, plan.pass(Head::Language, model.context, &config.execution), Sharding::of(context), total)
         });
         let meta = ArtifactMeta {
             context: model.as_ref().map(|model| model.context as u64),
@@ -120,7 +125,7 @@ impl StageKind for Pretrain {
             vocab_size: tokenizer.and_then(|meta| meta.vocab_size),
             ..ArtifactMeta::new(ArtifactType::Policy)
         };
-        Ok(Description { outputs: BTreeMap::from([("model".into(), meta)]), needs: needs.unwrap_or_default() })
+        Ok(Description::new(BTreeMap::from([("model".into(), meta)]), needs.unwrap_or_default()))
     }
 
     fn execution(config: &PretrainConfig) -> Option<&Execution> {
@@ -140,13 +145,14 @@ impl StageKind for Pretrain {
         let tokenizer = ChatTokenizer::load(tokenizer_artifact)?;
         models::check_same_tokenizer(context, &["tokenizer", "model"])?;
         let tokens = tokenize_corpus(context, &context.input("corpus")?.artifact, &tokenizer)?;
-        let precision = config.execution.precision;
+        let (precision, memory) = (config.execution.precision, Memory::default());
         let mut model = match (&config.model, context.optional_input("model")) {
-            (_, Some(_)) => models::load(context, "model", Head::Language, precision, None)?.model,
+            (_, Some(_)) => models::load(context, "model", Head::Language, precision, None, &memory)?.model,
             (Some(settings), None) => {
                 let shape = settings.config(tokenizer.vocab_size());
                 let fresh = parameters::initial(&shape, context.seed, settings.init_std);
-                Group::new(&shape, Head::Language, &layout(context.placement)?, precision.arithmetic(), None, |spec| Ok(fresh(spec)))?
+                let layout = memory.layout(context.placement)?;
+                Group::new(&shape, Head::Language, &layout, precision.arithmetic(), Use::Trained(None), |spec| Ok(fresh(spec)))?
             }
             (None, None) => return Err(StageError::invalid("neither `model` settings nor `inputs.model`")),
         };
@@ -162,6 +168,7 @@ impl StageKind for Pretrain {
         let plan = config.train.plan(windows.rows());
         let mut task = PretrainTask { windows, heldout, plan: plan.clone() };
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
+        memory.report(context);
         let digest = tokenizer.digest().to_string();
         let info =
             CheckpointInfo { model: model.config().clone(), head: Head::Language, tokenizer: digest, adapters: Vec::new(), role: None };

@@ -17,7 +17,7 @@ use crate::{
     losses::pairwise_reward_loss,
     models::{self, LoadedModel},
     pairs::{Answered, Pair, Pairs, TooLong},
-    train::{self, RowOrder, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings},
+    train::{self, Memory, RowOrder, Sharding, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings},
 };
 
 /// See the module.
@@ -77,6 +77,11 @@ impl StageKind for RewardModel {
         ("eval/loss", "mean loss on held-out pairs"),
         ("eval/accuracy", "share of held-out pairs ranked right"),
         ("tokens_per_s", "tokens trained on per second"),
+        ("memory/peak_bytes", "bytes of the rank that held most, at its peak"),
+        (
+            "memory/<device>/<rank>/peak_bytes",
+            "bytes of each rank at its peak; likewise parameters_bytes, gradients_bytes, optimizer_bytes, activations_bytes and buffers_bytes then, and now_bytes at the end",
+        ),
     ];
     const DRAWS: bool = true;
 
@@ -94,9 +99,9 @@ impl StageKind for RewardModel {
         models::describe_from(context, "model", "model", ArtifactType::Reward, |meta| {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
-            let tokens = (2 * plan.micro_batch_size * model.context) as u64;
             let total = 2 * plan.steps * (plan.batch_size * model.context) as u64;
-            lora::needs(config.lora.as_ref(), model, train::needs(model, tokens, total, config.execution.gradient_checkpointing))
+            let pass = plan.pass(Head::Score, 2 * model.context, &config.execution);
+            lora::needs(config.lora.as_ref(), model, train::training_needs(model, pass, Sharding::of(context), total))
         })
     }
 
@@ -114,8 +119,9 @@ impl StageKind for RewardModel {
 
     fn run(config: &RewardModelConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "data"])?;
+        let memory = Memory::default();
         let LoadedModel { mut model, info, artifact } =
-            models::load(context, "model", Head::Score, config.execution.precision, config.lora.as_ref())?;
+            models::load(context, "model", Head::Score, config.execution.precision, config.lora.as_ref(), &memory)?;
         let data = &context.input("data")?.artifact;
         let length = model.config().context;
         let train = Pairs::from_rows(&PreferenceDataset::load(data, Split::Train)?, length, TooLong::Drop);
@@ -129,6 +135,7 @@ impl StageKind for RewardModel {
         let mut task = RewardTask { pairs, heldout, order, plan: plan.clone(), config: config.clone(), dropout };
         context.phase("training");
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
+        memory.report(context);
         let artifact = models::publish(context, ArtifactType::Reward, &model, Head::Score, &info, &artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }

@@ -16,7 +16,7 @@ use crate::{
     language::{self, LanguageBatch, LanguageBatchBuilder},
     lora,
     models::{self, LoadedModel},
-    train::{self, RowOrder, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings},
+    train::{self, Memory, RowOrder, Sharding, Sums, Task, TrainDefaults, TrainExecution, TrainPlan, TrainSettings},
 };
 
 /// See the module.
@@ -67,6 +67,11 @@ impl StageKind for Sft {
         ("learning_rate", "learning rate of the step"),
         ("eval/loss", "mean cross-entropy on held-out conversations"),
         ("tokens_per_s", "tokens trained on per second"),
+        ("memory/peak_bytes", "bytes of the rank that held most, at its peak"),
+        (
+            "memory/<device>/<rank>/peak_bytes",
+            "bytes of each rank at its peak; likewise parameters_bytes, gradients_bytes, optimizer_bytes, activations_bytes and buffers_bytes then, and now_bytes at the end",
+        ),
     ];
     const DRAWS: bool = true;
 
@@ -84,9 +89,9 @@ impl StageKind for Sft {
         models::describe_from(context, "model", "model", ArtifactType::Policy, |meta| {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
-            let tokens = (plan.micro_batch_size * model.context) as u64;
             let total = plan.steps * plan.batch_size as u64 * model.context as u64;
-            lora::needs(config.lora.as_ref(), model, train::needs(model, tokens, total, config.execution.gradient_checkpointing))
+            let pass = plan.pass(Head::Language, model.context, &config.execution);
+            lora::needs(config.lora.as_ref(), model, train::training_needs(model, pass, Sharding::of(context), total))
         })
     }
 
@@ -104,8 +109,9 @@ impl StageKind for Sft {
 
     fn run(config: &SftConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "data"])?;
+        let memory = Memory::default();
         let LoadedModel { mut model, info, artifact } =
-            models::load(context, "model", Head::Language, config.execution.precision, config.lora.as_ref())?;
+            models::load(context, "model", Head::Language, config.execution.precision, config.lora.as_ref(), &memory)?;
         let data = &context.input("data")?.artifact;
         let length = model.config().context;
         let rows = usable_rows(&ConversationDataset::load(data, Split::Train)?, length);
@@ -137,6 +143,7 @@ impl StageKind for Sft {
         let mut task = SftTask { rows: rows.rows, heldout, order, plan: plan.clone(), dropout };
         context.phase("training");
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
+        memory.report(context);
         let artifact = models::publish(context, ArtifactType::Policy, &model, Head::Language, &info, &artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }

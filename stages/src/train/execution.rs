@@ -3,9 +3,8 @@ use std::time::Duration;
 use burn::tensor::Device;
 #[cfg(not(feature = "cuda"))]
 use rlflow_api::StageError;
-use rlflow_api::{DeviceSpec, Execution, Placement, SnapshotLimit, SnapshotPolicy, StageResult};
+use rlflow_api::{DeviceSpec, Execution, SnapshotLimit, SnapshotPolicy, StageResult};
 use rlflow_kernels::matmul::Arithmetic;
-use rlflow_model::Layout;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -87,15 +86,6 @@ impl SnapshotSettings {
         SnapshotPolicy { every_steps: self.snapshot_every, every, limit }
     }
 }
-/// The Burn devices of a placement, one per rank.
-///
-/// # Errors
-/// If this build lacks one of them.
-pub fn layout(placement: &Placement) -> StageResult<Layout> {
-    let devices = placement.devices.iter().map(|device| burn_device(*device)).collect::<StageResult<_>>()?;
-    Ok(Layout { devices, zero: placement.zero })
-}
-
 /// A Burn device.
 ///
 /// # Errors

@@ -1,9 +1,11 @@
 use std::marker::PhantomData;
 
 use rlflow_api::{Problem, Snapshot};
-use rlflow_model::{LearningRate, OptimizerSettings, Schedule};
+use rlflow_model::{Head, LearningRate, OptimizerSettings, Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use super::{Pass, TrainExecution};
 
 /// Defaults that differ from kind to kind.
 pub trait TrainDefaults: Send + Sync + 'static {
@@ -231,6 +233,19 @@ impl<D: TrainDefaults> TrainSettings<D> {
     /// The optimizer's settings.
     pub fn optimizer(&self) -> OptimizerSettings {
         OptimizerSettings { betas: self.betas, eps: self.eps, weight_decay: self.weight_decay, grad_clip: self.grad_clip }
+    }
+}
+
+impl TrainPlan {
+    /// The largest pass of a step: rows of `row_tokens` tokens at most.
+    pub fn pass(&self, head: Head, row_tokens: usize, execution: &TrainExecution) -> Pass {
+        Pass {
+            head,
+            tokens: (self.micro_batch_size * row_tokens) as u64,
+            micro_batches: self.batch_size.div_ceil(self.micro_batch_size.max(1)) as u64,
+            checkpointing: execution.gradient_checkpointing,
+            precision: execution.precision,
+        }
     }
 }
 

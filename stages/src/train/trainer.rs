@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use rlflow_api::{ModelConfig, Needs, Retain, RunContext, StageError, StageEvent, StageResult};
+use rlflow_api::{Retain, RunContext, StageError, StageEvent, StageResult};
 use rlflow_model::{Decoder, Group, Schedule, checkpoint, ranks::Take};
 use serde_json::json;
 
@@ -155,27 +155,4 @@ fn check_finite(step: u64, metrics: &[(&'static str, f64)], norm: f64, model: &G
         return Err(StageError::NonFinite { step, tensor, value, last_snapshot });
     }
     Ok(())
-}
-
-/// Memory that training a model of this shape needs, with `tokens_per_micro_batch` tokens in flight.
-pub fn needs(config: &ModelConfig, tokens_per_micro_batch: u64, total_tokens: u64, checkpointing: bool) -> Needs {
-    let parameters = config.parameter_count();
-    let (hidden, intermediate) = (config.hidden_size as u64, config.intermediate_size as u64);
-    let (query, kv) = ((config.heads * config.head_dim) as u64, (config.kv_heads * config.head_dim) as u64);
-    // What each half of a block keeps for its backward pass, per token: see `AttentionSaved` and `MlpSaved`.
-    let attention = hidden + 1 + 2 * query + 2 * kv + config.heads as u64;
-    let mlp = hidden + 1 + 2 * intermediate;
-    let block = attention + mlp;
-    let kept = if checkpointing { hidden * config.layers as u64 + block } else { block * config.layers as u64 };
-    // The backward pass of one feed-forward half: gate, up and activation gradients, and the normalised input.
-    let transient = 4 * intermediate + 3 * hidden;
-    let logits = (rlflow_kernels::token_head::chunk_rows(config.vocab_size) as u64).min(tokens_per_micro_batch) * config.vocab_size as u64;
-    Needs {
-        parameter_bytes: 4 * parameters,
-        gradient_bytes: 4 * parameters,
-        optimizer_bytes: 8 * parameters,
-        activation_bytes: 4 * tokens_per_micro_batch * (kept + transient + 3 * hidden),
-        buffer_bytes: 4 * logits,
-        tokens: total_tokens,
-    }
 }

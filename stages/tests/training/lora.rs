@@ -2,9 +2,11 @@
 
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
-use rlflow_api::{Dtype, Placement};
+use rlflow_api::Dtype;
 use rlflow_kernels::{Projection, SequenceLayout};
-use rlflow_model::{BlockDropout, DropoutDraws, LoraSettings, ParameterSpec, TokenTargets, adapter, lora, parameters::flex_view};
+use rlflow_model::{
+    BlockDropout, DropoutDraws, Layout, LoraSettings, ParameterSpec, TokenTargets, Use, adapter, lora, parameters::flex_view,
+};
 use rlflow_stages::{
     export::{ExportOptions, export},
     models,
@@ -287,7 +289,7 @@ fn what_is_below_an_adapter_is_held_once() {
     let initial = Fixture::open("llama_tiny_gqa");
     let base = bench.model(ArtifactType::Policy, Head::Language, |name| (&initial, name.into()));
     let load = |lora: Option<&LoraSettings>| {
-        models::load_artifact(&base, Head::Language, 1, &Placement::default(), Precision::Fp32, lora).unwrap()
+        models::load_artifact(&base, Head::Language, 1, &Layout::one(Device::flex()), Precision::Fp32, Use::Trained(lora)).unwrap()
     };
     assert!(load(None).base_as(&base).is_none(), "what is trained itself is not its own reference");
     let trained = Fixture::open("training_parity_sft");
@@ -303,6 +305,11 @@ fn what_is_below_an_adapter_is_held_once() {
     for slot in 0..count {
         assert_eq!(address(&policy.model, slot), address(&reference, slot), "{}", reference.specs()[slot].name);
     }
+    // The bytes of both together are those of one.
+    assert_eq!(
+        policy.model.ranks()[0].ledger().now().total(),
+        4 * policy.model.specs().iter().map(ParameterSpec::len).sum::<usize>() as u64
+    );
     // Training changes the adapter only: no gradient, no moments for the rest.
     policy.model.train(OptimizerSettings { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 });
     for (slot, spec) in policy.model.specs().iter().enumerate() {

@@ -16,7 +16,7 @@ pub fn all() -> Vec<&'static dyn Kind> {
 }
 
 fn described(port: &str, artifact_type: ArtifactType) -> Result<Description, Vec<Problem>> {
-    Ok(Description { outputs: BTreeMap::from([(port.to_owned(), ArtifactMeta::new(artifact_type))]), needs: Needs::default() })
+    Ok(Description::new(BTreeMap::from([(port.to_owned(), ArtifactMeta::new(artifact_type))]), Needs::default()))
 }
 
 fn never() -> StageResult<BTreeMap<String, Artifact>> {

@@ -14,12 +14,16 @@ use std::sync::Arc;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::{
     backend::{Autodiff, Backend, Flex, backend_extension, tensor::FloatTensor},
-    tensor::Tensor,
+    tensor::{DType, Tensor, TensorData},
 };
 use burn_flex::FlexTensor;
-use rlflow_kernels::{Affine, AttentionParts, AttentionShape, MlpParts, SequenceLayout, matmul::Arithmetic, rope::RopeTable};
+use rlflow_kernels::{Affine, AttentionParts, AttentionShape, MlpParts, SequenceLayout, embedding, matmul::Arithmetic, rope::RopeTable};
 
-use crate::dropout::BlockDropout;
+use crate::{
+    composed,
+    dropout::BlockDropout,
+    parameters::{flex_view, widened},
+};
 
 use self::{
     ops::{AttentionOp, EmbedOp, MlpOp, NormOp, ScoreOp, TokenHeadOp},
@@ -328,14 +332,27 @@ pub mod flex {
 
     /// Embedding rows of `ids`.
     pub fn embed(weight: Tensor<2>, ids: Arc<[u32]>) -> Tensor<2> {
+        if weight.dtype() != DType::F32 {
+            // A few rows of a large table: only those are widened.
+            return composed::embed(weight, ids);
+        }
         Tensor::from_dispatch(Dispatch::fused_embed(weight.into_dispatch(), ids))
+    }
+
+    /// Gradient of a table of `dims` for the gradient of its rows `ids`.
+    pub fn embed_gradient(gradient: &Tensor<2>, ids: &[u32], dims: [usize; 2]) -> Tensor<2> {
+        let view = flex_view(gradient).expect("gradients are f32");
+        let mut table = vec![0.0; dims[0] * dims[1]];
+        embedding::embed_backward(&mut table, view.as_slice().expect("views are contiguous f32"), ids, dims[1]);
+        Tensor::from_data(TensorData::new(table, dims), &gradient.device())
     }
 
     /// What is there, end to end, and what it is; none where nothing is.
     fn joined<const N: usize>(parts: [Option<&Tensor<2>>; N], scale: Option<f32>) -> Option<(Tensor<2>, Extras<N>)> {
         let lengths = parts.map(|part| part.map_or(0, |part| part.dims().iter().product()));
+        // Adapters' factors may be held in bfloat16 beside vectors that are not.
         let vectors: Vec<Tensor<2>> =
-            parts.into_iter().zip(lengths).filter_map(|(part, length)| Some(part?.clone().reshape([1, length]))).collect();
+            parts.into_iter().zip(lengths).filter_map(|(part, length)| Some(widened(part?.clone()).reshape([1, length]))).collect();
         (!vectors.is_empty()).then(|| (Tensor::cat(vectors, 1), Extras { lengths, scale: scale.unwrap_or(0.0) }))
     }
 

@@ -17,6 +17,10 @@ pub struct EmbedOp {
 impl SliceOp<1> for EmbedOp {
     type Saved = ();
 
+    fn saved_elements(_: &()) -> usize {
+        0
+    }
+
     fn forward(&self, [weight]: [&[f32]; 1]) -> (Vec<f32>, [usize; 2], ()) {
         let mut out = vec![0.0; self.ids.len() * self.hidden];
         embedding::embed(&mut out, weight, &self.ids, self.hidden);
@@ -52,6 +56,14 @@ pub struct AttentionOp {
 }
 
 impl AttentionOp {
+    /// Elements of workspace: normed rows; in the backward pass also their gradient and those of queries, keys, values and
+    /// the heads' output.
+    fn needs(&self) -> [usize; 2] {
+        let (hidden, heads) = (self.context.shape.hidden, self.context.shape.heads);
+        let tokens = self.context.layout.tokens();
+        [tokens * hidden, tokens * (2 * hidden + 2 * heads.query_width() + 2 * heads.kv_width())]
+    }
+
     fn positional(&self) -> Positional<'_> {
         match &self.context.rope {
             Some(table) => Positional::Rope(table),
@@ -101,6 +113,14 @@ fn with_dropout<T>(dropout: &Option<BlockDropout>, run: impl FnOnce(Dropout<'_>)
 impl SliceOp<6> for AttentionOp {
     type Saved = AttentionSaved;
 
+    fn saved_elements(saved: &AttentionSaved) -> usize {
+        saved.size_bytes() / 4
+    }
+
+    fn workspace(&self, _: [&[f32]; 6]) -> [usize; 2] {
+        self.needs()
+    }
+
     fn forward(&self, [x, norm, q, k, v, o]: [&[f32]; 6]) -> (Vec<f32>, [usize; 2], AttentionSaved) {
         self.run(x, self.weights([norm, q, k, v, o], &[]))
     }
@@ -115,6 +135,14 @@ impl SliceOp<6> for AttentionOp {
 /// Any family's, and adapters': what Llama has not comes last, end to end.
 impl SliceOp<7> for AttentionOp {
     type Saved = AttentionSaved;
+
+    fn saved_elements(saved: &AttentionSaved) -> usize {
+        saved.size_bytes() / 4
+    }
+
+    fn workspace(&self, _: [&[f32]; 7]) -> [usize; 2] {
+        self.needs()
+    }
 
     fn forward(&self, [x, norm, q, k, v, o, extras]: [&[f32]; 7]) -> (Vec<f32>, [usize; 2], AttentionSaved) {
         self.run(x, self.weights([norm, q, k, v, o], extras))
@@ -142,6 +170,14 @@ pub struct MlpOp {
 }
 
 impl MlpOp {
+    /// Elements of workspace: normed and activated rows; in the backward pass also the gradients of both, and those of gate
+    /// and up.
+    fn needs(&self, x: &[f32], norm: &[f32], up: &[f32]) -> [usize; 2] {
+        let (hidden, tokens) = (norm.len(), x.len() / norm.len());
+        let intermediate = up.len() / hidden;
+        [tokens * (hidden + intermediate), tokens * (2 * hidden + if self.gated { 4 } else { 3 } * intermediate)]
+    }
+
     fn weights<'a>(&self, [norm, gate, up, down]: [&'a [f32]; 4], extras: &'a [f32]) -> MlpWeights<'a> {
         let Extras { lengths, scale } = self.extras;
         let [norm_bias, gate_bias, up_bias, down_bias, gate_a, gate_b, up_a, up_b, down_a, down_b] = cut(extras, lengths);
@@ -171,6 +207,14 @@ impl MlpOp {
 impl SliceOp<5> for MlpOp {
     type Saved = MlpSaved;
 
+    fn saved_elements(saved: &MlpSaved) -> usize {
+        saved.size_bytes() / 4
+    }
+
+    fn workspace(&self, inputs: [&[f32]; 5]) -> [usize; 2] {
+        self.needs(inputs[0], inputs[1], inputs[3])
+    }
+
     fn forward(&self, [x, norm, gate, up, down]: [&[f32]; 5]) -> (Vec<f32>, [usize; 2], MlpSaved) {
         self.run(x, self.weights([norm, gate, up, down], &[]))
     }
@@ -186,6 +230,14 @@ impl SliceOp<5> for MlpOp {
 /// Any family's, and adapters': what Llama has not comes last, end to end. What stands in the place of a gate that is not there gets no gradient.
 impl SliceOp<6> for MlpOp {
     type Saved = MlpSaved;
+
+    fn saved_elements(saved: &MlpSaved) -> usize {
+        saved.size_bytes() / 4
+    }
+
+    fn workspace(&self, inputs: [&[f32]; 6]) -> [usize; 2] {
+        self.needs(inputs[0], inputs[1], inputs[3])
+    }
 
     fn forward(&self, [x, norm, gate, up, down, extras]: [&[f32]; 6]) -> (Vec<f32>, [usize; 2], MlpSaved) {
         self.run(x, self.weights([norm, gate, up, down], extras))
@@ -224,6 +276,10 @@ impl NormOp {
 impl SliceOp<2> for NormOp {
     type Saved = Vec<f32>;
 
+    fn saved_elements(saved: &Vec<f32>) -> usize {
+        saved.len()
+    }
+
     fn forward(&self, [x, weight]: [&[f32]; 2]) -> (Vec<f32>, [usize; 2], Vec<f32>) {
         self.run(x, Affine::plain(weight))
     }
@@ -238,6 +294,10 @@ impl SliceOp<2> for NormOp {
 /// LayerNorm.
 impl SliceOp<3> for NormOp {
     type Saved = Vec<f32>;
+
+    fn saved_elements(saved: &Vec<f32>) -> usize {
+        saved.len()
+    }
 
     fn forward(&self, [x, weight, bias]: [&[f32]; 3]) -> (Vec<f32>, [usize; 2], Vec<f32>) {
         self.run(x, Affine::new(weight, Some(bias)))
@@ -274,6 +334,16 @@ pub struct TokenHeadSaved {
 
 impl SliceOp<2> for TokenHeadOp {
     type Saved = TokenHeadSaved;
+
+    fn saved_elements(saved: &TokenHeadSaved) -> usize {
+        saved.entropies.len() + saved.log_sum_exp.len()
+    }
+
+    fn workspace(&self, [_, weight]: [&[f32]; 2]) -> [usize; 2] {
+        let (rows, vocab) = (self.targets.rows.len(), weight.len() / self.width);
+        let logits = token_head::chunk_rows(vocab).min(rows) * vocab;
+        [rows * self.width + logits, 2 * rows * self.width + logits]
+    }
 
     fn forward(&self, [hidden, weight]: [&[f32]; 2]) -> (Vec<f32>, [usize; 2], TokenHeadSaved) {
         let TokenTargets { rows, targets, scale } = &self.targets;
@@ -326,6 +396,10 @@ pub struct ScoreOp {
 
 impl SliceOp<2> for ScoreOp {
     type Saved = ();
+
+    fn saved_elements(_: &()) -> usize {
+        0
+    }
 
     fn forward(&self, [hidden, weight]: [&[f32]; 2]) -> (Vec<f32>, [usize; 2], ()) {
         let width = weight.len();

@@ -1,6 +1,6 @@
 //! Operations on plain slices with hand-written gradients, made into Burn operations.
 
-use std::{fmt::Debug, sync::Arc};
+use std::{borrow::Cow, fmt::Debug, sync::Arc};
 
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -12,8 +12,12 @@ use burn::{
     tensor::TensorData,
 };
 use burn_flex::FlexTensor;
+use half::bf16;
 
-/// An operation with `N` tensor inputs, all dense f32, and one output of rank 2.
+use crate::ledger::{Held, Purpose, hold};
+
+/// An operation with `N` dense tensor inputs and one output of rank 2. It sees its inputs as f32: those that are held in bfloat16
+/// are widened while it runs, and stay what they are in between.
 pub trait SliceOp<const N: usize>: Clone + Debug + Send + Sync + 'static {
     /// What the backward pass needs besides the inputs.
     type Saved: Debug + Send + Sync + 'static;
@@ -21,16 +25,34 @@ pub trait SliceOp<const N: usize>: Clone + Debug + Send + Sync + 'static {
     /// The result, its shape and what to keep.
     fn forward(&self, inputs: [&[f32]; N]) -> (Vec<f32>, [usize; 2], Self::Saved);
 
+    /// Elements of what is kept.
+    fn saved_elements(saved: &Self::Saved) -> usize;
+
+    /// Elements that the forward and the backward pass need while they run, beside inputs, results and what is kept.
+    fn workspace(&self, _inputs: [&[f32]; N]) -> [usize; 2] {
+        [0, 0]
+    }
+
     /// Gradients of the inputs, in their order. Only those with `wanted` are used: the others may be empty.
     fn backward(&self, inputs: [&[f32]; N], saved: &Self::Saved, gradient: &[f32], wanted: [bool; N]) -> [Vec<f32>; N];
 }
 
 fn contiguous(tensor: FlexTensor) -> FlexTensor {
-    if tensor.as_slice::<f32>().is_some() { tensor } else { tensor.to_contiguous() }
+    if tensor.as_slice::<f32>().is_some() || tensor.as_slice::<bf16>().is_some() { tensor } else { tensor.to_contiguous() }
 }
 
-fn slice(tensor: &FlexTensor) -> &[f32] {
-    tensor.as_slice().expect("fused operations take f32 tensors")
+fn elements(tensor: &FlexTensor) -> Cow<'_, [f32]> {
+    match (tensor.as_slice(), tensor.as_slice::<bf16>()) {
+        (Some(elements), _) => Cow::Borrowed(elements),
+        (None, Some(narrow)) => narrow.iter().map(|element| element.to_f32()).collect(),
+        (None, None) => unreachable!("fused operations take tensors of f32 or bfloat16"),
+    }
+}
+
+/// Counts what [`elements`] had to make.
+fn hold_widened(inputs: &[Cow<'_, [f32]>]) -> Option<Held> {
+    let made = inputs.iter().map(|input| if let Cow::Owned(elements) = input { elements.len() } else { 0 });
+    hold(Purpose::Buffers, made.sum())
 }
 
 fn tensor(data: Vec<f32>, shape: impl Into<Vec<usize>>) -> FlexTensor {
@@ -40,7 +62,12 @@ fn tensor(data: Vec<f32>, shape: impl Into<Vec<usize>>) -> FlexTensor {
 /// Runs the operation without recording.
 pub fn run<O: SliceOp<N>, const N: usize>(op: &O, inputs: [FloatTensor<Flex>; N]) -> FloatTensor<Flex> {
     let inputs = inputs.map(contiguous);
-    let (out, shape, _) = op.forward(inputs.each_ref().map(slice));
+    let wide = inputs.each_ref().map(elements);
+    let _widened = hold_widened(&wide);
+    let slices = wide.each_ref().map(AsRef::as_ref);
+    let _workspace = hold(Purpose::Buffers, op.workspace(slices)[0]);
+    let (out, shape, saved) = op.forward(slices);
+    let _passing = hold(Purpose::Buffers, O::saved_elements(&saved) + out.len());
     tensor(out, shape)
 }
 
@@ -48,7 +75,8 @@ pub fn run<O: SliceOp<N>, const N: usize>(op: &O, inputs: [FloatTensor<Flex>; N]
 struct State<O: SliceOp<N>, const N: usize> {
     op: O,
     inputs: [FlexTensor; N],
-    saved: Arc<O::Saved>,
+    /// With the bytes of it and of the result, which lives as long.
+    saved: Arc<(O::Saved, Option<Held>)>,
 }
 
 // Derived, it would ask for `O::Saved: Clone`.
@@ -68,7 +96,12 @@ impl<O: SliceOp<N>, const N: usize> Backward<Flex, N> for Step<O> {
         let gradient = contiguous(grads.consume::<Flex>(&ops.node));
         let State { op, inputs, saved } = ops.state;
         let wanted = ops.parents.each_ref().map(Option::is_some);
-        let results = op.backward(inputs.each_ref().map(slice), &saved, slice(&gradient), wanted);
+        let wide = inputs.each_ref().map(elements);
+        let widened = hold_widened(&wide);
+        let slices = wide.each_ref().map(AsRef::as_ref);
+        let workspace = hold(Purpose::Buffers, op.workspace(slices)[1]);
+        let results = op.backward(slices, &saved.0, &elements(&gradient), wanted);
+        drop((workspace, widened, wide));
         for ((parent, result), input) in ops.parents.into_iter().zip(results).zip(inputs) {
             if let Some(parent) = parent {
                 grads.register::<Flex>(parent.id, tensor(result, input.layout().shape().to_vec()));
@@ -84,10 +117,16 @@ pub fn run_recorded<C: CheckpointStrategy, O: SliceOp<N>, const N: usize>(
 ) -> FloatTensor<Autodiff<Flex, C>> {
     let nodes = inputs.each_ref().map(|input| input.node());
     let inputs = inputs.map(|input| contiguous(input.into_primitive()));
-    let (out, shape, saved) = op.forward(inputs.each_ref().map(slice));
+    let wide = inputs.each_ref().map(elements);
+    let widened = hold_widened(&wide);
+    let slices = wide.each_ref().map(AsRef::as_ref);
+    let workspace = hold(Purpose::Buffers, op.workspace(slices)[0]);
+    let (out, shape, saved) = op.forward(slices);
+    drop((workspace, widened, wide));
+    let held = hold(Purpose::Activations, O::saved_elements(&saved) + out.len());
     let out = tensor(out, shape);
     match Step::<O>(std::marker::PhantomData).prepare::<C>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(prep) => prep.finish(State { op, inputs, saved: Arc::new(saved) }, out),
+        OpsKind::Tracked(prep) => prep.finish(State { op, inputs, saved: Arc::new((saved, held)) }, out),
         OpsKind::UnTracked(prep) => prep.finish(out),
     }
 }

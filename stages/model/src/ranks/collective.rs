@@ -1,4 +1,4 @@
-use std::{fmt::Debug, ops::Range};
+use std::{fmt::Debug, ops::Range, sync::mpsc::Receiver};
 
 use burn::tensor::Tensor;
 
@@ -24,6 +24,11 @@ pub trait Collective: Debug + Send + Sync {
     /// All ranks' pieces, in the order of ranks.
     fn all_gather(&self, piece: Tensor<2>) -> Vec<Tensor<2>>;
 
+    /// Starts [`Collective::all_gather`], so that it goes on while this rank does other work, where there is a way to.
+    fn start_all_gather(&self, piece: Tensor<2>) -> Pending {
+        Pending(State::Done(self.all_gather(piece)))
+    }
+
     /// All ranks' numbers, in the order of ranks.
     fn all_gather_values(&self, values: Vec<f64>) -> Vec<Vec<f64>>;
 
@@ -35,6 +40,31 @@ pub trait Collective: Debug + Send + Sync {
 
     /// This rank cannot go on: ends the calls of all others, now and from now on.
     fn abort(&self);
+}
+
+/// Pieces that may still be on their way.
+#[derive(Debug)]
+pub struct Pending(State);
+
+#[derive(Debug)]
+enum State {
+    Done(Vec<Tensor<2>>),
+    Later(Receiver<Vec<Tensor<2>>>),
+}
+
+impl Pending {
+    /// Pieces that somebody will send.
+    pub(super) fn later(pieces: Receiver<Vec<Tensor<2>>>) -> Self {
+        Self(State::Later(pieces))
+    }
+
+    /// The pieces, once they are there.
+    pub fn wait(self) -> Vec<Tensor<2>> {
+        match self.0 {
+            State::Done(pieces) => pieces,
+            State::Later(pieces) => pieces.recv().unwrap_or_else(|_| Aborted::unwind()),
+        }
+    }
 }
 
 /// Payload of the unwinding of a rank whose peer failed.

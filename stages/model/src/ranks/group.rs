@@ -6,14 +6,16 @@ use std::{
     thread,
 };
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use rlflow_api::{ModelConfig, StageError, StageResult, ZeroLevel};
 use rlflow_kernels::matmul::Arithmetic;
 
-use super::{Aborted, Rank, in_process, share};
+use super::{Aborted, Rank, in_process, ordered::Ordered, share};
 use crate::{
     Completion, Decoder, Draws, Gradients, Head, LoraSettings, OptimizerSettings, ParameterSpec, Parameters, Sampling,
     generate::generate,
+    ledger::{Ledger, Purpose, hold},
+    lora,
     parameters::{host, specs},
 };
 
@@ -24,12 +26,25 @@ pub struct Layout {
     pub devices: Vec<Device>,
     /// ZeRO level; on one rank there is nothing to share out and all are the same.
     pub zero: ZeroLevel,
+    /// Whether optimizer state lives in host memory, and a frozen model does while it does not work.
+    pub offload: bool,
+    /// Each rank's count of bytes. Models that share a device may share it.
+    pub ledgers: Vec<Arc<Ledger>>,
+}
+
+/// What becomes of a model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Use<'a> {
+    /// It is trained, or an adapter on it: what is trained and is held in bfloat16, or updated elsewhere, keeps an f32 master.
+    Trained(Option<&'a LoraSettings>),
+    /// It stays as it is.
+    Frozen,
 }
 
 impl Layout {
     /// One rank on `device`.
     pub fn one(device: Device) -> Self {
-        Self { devices: vec![device], zero: 0 }
+        Self { devices: vec![device], zero: 0, offload: false, ledgers: vec![Arc::default()] }
     }
 }
 
@@ -56,46 +71,64 @@ impl Group {
         head: Head,
         layout: &Layout,
         arithmetic: Arithmetic,
-        lora: Option<&LoraSettings>,
+        usage: Use<'_>,
         mut data: impl FnMut(&ParameterSpec) -> StageResult<Vec<f32>>,
     ) -> StageResult<Self> {
         let (mut specs, mut slots) = specs(config, head);
+        let lora = if let Use::Trained(lora) = usage { lora } else { None };
         if let Some(lora) = lora {
             lora.extend(&mut specs, &mut slots);
         }
         let count = layout.devices.len();
         let zero = if count > 1 { layout.zero } else { 0 };
         let shares: Arc<[Vec<Range<usize>>]> = specs.iter().map(|spec| (0..count).map(|rank| share(spec, rank, count)).collect()).collect();
+        let homes: Vec<Device> = layout.devices.iter().map(|device| if layout.offload { Device::flex() } else { device.clone() }).collect();
         let mut tensors: Vec<Vec<Tensor<2>>> = vec![Vec::with_capacity(specs.len()); count];
+        let mut masters: Vec<Vec<Option<Tensor<2>>>> = vec![Vec::with_capacity(specs.len()); count];
         for (spec, shares) in specs.iter().zip(shares.iter()) {
             let values = data(spec)?;
-            for ((tensors, device), share) in tensors.iter_mut().zip(&layout.devices).zip(shares) {
-                let held = if zero == 3 {
-                    TensorData::new(values[share.clone()].to_vec(), [1, share.len()])
-                } else {
-                    TensorData::new(values.clone(), spec.dims())
-                };
-                tensors.push(Tensor::from_data(held, device));
+            let dtype = spec.stored_in(arithmetic);
+            let part = |range: Range<usize>, device: &Device| -> Tensor<2> {
+                let dims = [1, range.len()];
+                Tensor::from_data(TensorData::new(values[range].to_vec(), dims), device)
+            };
+            for (rank, share) in shares.iter().enumerate() {
+                let device = &layout.devices[rank];
+                let held = if zero == 3 { part(share.clone(), device) } else { part(0..values.len(), device).reshape(spec.dims()) };
+                tensors[rank].push(if dtype == FloatDType::F32 { held } else { held.cast(dtype) });
+                let is_trained = usage != Use::Frozen && (lora.is_none() || lora::is_trained(&spec.name));
+                let needs_master = is_trained && (dtype != FloatDType::F32 || homes[rank] != *device);
+                let range = if zero == 0 { 0..values.len() } else { share.clone() };
+                masters[rank].push(needs_master.then(|| part(range, &homes[rank])));
             }
         }
         let worlds: Vec<_> = if count > 1 { in_process(count).into_iter().map(Some).collect() } else { vec![None] };
-        let ranks = worlds.into_iter().zip(tensors).zip(&layout.devices).map(|((world, tensors), device)| {
+        let mut ranks = Vec::with_capacity(count);
+        for (rank, ((world, tensors), masters)) in worlds.into_iter().zip(tensors).zip(masters).enumerate() {
+            let device = layout.devices[rank].clone();
+            // Only level 3 has work to do while a collective goes on.
+            let world = if zero == 3 { world.map(Ordered::around) } else { world };
             let shared_with = world.clone().filter(|_| zero == 3);
             let parameters = Parameters::from_tensors(specs.clone(), tensors, shared_with);
-            let mut decoder = Decoder::new(config.clone(), head, parameters, device.clone());
+            let mut decoder = Decoder::new(config.clone(), head, parameters, device);
             decoder.set_arithmetic(arithmetic);
             if let Some(lora) = lora {
                 decoder = decoder.with_adapter(lora);
             }
-            Rank::new(decoder, world, zero, shares.clone())
-        });
-        Ok(Self { ranks: ranks.collect(), shares: shares.clone(), zero })
+            let mut rank = Rank::new(decoder, world, zero, shares.clone(), masters, homes[rank].clone(), layout.ledgers[rank].clone());
+            if usage == Use::Frozen && layout.offload {
+                rank.park();
+            }
+            ranks.push(rank);
+        }
+        Ok(Self { ranks, shares, zero })
     }
 
     /// One rank with a decoder that is there.
     pub fn of(decoder: Decoder) -> Self {
         let shares: Arc<[Vec<Range<usize>>]> = decoder.parameters().specs().iter().map(|spec| vec![share(spec, 0, 1)]).collect();
-        Self { ranks: vec![Rank::new(decoder, None, 0, shares.clone())], shares, zero: 0 }
+        let home = decoder.device().clone();
+        Self { ranks: vec![Rank::new(decoder, None, 0, shares.clone(), Vec::new(), home, Arc::default())], shares, zero: 0 }
     }
 
     /// Shape of the network.
@@ -137,10 +170,11 @@ impl Group {
         let count = self.ranks.len();
         let rounds = items.len().div_ceil(count);
         let of_rank = |rank: &Rank| {
+            let decoder = rank.awake();
             let turn = |round: usize| match items.get(round * count + rank.index()) {
-                Some(item) => Some(work(rank.decoder(), item)),
+                Some(item) => Some(work(&decoder, item)),
                 None => {
-                    rank.decoder().attend_evaluate();
+                    decoder.attend_evaluate();
                     None
                 }
             };
@@ -205,13 +239,17 @@ impl Group {
         each: impl FnMut(usize, u32) -> bool + Send,
     ) -> StageResult<Vec<Completion>> {
         if self.zero < 3 {
-            return Ok(generate(self.first(), prompts, sampling, draws, each));
+            let rank = &self.ranks[0];
+            return Ok(rank.ledger.during(|| generate(&rank.awake(), prompts, sampling, draws, each)));
         }
         let each = std::sync::Mutex::new(Some(each));
         let answers = on_ranks(self.ranks.iter().collect(), |rank: &Rank| {
             let each = if rank.index() == 0 { each.lock().ok().and_then(|mut each| each.take()) } else { None };
             match each {
-                Some(each) => Some(generate(&rank.decoder().whole(), prompts, sampling, draws, each)),
+                Some(each) => {
+                    let _gathered = hold(Purpose::Buffers, self.specs().iter().map(ParameterSpec::len).sum());
+                    Some(generate(&rank.decoder().whole(), prompts, sampling, draws, each))
+                }
                 None => {
                     rank.decoder().attend_whole();
                     None
@@ -221,23 +259,31 @@ impl Group {
         Ok(answers.into_iter().flatten().next().unwrap_or_default())
     }
 
-    /// All elements of a weight.
+    /// All elements of a weight: its master's, if it has one.
     pub fn weight(&self, slot: usize) -> Vec<f32> {
-        match self.zero {
-            3 => self.ranks.iter().flat_map(|rank| rank.decoder().parameters().host(slot)).collect(),
-            _ => self.first().parameters().host(slot),
-        }
+        let has_master = self.ranks[0].master(slot).is_some();
+        // At level 0 every rank has all of the master, and below 3 all of the weight.
+        let holders = if self.zero == 0 || (!has_master && self.zero < 3) { 1 } else { self.ranks.len() };
+        let held = self.ranks[..holders].iter().map(|rank| match rank.master(slot) {
+            Some(master) => host(master),
+            None => rank.decoder().parameters().host(slot),
+        });
+        held.collect::<Vec<_>>().concat()
     }
 
     /// Replaces all elements of a weight.
     pub fn set_weight(&mut self, slot: usize, values: &[f32]) {
         let zero = self.zero;
         for (rank, share) in self.ranks.iter_mut().zip(&self.shares[slot]) {
+            rank.set_master(slot, values);
             let device = rank.device().clone();
             let parameters = rank.decoder.parameters_mut();
             let (values, dims) =
                 if zero == 3 { (&values[share.clone()], [1, share.len()]) } else { (values, parameters.specs()[slot].dims()) };
-            parameters.tensors_mut()[slot] = Tensor::from_data(TensorData::new(values.to_vec(), dims), &device);
+            let held = &mut parameters.tensors_mut()[slot];
+            let dtype = held.dtype();
+            let tensor = Tensor::from_data(TensorData::new(values.to_vec(), dims), &device);
+            *held = if dtype == DType::F32 { tensor } else { tensor.cast(dtype) };
         }
     }
 
@@ -258,7 +304,7 @@ impl Group {
     pub fn set_moments(&mut self, slot: usize, values: [&[f32]; 2]) {
         let zero = self.zero;
         for (rank, share) in self.ranks.iter_mut().zip(&self.shares[slot]) {
-            let device = rank.device().clone();
+            let device = rank.home().clone();
             let Some(optimizer) = &mut rank.optimizer else { continue };
             for (moments, values) in optimizer.moments_mut().into_iter().zip(values) {
                 let held = if zero == 0 { 0..values.len() } else { share.clone() };
@@ -278,31 +324,42 @@ impl Group {
         self.ranks.iter_mut().filter_map(|rank| rank.optimizer.as_mut()).for_each(|optimizer| optimizer.set_step(steps));
     }
 
-    /// A frozen copy on the same ranks, which shares its tensors until one of the two changes them.
-    pub fn frozen_copy(&self) -> Self {
-        self.with_decoders(Decoder::clone)
+    /// A frozen copy on the same ranks. It shares its tensors until one of the two changes them, but for those that are held in
+    /// bfloat16: of their masters it has a copy.
+    ///
+    /// # Errors
+    /// None.
+    pub fn frozen_copy(&self) -> StageResult<Self> {
+        if (0..self.specs().len()).all(|slot| self.ranks[0].master(slot).is_none()) {
+            return Ok(self.with_decoders(Decoder::clone, true));
+        }
+        let devices = self.ranks.iter().map(|rank| rank.device().clone()).collect();
+        let ledgers = self.ranks.iter().map(|rank| rank.ledger.clone()).collect();
+        let layout = Layout { devices, zero: self.zero, offload: false, ledgers };
+        let mut slot = 0..;
+        let weight = |_: &ParameterSpec| Ok(self.weight(slot.next().unwrap_or_default()));
+        Self::new(self.config(), self.head(), &layout, Arithmetic::F32, Use::Trained(self.first().adapter()), weight)
     }
 
     /// The model below the adapter on the same ranks, with the same tensors: nothing is copied.
     pub fn without_adapter(&self) -> Self {
-        self.with_decoders(Decoder::without_adapter)
+        self.with_decoders(Decoder::without_adapter, false)
     }
 
-    fn with_decoders(&self, decoder: impl Fn(&Decoder) -> Decoder) -> Self {
-        let ranks: Vec<Rank> = self.ranks.iter().map(|rank| rank.with_decoder(decoder(rank.decoder()))).collect();
+    /// Other models in the same places; `is_counted` where they will not share their tensors for long.
+    fn with_decoders(&self, decoder: impl Fn(&Decoder) -> Decoder, is_counted: bool) -> Self {
+        let ranks: Vec<Rank> = self.ranks.iter().map(|rank| rank.with_decoder(decoder(rank.decoder()), is_counted)).collect();
         let count = ranks[0].decoder().parameters().specs().len();
         Self { ranks, shares: self.shares[..count].into(), zero: self.zero }
     }
 
-    /// `self = decay self + (1 - decay) other`, weight by weight of those that are trained; `other` must live on the same ranks.
+    /// `self = decay self + (1 - decay) other`, weight by weight of those that are trained.
     pub fn blend(&mut self, other: &Self, decay: f64) {
-        let other_frozen = |slot: usize| other.first().is_frozen(slot);
-        for (rank, other) in self.ranks.iter_mut().zip(&other.ranks) {
-            let others = other.decoder().parameters().tensors();
-            for (slot, other) in others.iter().enumerate().filter(|(slot, _)| !other_frozen(*slot)) {
-                let weight = &mut rank.decoder.parameters_mut().tensors_mut()[slot];
-                *weight = weight.clone() * decay + other.clone() * (1.0 - decay);
-            }
+        let (ours, theirs) = (decay as f32, (1.0 - decay) as f32);
+        for slot in (0..self.specs().len()).filter(|slot| !other.first().is_frozen(*slot)) {
+            let mut blended = self.weight(slot);
+            blended.iter_mut().zip(other.weight(slot)).for_each(|(value, other)| *value = *value * ours + other * theirs);
+            self.set_weight(slot, &blended);
         }
     }
 }
@@ -358,12 +415,13 @@ impl Handle for &mut Rank {
 /// `work` on all ranks at once, each on a thread of its own; a single one on the caller's. The error is that of the rank
 /// that failed, not of those that it took down.
 fn on_ranks<H: Handle, T: Send>(mut ranks: Vec<H>, work: impl Fn(H) -> T + Sync) -> StageResult<Vec<T>> {
+    let counted = |handle: H| handle.rank().ledger.clone().during(|| work(handle));
     if ranks.len() == 1 {
-        return Ok(ranks.drain(..).map(work).collect());
+        return Ok(ranks.drain(..).map(counted).collect());
     }
     let run = |handle: H| {
         let (index, world) = (handle.rank().index(), handle.rank().world().cloned());
-        catch_unwind(AssertUnwindSafe(|| work(handle))).map_err(|payload| failure(index, world.as_deref(), payload.as_ref()))
+        catch_unwind(AssertUnwindSafe(|| counted(handle))).map_err(|payload| failure(index, world.as_deref(), payload.as_ref()))
     };
     let results: Vec<Result<T, Failure>> = thread::scope(|scope| {
         let start = |handle: H| {
@@ -397,4 +455,68 @@ fn in_turn<T>(of_ranks: Vec<Vec<Option<T>>>) -> Vec<T> {
         all.extend(of_ranks.iter_mut().filter_map(|results| results.next().flatten()));
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use rlflow_api::{Architecture, BlockStyle, Positions};
+
+    use super::*;
+    use crate::PackedBatch;
+
+    fn group(ranks: usize, zero: ZeroLevel) -> Group {
+        let config = ModelConfig {
+            architecture: Architecture::Llama,
+            vocab_size: 11,
+            hidden_size: 8,
+            intermediate_size: 12,
+            layers: 2,
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 4,
+            context: 8,
+            positions: Positions::Rope,
+            rope_theta: 10_000.0,
+            rope_scaling: None,
+            norm_eps: 1e-5,
+            tie_embeddings: true,
+            style: BlockStyle::default(),
+        };
+        let ledgers = (0..ranks).map(|_| Arc::default()).collect();
+        let layout = Layout { devices: vec![Device::flex(); ranks], zero, offload: false, ledgers };
+        let fresh = crate::parameters::initial(&config, 1, 0.02);
+        Group::new(&config, Head::Language, &layout, Arithmetic::F32, Use::Trained(None), |spec| Ok(fresh(spec))).unwrap()
+    }
+
+    /// One rank fails while the others wait for its weights: all end, with its message.
+    #[test]
+    fn a_rank_that_panics_ends_all() {
+        let items = [0, 1, 2, 3, 4];
+        let work = |decoder: &Decoder, item: &i32| {
+            assert!(*item != 1, "item {item} is bad");
+            let ids = [1, 2, 3];
+            decoder.evaluate(&PackedBatch::new([ids.as_slice()]), |_| *item)
+        };
+        let error = group(3, 3).map(&items, work).unwrap_err();
+        assert_eq!(error.to_string(), "rank 1 failed: item 1 is bad");
+        // Ranks without an item take part all the same.
+        assert_eq!(group(3, 3).map(&items[2..], work).unwrap(), [2, 3, 4]);
+        assert_eq!(group(4, 3).map(&items[2..], work).unwrap(), [2, 3, 4]);
+    }
+
+    #[test]
+    fn weights_and_masters_survive_a_round_trip() {
+        for zero in 0..=3 {
+            let mut group = group(3, zero);
+            let values: Vec<f32> = (0..group.specs()[1].len()).map(|index| index as f32).collect();
+            group.set_weight(1, &values);
+            assert_eq!(group.weight(1), values, "ZeRO {zero}");
+            let settings = OptimizerSettings { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.0, grad_clip: 0.0 };
+            group.train(settings);
+            let last = group.specs().iter().rposition(ParameterSpec::is_matrix).unwrap();
+            let values: Vec<f32> = (0..group.specs()[last].len()).map(|index| 1.0 + index as f32).collect();
+            group.set_moments(last, [&values, &values]);
+            assert_eq!(group.moments(last), Some([values.clone(), values]), "ZeRO {zero}");
+        }
+    }
 }

@@ -12,18 +12,19 @@
 //! | 3 | its share | its share | its share |
 //!
 //! A share is a run of whole rows of each weight ([`share`]). At level 3 a block's weights are gathered just before the
-//! block runs and dropped after it, and blocks are computed again in the backward pass.
+//! block runs, while the one before it runs, and dropped after it; blocks are computed again in the backward pass.
 
 mod collective;
 mod group;
 mod in_process;
+mod ordered;
 mod pieces;
 mod rank;
 mod share;
 
-pub use collective::{Aborted, Collective};
-pub use group::{Group, Layout, Take};
+pub use collective::{Aborted, Collective, Pending};
+pub use group::{Group, Layout, Take, Use};
 pub use in_process::in_process;
 pub(crate) use pieces::{add_range, cut, join, paste};
 pub use rank::Rank;
-pub use share::share;
+pub use share::{largest_share, share};

@@ -2,10 +2,15 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::{
+    backend::Flex,
+    tensor::{Device, Tensor, TensorData},
+};
+use burn_flex::FlexTensor;
+use half::bf16;
 use rlflow_kernels::optim::add_assign;
 
-use crate::parameters::{flex_view, update_in_place};
+use crate::parameters::{flex_narrow_view, flex_view, update_in_place};
 
 fn flat(tensor: &Tensor<2>) -> Tensor<2> {
     let [rows, columns] = tensor.dims();
@@ -72,6 +77,14 @@ pub fn join(pieces: &[Tensor<2>], dims: [usize; 2], device: &Device) -> Tensor<2
             values.extend_from_slice(view.as_slice::<f32>().expect("views are contiguous f32"));
         }
         return Tensor::from_data(TensorData::new(values, dims), device);
+    }
+    let views: Option<Vec<_>> = pieces.iter().map(flex_narrow_view).collect();
+    if let Some(views) = views {
+        let mut values: Vec<bf16> = Vec::with_capacity(dims[0] * dims[1]);
+        for view in &views {
+            values.extend_from_slice(view.as_slice().expect("views are contiguous bfloat16"));
+        }
+        return Tensor::from_primitive::<Flex>(FlexTensor::from_data(TensorData::new(values, dims)));
     }
     let present = pieces.iter().filter(|piece| piece.dims()[1] > 0).map(|piece| piece.clone().to_device(device));
     Tensor::cat(present.collect(), 1).reshape(dims)

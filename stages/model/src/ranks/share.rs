@@ -1,6 +1,8 @@
 use std::ops::Range;
 
-use crate::ParameterSpec;
+use rlflow_api::ModelConfig;
+
+use crate::{Head, ParameterSpec, parameters::specs};
 
 /// Elements of a weight that `rank` of `ranks` owns: whole rows along the first dimension (of a vector, elements), in the
 /// order of ranks. Shares differ by one row at most; with fewer rows than ranks some are empty.
@@ -9,6 +11,11 @@ pub fn share(spec: &ParameterSpec, rank: usize, ranks: usize) -> Range<usize> {
     let width = spec.row_width();
     let first = |rank: usize| rank * rows / ranks * width;
     first(rank)..first(rank + 1)
+}
+
+/// Elements that the rank with the largest share of a model owns: the last one.
+pub fn largest_share(config: &ModelConfig, head: Head, ranks: usize) -> u64 {
+    specs(config, head).0.iter().map(|spec| share(spec, ranks - 1, ranks).len() as u64).sum()
 }
 
 #[cfg(test)]

@@ -1,0 +1,222 @@
+//! What a rank holds: counted while a stage runs, and predicted before it does.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use rlflow_api::{DescribeContext, DeviceSpec, ModelConfig, Needs, Offload, Placement, RunContext, StageResult};
+use rlflow_model::{Head, Layout, Ledger, ranks::largest_share};
+
+use super::{Precision, burn_device};
+
+/// Bytes of a number.
+const F32: u64 = 4;
+
+/// The counts of a stage's ranks. Models on one device share its count, so that the peak is that of the device.
+#[derive(Debug, Default)]
+pub struct Memory(Mutex<BTreeMap<(DeviceSpec, usize), Arc<Ledger>>>);
+
+impl Memory {
+    /// The Burn devices of a placement, one per rank.
+    ///
+    /// # Errors
+    /// If this build lacks one of them.
+    pub fn layout(&self, placement: &Placement) -> StageResult<Layout> {
+        let devices = placement.devices.iter().map(|device| burn_device(*device)).collect::<StageResult<_>>()?;
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let places = placement.devices.iter().enumerate();
+        let ledgers = places.map(|(rank, device)| known.entry((*device, rank)).or_default().clone()).collect();
+        let offload = placement.offload == Offload::Cpu;
+        Ok(Layout { devices, zero: placement.zero, offload, ledgers })
+    }
+
+    /// Reports what each rank held at its peak, and holds now.
+    pub fn report(&self, context: &RunContext<'_>) {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let largest = known.values().map(|ledger| ledger.peak().total()).max().unwrap_or(0);
+        context.measurement("memory/peak_bytes", largest as f64);
+        for ((device, rank), ledger) in known.iter() {
+            let (peak, now) = (ledger.peak(), ledger.now());
+            let name = |what: &str| format!("memory/{device}/rank{rank}/{what}");
+            context.measurement(&name("peak_bytes"), peak.total() as f64);
+            context.measurement(&name("now_bytes"), now.total() as f64);
+            for (part, bytes) in peak.parts() {
+                context.measurement(&name(&format!("{part}_bytes")), bytes as f64);
+            }
+        }
+    }
+}
+
+/// A forward and backward pass, as far as its memory goes.
+#[derive(Debug, Clone, Copy)]
+pub struct Pass {
+    /// What stands on top of the model.
+    pub head: Head,
+    /// Tokens of a micro-batch.
+    pub tokens: u64,
+    /// Micro-batches of a step.
+    pub micro_batches: u64,
+    /// Whether blocks keep their inputs only.
+    pub checkpointing: bool,
+    /// Number format.
+    pub precision: Precision,
+}
+
+/// On how many ranks a model lives, at which ZeRO level.
+#[derive(Debug, Clone, Copy)]
+pub struct Sharding {
+    /// Ranks.
+    pub ranks: usize,
+    /// ZeRO level.
+    pub zero: u8,
+}
+
+impl Sharding {
+    /// Of the stage that is described.
+    pub fn of(context: &DescribeContext<'_>) -> Self {
+        Self { ranks: context.ranks.max(1), zero: context.zero }
+    }
+
+    /// The level that has an effect.
+    fn level(self) -> u8 {
+        if self.ranks > 1 { self.zero } else { 0 }
+    }
+}
+
+/// Elements by part of a model.
+struct Sizes {
+    all: u64,
+    block: u64,
+    /// The feed-forward half of a block.
+    mlp: u64,
+    /// The embedding, and learned positions.
+    tables: u64,
+    /// What the head reads.
+    head: u64,
+    /// Gradient of tied embeddings, which waits through the backward pass.
+    tied: u64,
+}
+
+impl Sizes {
+    fn of(model: &ModelConfig, head: Head) -> Self {
+        let hidden = model.hidden_size as u64;
+        let embed = model.vocab_size as u64 * hidden;
+        let score = if head.has_score() { hidden } else { 0 };
+        let untied = !model.tie_embeddings;
+        let unused = if untied && !head.has_language() { embed } else { 0 };
+        let norm = if model.style.layer_norm { 2 * hidden } else { hidden };
+        let learned = if model.positions == rlflow_api::Positions::Learned { model.context as u64 * hidden } else { 0 };
+        let all = model.parameter_count() + score - unused;
+        let outside = embed * (1 + u64::from(untied)) + learned + norm;
+        let language = if head.has_language() { embed } else { 0 };
+        Self {
+            all,
+            block: (model.parameter_count() - outside) / model.layers.max(1) as u64,
+            mlp: if model.style.plain_mlp { 2 } else { 3 } * hidden * model.intermediate_size as u64,
+            tables: embed + learned,
+            head: norm + score + language,
+            tied: if untied { 0 } else { language },
+        }
+    }
+}
+
+/// What each part of a block keeps and needs, per token: see `AttentionSaved`, `MlpSaved` and the workspaces of the fused
+/// operations.
+struct Widths {
+    hidden: u64,
+    block: u64,
+    attention_workspace: u64,
+    mlp_workspace: u64,
+}
+
+impl Widths {
+    fn of(model: &ModelConfig) -> Self {
+        let (hidden, intermediate, heads) = (model.hidden_size as u64, model.intermediate_size as u64, model.heads as u64);
+        let (query, kv) = ((model.heads * model.head_dim) as u64, (model.kv_heads * model.head_dim) as u64);
+        let head_norms = if model.style.qk_norm { query + kv + heads + model.kv_heads as u64 } else { 0 };
+        let inner = if model.style.plain_mlp { 1 } else { 2 };
+        let attention = hidden + 1 + 2 * query + 2 * kv + heads + head_norms;
+        let mlp = hidden + 1 + inner * intermediate;
+        let (attention_workspace, mlp_workspace) = (2 * (hidden + query + kv), 2 * hidden + (inner + 2) * intermediate);
+        Self { hidden, block: attention + mlp, attention_workspace, mlp_workspace }
+    }
+}
+
+/// Memory of each rank that trains `model` on `ranks` ranks at a ZeRO level, at its peak. Passes are taken to be as long as
+/// they can be; what is shorter needs less.
+pub fn training_needs(model: &ModelConfig, pass: Pass, sharding: Sharding, total_tokens: u64) -> Needs {
+    let (ranks, zero) = (sharding.ranks, sharding.level());
+    let bf16 = pass.precision == Precision::Bf16;
+    let (sizes, widths) = (Sizes::of(model, pass.head), Widths::of(model));
+    let share = if ranks > 1 { largest_share(model, pass.head, ranks) } else { sizes.all };
+    let held = |from: u8| if zero >= from { share } else { sizes.all };
+    // With bfloat16 weights the optimizer keeps an f32 master of them.
+    let (parameters, gradients, optimizer) = (held(3) / if bf16 { 2 } else { 1 }, held(2), held(1) * if bf16 { 3 } else { 2 });
+    let checkpointing = pass.checkpointing || zero == 3;
+    // Weights that are gathered for a block and dropped after it, and those that an operation widens while it runs.
+    let gathered = |weights: u64| if zero == 3 { weights / if bf16 { 2 } else { 1 } } else { 0 };
+    let widened = |weights: u64| if bf16 { weights } else { 0 };
+    let (layers, tokens) = (model.layers as u64, pass.tokens);
+    let states = tokens * widths.hidden;
+    // Activations of the first `blocks` blocks, and of one that is being computed again.
+    let kept = |blocks: u64| states + blocks * if checkpointing { states } else { tokens * widths.block };
+    let again = if checkpointing { tokens * widths.block } else { 0 };
+    let logits = match pass.head.has_language() {
+        true => (rlflow_kernels::token_head::chunk_rows(model.vocab_size) as u64).min(tokens) * model.vocab_size as u64 + 2 * states,
+        false => 0,
+    };
+    // Sums of gradients are there from the second micro-batch on; in the first they come block by block.
+    let more = pass.micro_batches.div_ceil(ranks as u64) > 1;
+    let sums = |part: u64| if more { gradients } else { (gradients as u128 * u128::from(part) / u128::from(sizes.all)) as u64 };
+    let mut phases =
+        vec![(sums(0), kept(layers) + states + 5 * tokens, sizes.head + 2 * states + logits + gathered(sizes.head) + widened(sizes.head))];
+    for blocks in [layers, 1] {
+        let done = sizes.head + (layers - blocks) * sizes.block;
+        let attention = tokens * widths.attention_workspace + widened(sizes.block - sizes.mlp);
+        let working = attention.max(tokens * widths.mlp_workspace + widened(sizes.mlp));
+        // The next block's weights come meanwhile.
+        let ahead = if blocks > 1 { gathered(sizes.block) } else { 0 };
+        let buffers = sizes.tied + sizes.block + 2 * states + working + gathered(sizes.block) + ahead;
+        phases.push((sums(done.min(sizes.all)), kept(blocks) - if checkpointing { states } else { 0 } + again, buffers));
+    }
+    phases.push((sums(sizes.all - sizes.tables.min(sizes.all)), 0, sizes.tied + sizes.tables + states));
+    let largest = phases.into_iter().max_by_key(|(gradients, activations, buffers)| gradients + activations + buffers);
+    let (gradients, activations, buffers) = largest.unwrap_or_default();
+    Needs {
+        parameter_bytes: F32 * parameters,
+        gradient_bytes: F32 * gradients,
+        optimizer_bytes: F32 * optimizer,
+        activation_bytes: F32 * activations,
+        buffer_bytes: F32 * buffers,
+        tokens: total_tokens,
+    }
+}
+
+/// Memory of each rank that holds a frozen `model` and runs forward passes of `tokens` tokens.
+pub fn frozen_needs(model: &ModelConfig, head: Head, tokens: u64, sharding: Sharding, precision: Precision) -> Needs {
+    let (ranks, shared) = (sharding.ranks, sharding.level() == 3);
+    let bf16 = precision == Precision::Bf16;
+    let (sizes, widths) = (Sizes::of(model, head), Widths::of(model));
+    let logits = match head.has_language() {
+        true => (rlflow_kernels::token_head::chunk_rows(model.vocab_size) as u64).min(tokens) * model.vocab_size as u64,
+        false => 0,
+    };
+    let gathered = if shared || bf16 { sizes.head.max(2 * sizes.block) } else { 0 };
+    let passing = tokens * (2 * widths.hidden + widths.block.max(widths.hidden)) + logits + gathered;
+    Needs {
+        parameter_bytes: F32 * if shared { largest_share(model, head, ranks) } else { sizes.all } / if bf16 { 2 } else { 1 },
+        buffer_bytes: F32 * passing,
+        ..Needs::default()
+    }
+}
+
+/// Bytes that sampling `sequences` answers at once takes, each of at most `tokens` tokens with its prompt: keys and values, the
+/// prompts' pass through a block, and all weights where those that the model holds are shares or bfloat16.
+pub fn sampling_bytes(model: &ModelConfig, sequences: u64, tokens: u64, sharding: Sharding, precision: Precision) -> u64 {
+    let kv = (model.kv_heads * model.head_dim) as u64;
+    let caches = sequences * (2 * tokens * model.layers as u64 * kv + (model.vocab_size + model.hidden_size) as u64);
+    let block = (3 * model.hidden_size + 2 * model.heads * model.head_dim + 3 * model.intermediate_size) as u64 + 2 * kv;
+    let gathered = sharding.level() == 3 || precision == Precision::Bf16;
+    F32 * (caches + sequences * tokens * block + if gathered { model.parameter_count() } else { 0 })
+}
