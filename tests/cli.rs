@@ -4,6 +4,8 @@ use std::{
     fs,
     path::PathBuf,
     process::{Command, Output},
+    thread::sleep,
+    time::Duration,
 };
 
 use serde_json::Value;
@@ -93,6 +95,20 @@ fn a_run_prints_a_table_and_a_second_one_a_line() {
     assert_eq!((stdout(&second).lines().count(), stderr(&second).as_str()), (1, ""));
     assert_eq!(statuses(&world.json(&["status", "flow.toml", "--json"])), ["cached", "cached"]);
     assert_eq!(world.json(&["plan", "flow.toml", "--json"])["stages"][0]["reason"], Value::Null);
+
+    // Later ones are answered from a note, once a change of what they depend on would show.
+    while fs::read_dir(world.path(".rlflow/settled")).map_or(0, |notes| notes.count()) == 0 {
+        sleep(Duration::from_millis(20));
+        world.rlflow(&["run", "flow.toml"]);
+    }
+    let noted = world.rlflow(&["run", "flow.toml"]);
+    assert!(stdout(&noted).starts_with("everything is cached: all 2 stages are up to date"), "{}", stderr(&noted));
+    assert_eq!((stdout(&noted).lines().count(), stderr(&noted).as_str()), (1, ""));
+    assert_eq!(stdout(&world.rlflow(&["plan", "flow.toml"])), "everything is cached: nothing of 2 stages would run\n");
+    assert!(stderr(&world.rlflow(&["run", "flow.toml", "-v"])).contains("tokenizer: cached"));
+    fs::write(world.path("texts/b.txt"), "More of it.\n").unwrap();
+    assert!(stdout(&world.rlflow(&["plan", "flow.toml"])).contains("0 of 2 stages cached"));
+    assert!(stdout(&world.rlflow(&["run", "flow.toml"])).contains("corpus     ran"));
 }
 
 #[test]
