@@ -117,6 +117,9 @@ fn points_of_a_matrix_are_compared_with_their_final_metrics() {
     assert_eq!((name.as_str(), *from, *to), ("loss", loss("a[beta=0.1,train.steps=10]"), loss("a[beta=0.5,train.steps=10]")));
     let drawn = graph::mermaid(&workflow, &[]);
     assert!(drawn.contains("\"a ×4<br/>trainer<br/>over beta, train.steps\"") && drawn.matches("-->").count() == 5, "{drawn}");
+    for drawn in [graph::dot(&workflow, &[]), graph::svg(&workflow, &[])] {
+        assert_eq!((drawn.matches("a ×4").count(), drawn.contains("over beta, train.steps")), (1, true), "{drawn}");
+    }
 }
 
 #[test]
