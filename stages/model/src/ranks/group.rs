@@ -328,7 +328,7 @@ impl Group {
     /// bfloat16: of their masters it has a copy.
     ///
     /// # Errors
-    /// None.
+    /// As [`Group::new`].
     pub fn frozen_copy(&self) -> StageResult<Self> {
         if (0..self.specs().len()).all(|slot| self.ranks[0].master(slot).is_none()) {
             return Ok(self.with_decoders(Decoder::clone, true));
