@@ -1,17 +1,16 @@
 //! What a rank holds at each ZeRO level, counted while a model trains, and what the process takes of the machine:
 //!
-//!     cargo run --release -p rlflow-stages --example zero_memory
+//!     cargo bench --bench zero_memory
 //!
 //! The table of the README's chapter on ranks is made with it. Each row is a process of its own, so that its peak is its.
 
 use std::{env, fs, process::Command, sync::Arc};
 
-use burn::tensor::Device;
-use rlflow_api::{Architecture, BlockStyle, ModelConfig, Positions};
-use rlflow_model::{Group, Head, Layout, OptimizerSettings, PackedBatch, TokenTargets, Use, parameters::initial};
+use rlflow_api::{Architecture, BlockStyle, DeviceSpec, ModelConfig, Offload, Placement, Positions};
+use rlflow_model::{Group, Head, OptimizerSettings, PackedBatch, TokenTargets, Use, parameters::initial};
 use rlflow_stages::{
     language::{self, LanguageBatch},
-    train::Precision,
+    train::{Memory, Precision},
 };
 
 /// 12 million parameters, none of whose tensors dominates.
@@ -49,12 +48,8 @@ fn train(ranks: usize, zero: u8, precision: Precision) {
     let all: Arc<[u32]> = (0..64).collect();
     let micro = LanguageBatch { targets: TokenTargets { rows: all, targets: batch.ids.clone(), scale: 1.0 }, batch };
     let batches: Vec<LanguageBatch> = vec![micro; 2 * ranks];
-    let layout = Layout {
-        devices: vec![Device::flex(); ranks],
-        zero,
-        offload: false,
-        ledgers: vec![(); ranks].iter().map(|()| Arc::default()).collect(),
-    };
+    let placement = Placement { devices: vec![DeviceSpec::Cpu; ranks], zero, offload: Offload::None };
+    let layout = Memory::default().layout(&placement).expect("the CPU");
     let fresh = initial(&config, 1, 0.02);
     let mut group =
         Group::new(&config, Head::Language, &layout, precision.arithmetic(), Use::Trained(None), |spec| Ok(fresh(spec))).expect("a group");
