@@ -2,11 +2,18 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Tensor};
-use rlflow_kernels::optim::{AdamW, adamw, add_assign, row_squares};
+use burn::{
+    backend::Flex,
+    tensor::{DType, Device, Tensor, TensorData},
+};
+use burn_flex::FlexTensor;
+use rlflow_kernels::{
+    bf16::round_all,
+    optim::{AdamW, adamw, add_assign, row_squares},
+};
 
 use crate::{
-    parameters::{ParameterSpec, Parameters, flex_view, host, update_in_place},
+    parameters::{ParameterSpec, Parameters, flex_view, host, is_flex, update_in_place},
     ranks::{cut, paste},
 };
 
@@ -240,6 +247,13 @@ pub(crate) fn norm(squares: &[Vec<Vec<f64>>], count: usize) -> f64 {
 
 /// A master's copy in the format and on the device of `parameter`.
 pub(crate) fn copy_of(master: &Tensor<2>, parameter: &Tensor<2>) -> Tensor<2> {
+    if parameter.dtype() == DType::BF16
+        && is_flex(parameter)
+        && let Some(view) = flex_view(master)
+    {
+        let elements = round_all(view.as_slice().expect("views are contiguous f32"));
+        return Tensor::from_primitive::<Flex>(FlexTensor::from_data(TensorData::new(elements, master.dims())));
+    }
     let copy = master.clone().to_device(&parameter.device());
     if parameter.dtype() == copy.dtype() { copy } else { copy.cast(parameter.dtype()) }
 }

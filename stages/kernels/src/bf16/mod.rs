@@ -7,7 +7,10 @@
 
 mod amx;
 mod avx512;
+mod convert;
 mod pack;
+
+pub use convert::{round_all, widen_all};
 
 use std::{cell::RefCell, sync::OnceLock};
 

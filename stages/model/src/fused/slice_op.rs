@@ -13,6 +13,7 @@ use burn::{
 };
 use burn_flex::FlexTensor;
 use half::bf16;
+use rlflow_kernels::bf16::widen_all;
 
 use crate::ledger::{Held, Purpose, hold};
 
@@ -44,8 +45,7 @@ fn contiguous(tensor: FlexTensor) -> FlexTensor {
 fn elements(tensor: &FlexTensor) -> Cow<'_, [f32]> {
     match (tensor.as_slice(), tensor.as_slice::<bf16>()) {
         (Some(elements), _) => Cow::Borrowed(elements),
-        // The upper half of the f32, written so that it is vectorised.
-        (None, Some(narrow)) => narrow.iter().map(|element| f32::from_bits(u32::from(element.to_bits()) << 16)).collect(),
+        (None, Some(narrow)) => Cow::Owned(widen_all(narrow)),
         (None, None) => unreachable!("fused operations take tensors of f32 or bfloat16"),
     }
 }
