@@ -161,8 +161,10 @@ impl Actions<'_> {
         let now = self.placement(stage);
         let same = self.planned.devices.iter().filter(|known| (known.spec == DeviceSpec::Cpu) == (device == DeviceSpec::Cpu)).count();
         let count = now.devices.len();
-        // More ranks on one CPU share one memory.
-        let counts = std::iter::once(count).chain((count + 1..=same).filter(|more| more.is_power_of_two() || *more == same));
+        // Ranks on one CPU share its memory: there, fewer need less.
+        let more = (count + 1..=same).filter(|more| more.is_power_of_two() || *more == same);
+        let fewer = (device == DeviceSpec::Cpu && count > 1).then_some(1);
+        let counts = std::iter::once(count).chain(fewer).chain(more);
         let mut ways = Vec::new();
         for devices in counts {
             for (offload, checkpointing) in [(now.offload, false), (now.offload, true), (Offload::Cpu, false), (Offload::Cpu, true)] {
@@ -188,8 +190,18 @@ impl Actions<'_> {
         let spec = |index: usize| if device == DeviceSpec::Cpu { device } else { DeviceSpec::Cuda(index) };
         let devices = (0..change.devices).map(spec).collect();
         let usage = Parts::of(&needs, &Placement { devices, zero: change.zero, offload: change.offload }).total();
+        if !self.has_room_beside(&usage, device) {
+            return None;
+        }
         let most = usage.into_iter().filter(|(used, _)| (*used == DeviceSpec::Cpu) == (device == DeviceSpec::Cpu)).map(|(_, bytes)| bytes);
         most.max()
+    }
+
+    /// Whether what stands on devices of another sort than `device` fits there.
+    fn has_room_beside(&self, usage: &Usage, device: DeviceSpec) -> bool {
+        let is_host = |device: DeviceSpec| device == DeviceSpec::Cpu;
+        let mut others = usage.iter().filter(|(used, _)| is_host(**used) != is_host(device));
+        others.all(|(used, bytes)| self.capacity(*used).is_none_or(|capacity| *bytes <= capacity))
     }
 
     fn needs_as(&self, stage: usize, ranks: usize, zero: u8, checkpointing: bool) -> Option<Needs> {
@@ -211,7 +223,8 @@ impl Actions<'_> {
                 Placement { zero: zero.unwrap_or(now.zero), offload: offload.unwrap_or(now.offload), ..now.clone() }
             };
             let held = self.workflow.held(stage, &|role| (placement(role).devices.len(), placement(role).zero)).unwrap_or_default();
-            self.with_roles(stage, &self.with_stages(stage, &held), &placement).get(&device).copied().unwrap_or(0)
+            let usage = self.with_roles(stage, &self.with_stages(stage, &held), &placement);
+            if self.has_room_beside(&usage, device) { usage.get(&device).copied().unwrap_or(0) } else { u64::MAX }
         };
         let ways = [
             (of(Some(3), None), "zero = 3 for all of them"),

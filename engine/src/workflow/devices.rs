@@ -4,6 +4,7 @@ use super::{
     WorkflowError,
     error::Collector,
     node::{Data, Node, Table},
+    source::Span,
 };
 use crate::{DeviceInfo, suggest::did_you_mean};
 
@@ -23,7 +24,7 @@ pub(crate) fn devices(node: &Node, errors: &mut Collector) -> Vec<DeviceInfo> {
     for (name, entry) in table {
         let message = match (name.as_str(), entry.node.as_table()) {
             ("cpu" | "cuda", Some(of)) => {
-                devices.extend(of_kind(name, of, errors));
+                devices.extend(of_kind(name, of, entry.key, errors));
                 continue;
             }
             ("cpu" | "cuda", None) => format!("`devices.{name}` must be a table, found {}", entry.node.found()),
@@ -34,9 +35,9 @@ pub(crate) fn devices(node: &Node, errors: &mut Collector) -> Vec<DeviceInfo> {
     devices
 }
 
-fn of_kind(name: &str, table: &Table, errors: &mut Collector) -> Vec<DeviceInfo> {
+fn of_kind(name: &str, table: &Table, key: Span, errors: &mut Collector) -> Vec<DeviceInfo> {
     for (key, entry) in table.iter().filter(|(key, _)| !KEYS.contains(&key.as_str()) || (name == "cpu" && *key == "count")) {
-        let hint = did_you_mean(key, KEYS).unwrap_or_else(|| EXAMPLE.into());
+        let hint = did_you_mean(key, KEYS).filter(|_| key != "count").unwrap_or_else(|| EXAMPLE.into());
         errors.add(entry.key, WorkflowError::new("unknown_key", format!("`devices.{name}` has no `{key}`")).with_hint(hint));
     }
     let count = match table.get("count").map(|entry| &entry.node) {
@@ -48,7 +49,11 @@ fn of_kind(name: &str, table: &Table, errors: &mut Collector) -> Vec<DeviceInfo>
             return Vec::new();
         }
     };
-    let Some(memory) = table.get("memory") else { return Vec::new() };
+    let Some(memory) = table.get("memory") else {
+        let message = format!("`devices.{name}` needs `memory`: how much a stage may take of it");
+        errors.add(key, WorkflowError::new("missing_setting", message).with_hint(EXAMPLE));
+        return Vec::new();
+    };
     let Some(memory_bytes) = bytes(&memory.node) else {
         let message = format!("`devices.{name}.memory` must be a size, found {}", memory.node.found());
         errors.add(memory.node.span, WorkflowError::new("wrong_type", message).with_hint("write it as \"80 GB\", \"80 GiB\" or in bytes"));
@@ -84,7 +89,6 @@ fn bytes(node: &Node) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::workflow::source::Span;
 
     #[test]
     fn sizes_have_units() {

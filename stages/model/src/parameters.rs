@@ -65,9 +65,9 @@ impl ParameterSpec {
     }
 
     /// In what format it is held by a model that computes with `arithmetic`: bfloat16 for the matrices of one that multiplies
-    /// such numbers.
+    /// such numbers. Scalar heads and adapters are small: they, and their gradients, stay f32.
     pub(crate) fn stored_in(&self, arithmetic: Arithmetic) -> FloatDType {
-        let is_product = self.is_matrix() && self.name != SCORE_WEIGHT;
+        let is_product = self.is_matrix() && self.name != SCORE_WEIGHT && !crate::lora::is_factor(&self.name);
         if arithmetic == Arithmetic::Bf16 && is_product { FloatDType::BF16 } else { FloatDType::F32 }
     }
 

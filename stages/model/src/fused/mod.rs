@@ -19,11 +19,7 @@ use burn::{
 use burn_flex::FlexTensor;
 use rlflow_kernels::{Affine, AttentionParts, AttentionShape, MlpParts, SequenceLayout, embedding, matmul::Arithmetic, rope::RopeTable};
 
-use crate::{
-    composed,
-    dropout::BlockDropout,
-    parameters::{flex_view, widened},
-};
+use crate::{composed, dropout::BlockDropout, parameters::flex_view};
 
 use self::{
     ops::{AttentionOp, EmbedOp, MlpOp, NormOp, ScoreOp, TokenHeadOp},
@@ -350,9 +346,8 @@ pub mod flex {
     /// What is there, end to end, and what it is; none where nothing is.
     fn joined<const N: usize>(parts: [Option<&Tensor<2>>; N], scale: Option<f32>) -> Option<(Tensor<2>, Extras<N>)> {
         let lengths = parts.map(|part| part.map_or(0, |part| part.dims().iter().product()));
-        // Adapters' factors may be held in bfloat16 beside vectors that are not.
         let vectors: Vec<Tensor<2>> =
-            parts.into_iter().zip(lengths).filter_map(|(part, length)| Some(widened(part?.clone()).reshape([1, length]))).collect();
+            parts.into_iter().zip(lengths).filter_map(|(part, length)| Some(part?.clone().reshape([1, length]))).collect();
         (!vectors.is_empty()).then(|| (Tensor::cat(vectors, 1), Extras { lengths, scale: scale.unwrap_or(0.0) }))
     }
 

@@ -49,12 +49,12 @@ pub struct Pending(State);
 #[derive(Debug)]
 enum State {
     Done(Vec<Tensor<2>>),
-    Later(Receiver<Vec<Tensor<2>>>),
+    Later(Receiver<std::thread::Result<Vec<Tensor<2>>>>),
 }
 
 impl Pending {
     /// Pieces that somebody will send.
-    pub(super) fn later(pieces: Receiver<Vec<Tensor<2>>>) -> Self {
+    pub(super) fn later(pieces: Receiver<std::thread::Result<Vec<Tensor<2>>>>) -> Self {
         Self(State::Later(pieces))
     }
 
@@ -62,7 +62,7 @@ impl Pending {
     pub fn wait(self) -> Vec<Tensor<2>> {
         match self.0 {
             State::Done(pieces) => pieces,
-            State::Later(pieces) => pieces.recv().unwrap_or_else(|_| Aborted::unwind()),
+            State::Later(pieces) => super::ordered::answered(&pieces),
         }
     }
 }

@@ -1,6 +1,6 @@
 use std::{
     ops::Range,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc,
         mpsc::{Receiver, Sender, channel},
@@ -34,20 +34,27 @@ impl Ordered {
         }
     }
 
-    fn start<T: Send + 'static>(&self, work: impl FnOnce(&dyn Collective) -> T + Send + 'static) -> Receiver<T> {
+    fn start<T: Send + 'static>(&self, work: impl FnOnce(&dyn Collective) -> T + Send + 'static) -> Receiver<thread::Result<T>> {
         let (answer, result) = channel();
         let job: Job = Box::new(move |inner| {
-            // A rank that failed frees this thread by unwinding; whoever waits finds nobody to answer.
-            if let Ok(value) = catch_unwind(AssertUnwindSafe(|| work(inner))) {
-                let _ = answer.send(value);
-            }
+            // What unwinds here, goes on where it is waited for.
+            let _ = answer.send(catch_unwind(AssertUnwindSafe(|| work(inner))));
         });
         let _ = self.jobs.send(job);
         result
     }
 
     fn call<T: Send + 'static>(&self, work: impl FnOnce(&dyn Collective) -> T + Send + 'static) -> T {
-        self.start(work).recv().unwrap_or_else(|_| Aborted::unwind())
+        answered(&self.start(work))
+    }
+}
+
+/// What a thread that exchanges sent, or what it died of.
+pub(super) fn answered<T>(result: &Receiver<thread::Result<T>>) -> T {
+    match result.recv() {
+        Ok(Ok(value)) => value,
+        Ok(Err(payload)) => resume_unwind(payload),
+        Err(_) => Aborted::unwind(),
     }
 }
 
