@@ -1,10 +1,11 @@
 use std::{
-    io::{ErrorKind, Write},
+    io::{BufWriter, ErrorKind, Write},
     process::ExitCode,
     sync::atomic::{AtomicBool, Ordering},
 };
 
 use miette::{GraphicalReportHandler, GraphicalTheme};
+use serde::Serialize;
 
 use rlflow_engine::{
     EngineError,
@@ -167,6 +168,13 @@ impl Write for Stdout {
 /// Writes a line of data to stdout.
 pub fn print_line(text: &str) {
     print_text(&format!("{text}\n"));
+}
+
+/// Writes a value as a line of JSON to stdout.
+pub fn print_json(value: &impl Serialize) {
+    let mut out = BufWriter::with_capacity(1 << 16, std::io::stdout().lock());
+    let line = serde_json::to_writer(&mut out, value).map_err(std::io::Error::from);
+    written(line.and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()));
 }
 
 /// Writes text that ends itself to stdout.

@@ -7,7 +7,7 @@ use rlflow_engine::{
 
 use crate::{
     common::{Common, WorkflowArgs},
-    failure::{Failure, Outcome, print_line, print_text},
+    failure::{Failure, Outcome, print_json, print_text},
     host::host,
 };
 
@@ -41,7 +41,7 @@ impl Plan {
         let (workflow, store) = self.workflow.look(common)?;
         let plan = rlflow_engine::Plan::new(&workflow, &store, &host, &request)?;
         if common.json {
-            print_line(&plan.to_json(&workflow).to_string());
+            print_json(&plan.to_json(&workflow));
         } else if plan.is_all_cached() {
             print_text(&nothing_to_run(plan.stages.len()));
         } else {

@@ -4,7 +4,7 @@ use rlflow_engine::{Request, report::plan_report};
 
 use crate::{
     common::{Common, WorkflowArgs},
-    failure::{Failure, Outcome, print_line, print_text},
+    failure::{Failure, Outcome, print_json, print_text},
     host::host,
 };
 
@@ -20,7 +20,7 @@ impl Status {
         let (workflow, store) = self.workflow.look(common)?;
         let plan = rlflow_engine::Plan::new(&workflow, &store, &host(), &Request::default())?;
         if common.json {
-            print_line(&plan.to_json(&workflow).to_string());
+            print_json(&plan.to_json(&workflow));
         } else {
             print_text(&plan_report(&workflow, &plan, false));
         }

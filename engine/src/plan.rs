@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 
 use rlflow_api::{Needs, Placement, extends};
 use rlflow_store::{ActionRecord, Digest, LeaseHolder, Store};
@@ -182,11 +183,46 @@ impl Plan {
     }
 
     /// The plan as scripts see it, in the order of the file.
-    pub fn to_json(&self, workflow: &Workflow) -> Value {
+    pub fn to_json<'p>(&'p self, workflow: &'p Workflow) -> impl Serialize + 'p {
         let mut stages: Vec<&PlannedStage> = self.stages.iter().collect();
         stages.sort_unstable_by_key(|planned| planned.stage);
-        json!({ "workflow": workflow.name, "stages": stages.iter().map(|planned| planned.to_json(workflow)).collect::<Vec<_>>() })
+        PlanJson { workflow: &workflow.name, stages: stages.into_iter().map(|planned| planned.to_json(workflow)).collect() }
     }
+}
+
+/// A plan in the order of its keys. Not a tree of values: with ten thousand stages that would cost as much as planning.
+#[derive(Serialize)]
+struct PlanJson<'p> {
+    workflow: &'p str,
+    stages: Vec<StageJson<'p>>,
+}
+
+#[derive(Serialize)]
+struct StageJson<'p> {
+    name: &'p str,
+    kind: &'static str,
+    status: &'static str,
+    key: Option<Digest>,
+    reason: Option<Value>,
+    continues_from_step: Option<u64>,
+    devices: Vec<String>,
+    ranks: usize,
+    zero: u8,
+    peak_bytes: u64,
+    memory: BTreeMap<String, u64>,
+    rank_bytes: RankBytes,
+    estimated_seconds: Option<f64>,
+    running_by: Option<&'p LeaseHolder>,
+    error: Option<&'p str>,
+}
+
+#[derive(Serialize)]
+struct RankBytes {
+    parameters: u64,
+    gradients: u64,
+    optimizer: u64,
+    activations: u64,
+    buffers: u64,
 }
 
 /// The selected stages, each in a wave after all of its inputs'.
@@ -258,31 +294,30 @@ impl PlannedStage {
         })
     }
 
-    /// The stage's line as scripts see it.
-    pub fn to_json(&self, workflow: &Workflow) -> Value {
+    fn to_json<'p>(&'p self, workflow: &'p Workflow) -> StageJson<'p> {
         let stage = &workflow.stages[self.stage];
-        json!({
-            "name": stage.name,
-            "kind": stage.kind.name(),
-            "status": self.status.name(),
-            "key": self.key,
-            "reason": self.rerun.as_ref().map(Rerun::to_json),
-            "continues_from_step": self.continues_from_step,
-            "devices": self.placement.devices.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            "ranks": self.placement.devices.len(),
-            "zero": self.placement.zero,
-            "peak_bytes": self.peak_bytes,
-            "memory": self.usage.iter().map(|(device, bytes)| (device.to_string(), *bytes)).collect::<BTreeMap<_, _>>(),
-            "rank_bytes": {
-                "parameters": self.needs.parameter_bytes,
-                "gradients": self.needs.gradient_bytes,
-                "optimizer": self.needs.optimizer_bytes,
-                "activations": self.needs.activation_bytes,
-                "buffers": self.needs.buffer_bytes,
+        StageJson {
+            name: &stage.name,
+            kind: stage.kind.name(),
+            status: self.status.name(),
+            key: self.key,
+            reason: self.rerun.as_ref().map(Rerun::to_json),
+            continues_from_step: self.continues_from_step,
+            devices: self.placement.devices.iter().map(ToString::to_string).collect(),
+            ranks: self.placement.devices.len(),
+            zero: self.placement.zero,
+            peak_bytes: self.peak_bytes,
+            memory: self.usage.iter().map(|(device, bytes)| (device.to_string(), *bytes)).collect(),
+            rank_bytes: RankBytes {
+                parameters: self.needs.parameter_bytes,
+                gradients: self.needs.gradient_bytes,
+                optimizer: self.needs.optimizer_bytes,
+                activations: self.needs.activation_bytes,
+                buffers: self.needs.buffer_bytes,
             },
-            "estimated_seconds": self.estimated_seconds,
-            "running_by": self.holder,
-            "error": self.error,
-        })
+            estimated_seconds: self.estimated_seconds,
+            running_by: self.holder.as_ref(),
+            error: self.error.as_deref(),
+        }
     }
 }

@@ -12,12 +12,12 @@ use std::{
 use rlflow_api::CancelToken;
 use rlflow_engine::{
     RunOptions,
-    event::{Event, StageStatus},
+    event::{Event, Events, StageStatus},
 };
 
 use rlflow_store::GcOptions;
 
-use crate::world::{CHAIN, Recorder, World};
+use crate::world::{CHAIN, Recorder, World, load_file};
 
 #[test]
 fn independent_stages_overlap_when_jobs_allow() {
@@ -60,6 +60,35 @@ fn two_runs_on_one_store_share_the_work() {
         let cached = [first, second].iter().filter(|stage| stage.status == StageStatus::Cached).count();
         assert_eq!(cached, 1, "{}", first.name);
     }
+}
+
+/// Different workflows that begin alike: what they share runs once, whoever comes first.
+#[test]
+fn workflows_that_overlap_share_what_is_alike() {
+    let slow = CHAIN.replace("train = { steps = 20 }", "train = { steps = 20 }\nstep_ms = 5");
+    let world = World::new(&slow);
+    let other = slow.replace("name = \"chain\"", "name = \"other\"").replace("[stage.base]", "[stage.trunk]");
+    world.write("other.toml", &other.replace("model = \"base\"", "model = \"trunk\"").replace("beta = 0.2", "beta = 0.3"));
+    let run = |file: &str| {
+        let workflow = load_file(&world.path(file), &[]);
+        let run =
+            rlflow_engine::run(&workflow, &world.store(), &world.host, &RunOptions::default(), &Events::default(), &CancelToken::default());
+        run.unwrap()
+    };
+    let (first, second) = thread::scope(|scope| {
+        let runs = ["flow.toml", "other.toml"].map(|file| scope.spawn(move || run(file)));
+        let [first, second] = runs.map(|run| run.join().unwrap());
+        (first, second)
+    });
+    assert!(first.ok() && second.ok());
+    for (index, (first, second)) in first.stages.iter().zip(&second.stages).enumerate() {
+        let cached = [first, second].iter().filter(|stage| stage.status == StageStatus::Cached).count();
+        // data, base and a are alike; b differs, and so does what collects it.
+        assert_eq!((cached, first.outputs == second.outputs), if index < 3 { (1, true) } else { (0, false) }, "{}", first.name);
+    }
+    let mut ran = world.ran();
+    ran.sort_unstable();
+    assert_eq!(ran.iter().filter(|stage| ["data", "base", "trunk", "a"].contains(&stage.as_str())).count(), 3, "{ran:?}");
 }
 
 #[test]

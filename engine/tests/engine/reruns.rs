@@ -82,7 +82,7 @@ fn another_input_is_said_to_be_another() {
     world.edit("inputs = { model = \"base\" }\nbeta = 0.2", "inputs = { model = \"base2\" }\nbeta = 0.2");
     assert_eq!(world.planned()[0], "b run: input model now comes from base2 instead of base");
     let workflow = world.load();
-    let json = world.plan().to_json(&workflow);
+    let json = serde_json::json!(world.plan().to_json(&workflow));
     let reason = &json["stages"][workflow.find("b").unwrap()]["reason"];
     assert_eq!([&reason["kind"], &reason["stage"], &reason["from_stage"]], ["input_changed", "base2", "base"]);
     assert_ne!(reason["from"], reason["to"]);
@@ -325,7 +325,7 @@ fn more_steps_continue_from_a_finished_shorter_run() {
     long.edit("steps = 1000", "steps = 2000");
     let told = report::plan_report(&long.load(), &long.plan(), true);
     assert!(told.contains("train.steps changed: 1000 -> 2000; continues from step 1,000"), "{told}");
-    let json = long.plan().to_json(&long.load());
+    let json = serde_json::json!(long.plan().to_json(&long.load()));
     assert_eq!((&json["stages"][1]["status"], &json["stages"][1]["continues_from_step"]), (&"extend".into(), &1000.into()));
 }
 
