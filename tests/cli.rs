@@ -140,6 +140,11 @@ fn changes_are_explained_and_renames_rerun_nothing() {
     let reason = &plan["stages"][1]["reason"];
     assert_eq!((&reason["kind"], &reason["from"], &reason["to"]), (&"setting_changed".into(), &300.into(), &310.into()));
     assert_eq!(reason["text"], "vocab_size changed: 300 -> 310");
+    // The same everywhere, before and after.
+    assert_eq!(world.json(&["status", "flow.toml", "--set", "stage.tokenizer.vocab_size=310", "--json"])["stages"][1]["reason"], *reason);
+    let ran = stdout(&world.rlflow(&["run", "flow.toml", "--set", "stage.tokenizer.vocab_size=310", "--json"]));
+    let finished: Value = serde_json::from_str(ran.lines().last().unwrap()).unwrap();
+    assert_eq!(finished["stages"][1]["reason"], *reason);
     fs::write(world.path("flow.toml"), WORKFLOW.replace("stage.corpus", "stage.texts").replace("= \"corpus\" }", "= \"texts\" }")).unwrap();
     assert_eq!(statuses(&world.json(&["plan", "flow.toml", "--json"])), ["cached", "cached"]);
     let forced = world.rlflow(&["run", "flow.toml", "--force", "texts"]);

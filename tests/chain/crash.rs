@@ -14,7 +14,7 @@ use std::{
 };
 
 use rlflow_api::CounterRng;
-use rlflow_store::{ActionRecord, Digest, FAULT_POINTS, Store};
+use rlflow_store::{ActionRecord, Digest, FAULT_POINTS, GcOptions, Store};
 use serde_json::Value;
 
 use crate::fixture::{Finished, Fixture};
@@ -101,6 +101,18 @@ fn kill_runs(
     let (untouched, lives) = (untouched.succeeded(), lives(whole));
     println!("an untouched run took {:.0} s of processor time", whole.as_secs_f64());
     let (untouched_metrics, untouched_records) = (metrics(fixture, "untouched"), records(fixture, "untouched"));
+
+    // Snapshots that newer ones replaced are gone at once: what `gc` would still find are the few that stand, of two models at most, each
+    // with weights and two moments.
+    let options = GcOptions { dry_run: true, grace: Duration::ZERO, ..GcOptions::default() };
+    let left = Store::open(&fixture.path("untouched")).and_then(|store| store.gc(&options)).unwrap();
+    let count =
+        |what: &str, larger_than: u64| left.removed.iter().filter(|gone| gone.what == what && gone.size_bytes > larger_than).count();
+    assert!(
+        count("blob", 16 << 10) <= 6 * count("snapshot", 0),
+        "snapshots that were replaced are left behind: {} bytes",
+        left.freed_bytes
+    );
 
     let (mut died, mut round, mut resumed) = (0, 0, BTreeSet::new());
     let (mut by_kind, mut by_stage) = (BTreeMap::<&str, u32>::new(), BTreeMap::<String, u32>::new());

@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::Value;
 
-use rlflow_store::{Artifact, ArtifactBuilder, Digest, Retain, Snapshot, Store};
+use rlflow_store::{Artifact, ArtifactBuilder, Digest, Dtype, Retain, Snapshot, Store};
 
 use crate::{ArtifactType, Placement, Reporter, Sample, Snapshots, StageError, StageEvent, StageResult};
 
@@ -148,7 +148,9 @@ impl RunContext<'_> {
     /// Writes a snapshot of `state` with the record of metrics and samples so far. `info` is what
     /// [`crate::StageKind::can_continue`] will see.
     pub fn save_snapshot(&self, step: u64, retain: Retain, info: Value, mut state: ArtifactBuilder) -> StageResult<()> {
-        state.put(RECORD, &self.reporter.record())?;
+        // As a tensor, which goes as soon as a newer snapshot replaces this one: it grows with every step.
+        let record = self.reporter.record();
+        state.put_tensor(RECORD, Dtype::U8, &[record.len() as u64], &record)?;
         self.snapshots.save(step, retain, info, state)?;
         self.reporter.report(StageEvent::Snapshot { step });
         Ok(())

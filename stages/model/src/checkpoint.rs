@@ -159,7 +159,7 @@ pub fn save_state(prefix: &str, model: &Group, builder: &mut ArtifactBuilder) ->
     save_weights(prefix, model, builder)?;
     for (part, name) in ["first_moments", "second_moments"].into_iter().enumerate() {
         let moments = |slot: usize| model.moments(slot).map(|both| bytes(&both[part])).unwrap_or_default();
-        builder.put(&format!("{prefix}.{name}"), &all_slots(model, moments))?;
+        put_elements(builder, &format!("{prefix}.{name}"), &all_slots(model, moments))?;
     }
     builder.put(&format!("{prefix}.optimizer_step"), &model.steps().to_le_bytes())?;
     Ok(())
@@ -171,7 +171,12 @@ pub fn save_state(prefix: &str, model: &Group, builder: &mut ArtifactBuilder) ->
 /// If the store cannot be written.
 pub fn save_weights(prefix: &str, model: &Group, builder: &mut ArtifactBuilder) -> StageResult<()> {
     let trained = |slot: usize| if model.first().is_frozen(slot) { Vec::new() } else { bytes(&model.weight(slot)) };
-    Ok(builder.put(&format!("{prefix}.weights"), &all_slots(model, trained))?)
+    put_elements(builder, &format!("{prefix}.weights"), &all_slots(model, trained))
+}
+
+/// A tensor rather than a file: of a snapshot that a newer one replaces, the store removes tensors at once.
+fn put_elements(builder: &mut ArtifactBuilder, name: &str, content: &[u8]) -> StageResult<()> {
+    Ok(builder.put_tensor(name, Dtype::F32, &[content.len() as u64 / 4], content)?)
 }
 
 fn all_slots(model: &Group, of: impl Fn(usize) -> Vec<u8>) -> Vec<u8> {
