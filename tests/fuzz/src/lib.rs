@@ -3,6 +3,8 @@
 
 /// Where targets write.
 pub mod folder;
+/// What the crates' tests use.
+pub mod inputs;
 /// Stage kinds.
 pub mod kinds;
 /// Data files in the folder.

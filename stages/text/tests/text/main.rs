@@ -2,4 +2,5 @@
 
 mod chat_templates;
 mod data_files;
+mod fuzz;
 mod tokenizer;
