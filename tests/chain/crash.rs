@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     env,
     fs::{self, File},
+    io::{BufRead, BufReader, Read},
     ops::Range,
     os::unix::{fs::MetadataExt, process::ExitStatusExt},
     path::{Path, PathBuf},
@@ -205,10 +206,15 @@ fn an_interrupted_run_continues_to_the_same_bits() {
     let untouched = fixture.run("untouched", &sets).succeeded();
     let mut interrupted = false;
     for wait in 1..200 {
-        let child = fixture.command("store", &sets).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = fixture.command("store", &sets).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        // Its first line says that it takes signals now; before, they end it as they end any process.
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut stdout = Vec::new();
+        out.read_until(b'\n', &mut stdout).unwrap();
         sleep(Duration::from_millis(100 * wait));
         let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-        let finished = Finished::of(child.wait_with_output().unwrap());
+        out.read_to_end(&mut stdout).unwrap();
+        let finished = Finished::of(Output { status: child.wait().unwrap(), stdout, stderr: Vec::new() });
         if finished.code == Some(0) {
             break;
         }
