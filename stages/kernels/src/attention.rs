@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use crate::{
     layout::SequenceLayout,
     matmul::{Into, MatrixRef, matmul_serial},
+    shared::Shared,
     simd::{dot, exp, fmadd, max, multiversion, sum},
 };
 
@@ -46,32 +47,6 @@ pub fn alibi_slopes(heads: usize) -> Vec<f32> {
     };
     let below = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
     powers(below).chain(powers(2 * below).step_by(2).take(heads - below)).collect()
-}
-
-/// A slice that several tasks write to at places that never overlap.
-#[derive(Clone, Copy)]
-struct Shared<'a> {
-    start: *mut f32,
-    len: usize,
-    marker: std::marker::PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: tasks write to disjoint columns (heads) or rows (sequences), as each use says.
-unsafe impl Send for Shared<'_> {}
-unsafe impl Sync for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    fn new(slice: &'a mut [f32]) -> Self {
-        Self { start: slice.as_mut_ptr(), len: slice.len(), marker: std::marker::PhantomData }
-    }
-
-    /// # Safety
-    /// No other task may touch, while the result lives, the elements that the caller touches.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn from(&self, offset: usize) -> &'a mut [f32] {
-        assert!(offset <= self.len);
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), self.len - offset) }
-    }
 }
 
 /// First position that a query at position `query` sees.

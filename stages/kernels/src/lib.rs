@@ -25,7 +25,9 @@ pub mod mlp_block;
 pub mod norm;
 pub mod optim;
 pub mod rope;
+mod shared;
 pub mod simd;
+mod tiles;
 pub mod token_head;
 
 pub use affine::{Affine, AttentionParts, MlpParts};

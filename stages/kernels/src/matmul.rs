@@ -42,9 +42,9 @@ impl<'a> MatrixRef<'a> {
         self.data[row * self.row_stride + column * self.column_stride]
     }
 
-    /// The part of row `row` from `column` on that lies in one piece, if rows do.
-    pub(crate) fn row(&self, row: usize, columns: std::ops::Range<usize>) -> Option<&'a [f32]> {
-        (self.column_stride == 1).then(|| &self.data[row * self.row_stride + columns.start..row * self.row_stride + columns.end])
+    /// Its slice, and the elements from row to row and from column to column.
+    pub(crate) fn parts(&self) -> (&'a [f32], usize, usize) {
+        (self.data, self.row_stride, self.column_stride)
     }
 
     /// The transpose, without moving anything.

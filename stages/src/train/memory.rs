@@ -163,7 +163,7 @@ pub fn training_needs(model: &ModelConfig, pass: Pass, sharding: Sharding, total
     let kept = |blocks: u64| states + blocks * if checkpointing { states } else { tokens * widths.block };
     let again = if checkpointing { tokens * widths.block } else { 0 };
     let logits = match pass.head.has_language() {
-        true => (rlflow_kernels::token_head::chunk_rows(model.vocab_size) as u64).min(tokens) * model.vocab_size as u64 + 2 * states,
+        true => rlflow_kernels::token_head::held_logits(tokens as usize, model.vocab_size) as u64 + 2 * states,
         false => 0,
     };
     // Sums of gradients are there from the second micro-batch on; in the first they come block by block.
@@ -199,7 +199,7 @@ pub fn frozen_needs(model: &ModelConfig, head: Head, tokens: u64, sharding: Shar
     let bf16 = precision == Precision::Bf16;
     let (sizes, widths) = (Sizes::of(model, head), Widths::of(model));
     let logits = match head.has_language() {
-        true => (rlflow_kernels::token_head::chunk_rows(model.vocab_size) as u64).min(tokens) * model.vocab_size as u64,
+        true => rlflow_kernels::token_head::held_logits(tokens as usize, model.vocab_size) as u64,
         false => 0,
     };
     let gathered = if shared || bf16 { sizes.head.max(2 * sizes.block) } else { 0 };

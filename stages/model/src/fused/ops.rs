@@ -341,7 +341,7 @@ impl SliceOp<2> for TokenHeadOp {
 
     fn workspace(&self, [_, weight]: [&[f32]; 2]) -> [usize; 2] {
         let (rows, vocab) = (self.targets.rows.len(), weight.len() / self.width);
-        let logits = token_head::chunk_rows(vocab).min(rows) * vocab;
+        let logits = token_head::held_logits(rows, vocab);
         [rows * self.width + logits, 2 * rows * self.width + logits]
     }
 

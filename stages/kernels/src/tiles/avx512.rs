@@ -3,35 +3,44 @@
 #[cfg(target_arch = "x86_64")]
 mod imp {
     use std::arch::x86_64::{
-        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
+        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
     };
 
-    use super::super::{DEPTH, PANEL, Sums};
+    use super::super::{BLOCK, DEPTH, Into, PANEL, TILE};
 
     /// Rows whose sums are in registers at once: 8 rows by 2 vectors.
     const ROWS: usize = 8;
 
     /// Whether the processor has them.
-    pub(in super::super) fn is_available() -> bool {
+    pub(crate) fn is_available() -> bool {
         is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f")
     }
 
-    /// Sums of a panel of rows by a panel of columns.
-    pub(in super::super) fn panel(left: &[u16], right: &[u16], sums: &mut Sums) {
+    /// A panel of rows by a panel of columns.
+    pub(in super::super) fn panel(left: &[u16], right: &[u16], out: &mut [f32], out_row_stride: usize, into: Into) {
         assert!(is_available() && left.len() == right.len());
         // SAFETY: the processor has the instructions.
-        unsafe { rows(left, right, sums) }
+        unsafe { rows(left, right, out, out_row_stride, into) }
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
-    fn rows(left: &[u16], right: &[u16], sums: &mut Sums) {
+    fn rows(left: &[u16], right: &[u16], out: &mut [f32], out_row_stride: usize, into: Into) {
         for first in (0..PANEL).step_by(ROWS) {
             let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
-            for (left, right) in left.chunks_exact(PANEL * DEPTH).zip(right.chunks_exact(PANEL * DEPTH)) {
+            if into == Into::Add {
+                for (row, acc) in acc.iter_mut().enumerate() {
+                    for (half, acc) in acc.iter_mut().enumerate() {
+                        let from = &out[(first + row) * out_row_stride + half * TILE..][..TILE];
+                        // SAFETY: 16 numbers.
+                        *acc = unsafe { _mm512_loadu_ps(from.as_ptr()) };
+                    }
+                }
+            }
+            for (left, right) in left.chunks_exact(BLOCK).zip(right.chunks_exact(BLOCK)) {
                 // Tile, row in it: a pair of numbers each as one 32-bit lane.
                 let left = &left[first * DEPTH..(first + ROWS) * DEPTH];
                 for pair in 0..DEPTH / 2 {
-                    let [low, high] = [0, PANEL * DEPTH / 2].map(|tile| load(&right[tile + pair * DEPTH..][..DEPTH]));
+                    let [low, high] = [0, BLOCK / 2].map(|tile| load(&right[tile + pair * DEPTH..][..DEPTH]));
                     for (row, acc) in acc.iter_mut().enumerate() {
                         let at = row * DEPTH + 2 * pair;
                         // SAFETY: two of the `ROWS * DEPTH` numbers of `left`, read as one lane.
@@ -44,7 +53,7 @@ mod imp {
             }
             for (row, acc) in acc.iter().enumerate() {
                 for (half, acc) in acc.iter().enumerate() {
-                    let out = &mut sums.0[(first + row) * PANEL + half * PANEL / 2..][..PANEL / 2];
+                    let out = &mut out[(first + row) * out_row_stride + half * TILE..][..TILE];
                     // SAFETY: 16 numbers.
                     unsafe { _mm512_storeu_ps(out.as_mut_ptr(), *acc) };
                 }
@@ -67,15 +76,16 @@ mod imp {
 
 #[cfg(not(target_arch = "x86_64"))]
 mod imp {
-    use super::super::Sums;
+    use super::super::Into;
 
-    pub(in super::super) fn is_available() -> bool {
+    pub(crate) fn is_available() -> bool {
         false
     }
 
-    pub(in super::super) fn panel(_: &[u16], _: &[u16], _: &mut Sums) {
+    pub(in super::super) fn panel(_: &[u16], _: &[u16], _: &mut [f32], _: usize, _: Into) {
         unreachable!("this processor has no such instructions")
     }
 }
 
-pub(super) use imp::{is_available, panel};
+pub(crate) use imp::is_available;
+pub(super) use imp::panel;

@@ -11,10 +11,10 @@ mod imp {
         sync::OnceLock,
     };
 
-    use super::{super::Sums, panel_len};
+    use super::super::{BLOCK, Into, PANEL};
 
     /// Whether processor and system have tiles with bfloat16, and this process may use them.
-    pub(in super::super) fn is_available() -> bool {
+    pub(crate) fn is_available() -> bool {
         static AVAILABLE: OnceLock<bool> = OnceLock::new();
         *AVAILABLE.get_or_init(|| has_tiles() && may_use_tiles())
     }
@@ -88,22 +88,15 @@ mod imp {
         }
     }
 
-    /// Sums of a panel of rows by a panel of columns. The thread must have [`Tiles`].
-    pub(in super::super) fn panel(left: &[u16], right: &[u16], sums: &mut Sums) {
-        let blocks = left.len() / panel_len();
-        assert!(left.len() == right.len() && left.len() == blocks * panel_len());
-        if blocks == 0 {
-            sums.0.fill(0.0);
-            return;
-        }
-        // SAFETY: each round reads two tiles (2,048 bytes) from each side, `blocks` times, which the assertion bounds; the
-        // four stores fill the 4,096 bytes of `sums`. Tiles are configured, as the caller promises; no other code uses them.
+    /// A panel of rows by a panel of columns. The thread must have [`Tiles`].
+    pub(in super::super) fn panel(left: &[u16], right: &[u16], out: &mut [f32], out_row_stride: usize, into: Into) {
+        begin(out, out_row_stride, into);
+        let blocks = left.len() / BLOCK;
+        assert!(left.len() == right.len() && left.len() == blocks * BLOCK && blocks > 0);
+        // SAFETY: each round reads two tiles (2,048 bytes) from each side, `blocks` times, which the assertion bounds.
+        // Tiles are configured, as the caller promises; no other code uses them.
         unsafe {
             asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
                 "2:",
                 "tileloadd tmm4, [{left} + {row}*1]",
                 "tileloadd tmm6, [{right} + {row}*1]",
@@ -117,16 +110,49 @@ mod imp {
                 "add {right}, 2048",
                 "dec {blocks}",
                 "jnz 2b",
-                "tilestored [{sums} + {sums_row}*1], tmm0",
-                "tilestored [{sums} + {sums_row}*1 + 64], tmm1",
-                "tilestored [{sums} + {sums_row}*1 + 2048], tmm2",
-                "tilestored [{sums} + {sums_row}*1 + 2112], tmm3",
                 left = inout(reg) left.as_ptr() => _,
                 right = inout(reg) right.as_ptr() => _,
                 blocks = inout(reg) blocks => _,
                 row = in(reg) 64_usize,
-                sums = in(reg) sums.0.as_mut_ptr(),
-                sums_row = in(reg) 128_usize,
+                options(nostack),
+            );
+        }
+        end(out, out_row_stride);
+    }
+
+    /// Sums begin with zero or with what they are added to.
+    fn begin(out: &[f32], row_stride: usize, into: Into) {
+        assert!((PANEL - 1) * row_stride + PANEL <= out.len());
+        // SAFETY: four tiles of 16 rows of 16 numbers, within `out` by the assertion.
+        unsafe {
+            match into {
+                Into::Overwrite => asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem)),
+                Into::Add => asm!(
+                    "tileloadd tmm0, [{upper} + {row}*1]",
+                    "tileloadd tmm1, [{upper} + {row}*1 + 64]",
+                    "tileloadd tmm2, [{lower} + {row}*1]",
+                    "tileloadd tmm3, [{lower} + {row}*1 + 64]",
+                    upper = in(reg) out.as_ptr(),
+                    lower = in(reg) out.as_ptr().add(PANEL / 2 * row_stride),
+                    row = in(reg) 4 * row_stride,
+                    options(nostack, readonly),
+                ),
+            }
+        }
+    }
+
+    fn end(out: &mut [f32], row_stride: usize) {
+        assert!((PANEL - 1) * row_stride + PANEL <= out.len());
+        // SAFETY: as in `begin`.
+        unsafe {
+            asm!(
+                "tilestored [{upper} + {row}*1], tmm0",
+                "tilestored [{upper} + {row}*1 + 64], tmm1",
+                "tilestored [{lower} + {row}*1], tmm2",
+                "tilestored [{lower} + {row}*1 + 64], tmm3",
+                upper = in(reg) out.as_mut_ptr(),
+                lower = in(reg) out.as_mut_ptr().add(PANEL / 2 * row_stride),
+                row = in(reg) 4 * row_stride,
                 options(nostack),
             );
         }
@@ -135,9 +161,9 @@ mod imp {
 
 #[cfg(not(target_arch = "x86_64"))]
 mod imp {
-    use super::super::Sums;
+    use super::super::Into;
 
-    pub(in super::super) fn is_available() -> bool {
+    pub(crate) fn is_available() -> bool {
         false
     }
 
@@ -149,14 +175,10 @@ mod imp {
         }
     }
 
-    pub(in super::super) fn panel(_: &[u16], _: &[u16], _: &mut Sums) {
+    pub(in super::super) fn panel(_: &[u16], _: &[u16], _: &mut [f32], _: usize, _: Into) {
         unreachable!("this processor has no tiles")
     }
 }
 
-pub(super) use imp::{Tiles, is_available, panel};
-
-/// Numbers of one block of a panel: two tiles.
-const fn panel_len() -> usize {
-    super::PANEL * super::DEPTH
-}
+pub(crate) use imp::is_available;
+pub(super) use imp::{Tiles, panel};

@@ -1,0 +1,160 @@
+//! Rounds operands into the order in which tiles take them.
+
+use std::arch::x86_64::*;
+
+use super::{BLOCK, DEPTH, TILE};
+use crate::matmul::MatrixRef;
+
+/// One side of a product: `lines` (rows of the left, columns of the right operand) along the summed dimension.
+#[derive(Clone, Copy)]
+pub(super) struct Side<'a> {
+    data: &'a [f32],
+    lines: usize,
+    line_stride: usize,
+    depth: usize,
+    depth_stride: usize,
+    is_left: bool,
+}
+
+impl<'a> Side<'a> {
+    pub(super) fn left(matrix: MatrixRef<'a>) -> Self {
+        let (data, line_stride, depth_stride) = matrix.parts();
+        Self { data, lines: matrix.rows(), line_stride, depth: matrix.columns(), depth_stride, is_left: true }
+    }
+
+    pub(super) fn right(matrix: MatrixRef<'a>) -> Self {
+        let (data, line_stride, depth_stride) = matrix.t().parts();
+        Self { data, lines: matrix.columns(), line_stride, depth: matrix.rows(), depth_stride, is_left: false }
+    }
+
+    /// Packs the panel of lines from `first` on, with the depth from `start` on that fills `packed`. Lines and depth beyond the
+    /// operand are zeros.
+    ///
+    /// For each block of the depth two tiles. A tile of the left side has a line a row; in one of the right
+    /// side row `p` holds elements `2p` and `2p + 1` of every line side by side.
+    pub(super) fn pack(&self, packed: &mut [u16], first: usize, start: usize) {
+        // SAFETY: tiles are used only where the processor has these features (`bf16::Unit::available`).
+        unsafe { self.pack_blocks(packed, first, start) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    fn pack_blocks(&self, packed: &mut [u16], first: usize, start: usize) {
+        for (block, packed) in packed.chunks_exact_mut(BLOCK).enumerate() {
+            let depth = start + block * DEPTH;
+            for tile in 0..2 {
+                let line = first + tile * TILE;
+                let mut rows = [_mm512_setzero_si512(); TILE];
+                let across = self.line_stride == 1 && self.depth_stride != 1;
+                if across {
+                    self.across(&mut rows, line, depth);
+                } else {
+                    self.along(&mut rows, line, depth);
+                }
+                if across == self.is_left {
+                    transpose(&mut rows);
+                }
+                let to = &mut packed[tile * TILE * DEPTH..][..TILE * DEPTH];
+                for (to, row) in to.chunks_exact_mut(DEPTH).zip(rows) {
+                    // SAFETY: 64 bytes.
+                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row) };
+                }
+            }
+        }
+    }
+
+    /// A line a row: pairs of neighbours in depth.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    #[inline]
+    fn along(&self, rows: &mut [__m512i; TILE], line: usize, depth: usize) {
+        for (row, to) in rows.iter_mut().take(self.lines.saturating_sub(line)).enumerate() {
+            let from = (line + row) * self.line_stride;
+            let [low, high] = [0, TILE].map(|half| self.load(from, self.depth_stride, depth + half, self.depth));
+            *to = round(low, high);
+        }
+    }
+
+    /// A pair of depths a row: both numbers of every line.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    #[inline]
+    fn across(&self, rows: &mut [__m512i; TILE], line: usize, depth: usize) {
+        let alternating = alternating();
+        for (row, to) in rows.iter_mut().enumerate() {
+            let at = depth + 2 * row;
+            if at >= self.depth {
+                break;
+            }
+            let [even, odd] = [at, at + 1].map(|at| {
+                let there = at < self.depth;
+                self.load(at * self.depth_stride, 1, line, if there { self.lines } else { 0 })
+            });
+            *to = _mm512_permutexvar_epi16(alternating, round(even, odd));
+        }
+    }
+
+    /// Sixteen numbers `stride` apart, the first of them number `at` from `from` on; those from `end` on are zeros.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    #[inline]
+    fn load(&self, from: usize, stride: usize, at: usize, end: usize) -> __m512 {
+        let count = end.saturating_sub(at).min(TILE);
+        if count == 0 {
+            return _mm512_setzero_ps();
+        }
+        let start = from + at * stride;
+        let elements = &self.data[start..=start + (count - 1) * stride];
+        let mask = ((1_u32 << count) - 1) as u16;
+        // SAFETY: the mask keeps the load within `elements`.
+        unsafe {
+            if stride == 1 {
+                return _mm512_maskz_loadu_ps(mask, elements.as_ptr());
+            }
+            let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let offsets = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride as i32));
+            _mm512_mask_i32gather_ps::<4>(_mm512_setzero_ps(), mask, offsets, elements.as_ptr())
+        }
+    }
+}
+
+/// Numbers rounded to bfloat16, those of `low` first.
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[inline]
+fn round(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: both are 512 bits without invalid values.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+}
+
+/// Places that bring number `i` of the first half next to number `i` of the second.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn alternating() -> __m512i {
+    let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_or_si512(lanes, _mm512_slli_epi32::<16>(_mm512_add_epi32(lanes, _mm512_set1_epi32(TILE as i32))))
+}
+
+/// Transposes 16 by 16 lanes.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn transpose(rows: &mut [__m512i; TILE]) {
+    let mut pairs = [_mm512_setzero_si512(); TILE];
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // Row `4i + j` of `quads` has columns `j, j + 4, j + 8, j + 12` of rows `4i` to `4i + 3`.
+    let mut quads = [_mm512_setzero_si512(); TILE];
+    for i in 0..4 {
+        for j in 0..2 {
+            quads[4 * i + 2 * j] = _mm512_unpacklo_epi64(pairs[4 * i + j], pairs[4 * i + 2 + j]);
+            quads[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[4 * i + j], pairs[4 * i + 2 + j]);
+        }
+    }
+    for j in 0..4 {
+        let low = _mm512_shuffle_i32x4::<0b1000_1000>(quads[j], quads[4 + j]);
+        let low_odd = _mm512_shuffle_i32x4::<0b1101_1101>(quads[j], quads[4 + j]);
+        let high = _mm512_shuffle_i32x4::<0b1000_1000>(quads[8 + j], quads[12 + j]);
+        let high_odd = _mm512_shuffle_i32x4::<0b1101_1101>(quads[8 + j], quads[12 + j]);
+        rows[j] = _mm512_shuffle_i32x4::<0b1000_1000>(low, high);
+        rows[8 + j] = _mm512_shuffle_i32x4::<0b1101_1101>(low, high);
+        rows[4 + j] = _mm512_shuffle_i32x4::<0b1000_1000>(low_odd, high_odd);
+        rows[12 + j] = _mm512_shuffle_i32x4::<0b1101_1101>(low_odd, high_odd);
+    }
+}
