@@ -31,7 +31,7 @@ impl<T> Affine<T> {
     }
 
     /// The same parts of another kind.
-    pub fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> Affine<U> {
+    pub fn map<'t, U>(&'t self, mut f: impl FnMut(&'t T) -> U) -> Affine<U> {
         Affine {
             weight: f(&self.weight),
             bias: self.bias.as_ref().map(&mut f),
@@ -70,7 +70,7 @@ pub struct AttentionParts<T> {
 
 impl<T> AttentionParts<T> {
     /// The same parts of another kind, in the order of the fields.
-    pub fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> AttentionParts<U> {
+    pub fn map<'t, U>(&'t self, mut f: impl FnMut(&'t T) -> U) -> AttentionParts<U> {
         AttentionParts {
             norm: self.norm.map(&mut f),
             q: self.q.map(&mut f),
@@ -123,7 +123,7 @@ pub struct MlpParts<T> {
 
 impl<T> MlpParts<T> {
     /// The same parts of another kind, in the order of the fields.
-    pub fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> MlpParts<U> {
+    pub fn map<'t, U>(&'t self, mut f: impl FnMut(&'t T) -> U) -> MlpParts<U> {
         MlpParts {
             norm: self.norm.map(&mut f),
             gate: self.gate.as_ref().map(|gate| gate.map(&mut f)),

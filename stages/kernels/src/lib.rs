@@ -18,6 +18,7 @@ pub mod attention_block;
 pub mod bf16;
 pub mod decode;
 pub mod embedding;
+pub mod few_rows;
 pub mod layout;
 pub mod low_rank;
 pub mod matmul;

@@ -19,7 +19,7 @@ pub struct LowRank<T> {
 
 impl<T> LowRank<T> {
     /// The same factors of another kind.
-    pub fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> LowRank<U> {
+    pub fn map<'t, U>(&'t self, mut f: impl FnMut(&'t T) -> U) -> LowRank<U> {
         LowRank { a: f(&self.a), b: f(&self.b), scale: self.scale }
     }
 }

@@ -185,6 +185,31 @@ pub fn sigmoid<const FMA: bool>(x: f32) -> f32 {
     1.0 / (1.0 + exp::<FMA>(-x))
 }
 
+/// Elements of a partial sum of [`softmax_weights`].
+const SOFTMAX_BLOCK: usize = 512;
+
+multiversion!(
+    /// Logits `z` become `exp(z * scale - max)`; returns their sums in blocks of equal length, the last of which may be
+    /// shorter. What cannot be drawn has the weight 0.
+    pub fn softmax_weights(logits: &mut [f32], scale: f32) -> Vec<f64> = softmax_weights_inner
+);
+
+#[inline(always)]
+fn softmax_weights_inner<const FMA: bool>(logits: &mut [f32], scale: f32) -> Vec<f64> {
+    let largest = max(logits) * scale;
+    // Blocks of one length, so that their number says where each begins.
+    let block = logits.len().div_ceil(logits.len().div_ceil(SOFTMAX_BLOCK).max(1)).max(1);
+    let mut sums = Vec::with_capacity(logits.len().div_ceil(block));
+    // Loops, not closures: a closure would be compiled without the level's instructions.
+    for logits in logits.chunks_mut(block) {
+        for logit in logits.iter_mut() {
+            *logit = exp::<FMA>(fmadd::<FMA>(*logit, scale, -largest));
+        }
+        sums.push(f64::from(sum(logits)));
+    }
+    sums
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,24 +1,27 @@
 //! Sampling over a key-value cache.
 //!
-//! Prompts are prefilled in one packed pass; then every sequence advances by one token per step, and those that have
-//! ended leave the batch. Draws are by counter (seed, purpose, step, sample, position), so that a sample does not depend on
+//! Prompts are prefilled in one packed pass, each once however many answers it gets; then every sequence advances by one token
+//! per step, and those that have ended leave the batch. Draws are by counter (seed, purpose, step, sample, position), so that a sample does not depend on
 //! the order in which others end.
+
+use std::{borrow::Cow, collections::HashMap};
 
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use rlflow_api::CounterRng;
 use rlflow_kernels::{
-    AttentionShape, AttentionWeights, MlpWeights, SequenceLayout, attention_block,
-    decode::{self, DecodeScratch, LayerCache},
-    embedding::embed,
-    matmul::{Arithmetic, MatrixRef, matmul},
+    AttentionShape, SequenceLayout, attention_block,
+    decode::{self, DecodeAttention, DecodeMlp, DecodeScratch, LayerCache},
+    few_rows::{self, Output, Weight},
+    matmul::{Arithmetic, Into},
     mlp_block, norm,
+    simd::softmax_weights,
 };
 
 use crate::{
     Decoder,
     ledger::{Purpose, hold},
-    parameters::{BlockSlots, Slots, flex_view, host},
+    parameters::{BlockSlots, Slots, flex_narrow_view, flex_view, host},
 };
 
 /// How tokens are drawn.
@@ -59,45 +62,60 @@ pub struct Completion {
 }
 
 /// Weights as slices, wherever the model lives.
-enum Weights {
-    Flex(Vec<FlexTensor>),
-    Host(Vec<Vec<f32>>),
+struct Weights(Vec<Held>);
+
+enum Held {
+    F32(FlexTensor),
+    Bf16(FlexTensor),
+    /// A copy of what is on another device.
+    Host(Vec<f32>),
 }
 
 impl Weights {
     fn of(decoder: &Decoder) -> Self {
-        let tensors = decoder.parameters().tensors();
-        match tensors.iter().map(flex_view).collect() {
-            Some(views) => Self::Flex(views),
-            None => Self::Host(tensors.iter().map(host).collect()),
+        let held = |tensor| match (flex_view(tensor), flex_narrow_view(tensor)) {
+            (Some(view), _) => Held::F32(view),
+            (None, Some(view)) => Held::Bf16(view),
+            (None, None) => Held::Host(host(tensor)),
+        };
+        Self(decoder.parameters().tensors().iter().map(held).collect())
+    }
+
+    fn get(&self, slot: usize) -> Weight<'_> {
+        match &self.0[slot] {
+            Held::F32(view) => Weight::F32(view.as_slice().expect("views are contiguous f32")),
+            Held::Bf16(view) => Weight::Bf16(view.as_slice().expect("narrow views are contiguous bfloat16")),
+            Held::Host(elements) => Weight::F32(elements),
         }
     }
 
-    fn get(&self, slot: usize) -> &[f32] {
-        match self {
-            Self::Flex(views) => views[slot].as_slice().expect("views are contiguous f32"),
-            Self::Host(vectors) => &vectors[slot],
-        }
-    }
-
-    fn attention(&self, slots: &BlockSlots) -> AttentionWeights<'_> {
+    fn attention(&self, slots: &BlockSlots) -> DecodeAttention<'_> {
         slots.attention.map(|slot| self.get(*slot))
     }
 
-    fn mlp(&self, slots: &BlockSlots) -> MlpWeights<'_> {
+    fn mlp(&self, slots: &BlockSlots) -> DecodeMlp<'_> {
         slots.mlp.map(|slot| self.get(*slot))
     }
 
     /// Rows of the embedding, and those of learned positions added.
     fn embed(&self, slots: &Slots, ids: &[u32], positions: &[u32], hidden: usize) -> Vec<f32> {
         let mut x = vec![0.0; ids.len() * hidden];
-        embed(&mut x, self.get(slots.embed), ids, hidden);
+        add_rows(&mut x, self.get(slots.embed), ids, hidden);
         if let Some(table) = slots.positions {
-            let mut rows = vec![0.0; x.len()];
-            embed(&mut rows, self.get(table), positions, hidden);
-            x.iter_mut().zip(rows).for_each(|(x, row)| *x += row);
+            add_rows(&mut x, self.get(table), positions, hidden);
         }
         x
+    }
+}
+
+/// Adds rows `ids` of a table.
+fn add_rows(x: &mut [f32], table: Weight<'_>, ids: &[u32], hidden: usize) {
+    for (x, id) in x.chunks_exact_mut(hidden).zip(ids) {
+        let row = *id as usize * hidden..(*id as usize + 1) * hidden;
+        match table {
+            Weight::F32(table) => x.iter_mut().zip(&table[row]).for_each(|(x, value)| *x += value),
+            Weight::Bf16(table) => x.iter_mut().zip(&table[row]).for_each(|(x, value)| *x += value.to_f32()),
+        }
     }
 }
 
@@ -126,13 +144,22 @@ pub fn generate(
     let lm_head = weights.get(decoder.slots().lm_head.expect("the model has a language head"));
     let (hidden, vocab, context) = (config.hidden_size, config.vocab_size, config.context);
     let positional = decoder.positional();
-    // One token at a time is bound by reading weights, which are f32.
+    // One token at a time is bound by reading weights, not by arithmetic.
     let shape = AttentionShape { arithmetic: Arithmetic::F32, ..decoder.attention_shape() };
     let mut completions: Vec<Completion> = prompts.iter().map(|_| Completion { ids: vec![], logprobs: vec![], ended: false }).collect();
 
     // Prefill.
-    let layout = SequenceLayout::from_lengths(prompts.iter().map(|prompt| prompt.len()));
-    let ids: Vec<u32> = prompts.concat();
+    let mut numbers = HashMap::new();
+    let mut distinct: Vec<&[u32]> = Vec::new();
+    let mut numbered = Vec::with_capacity(prompts.len());
+    for prompt in prompts {
+        numbered.push(*numbers.entry(*prompt).or_insert(distinct.len()));
+        if numbered.last() == Some(&distinct.len()) {
+            distinct.push(prompt);
+        }
+    }
+    let layout = SequenceLayout::from_lengths(distinct.iter().map(|prompt| prompt.len()));
+    let ids: Vec<u32> = distinct.concat();
     // The prefill's rows of one block, and the keys and values of all answers.
     let kv_width = shape.heads.kv_width();
     let capacities: usize = prompts.iter().map(|prompt| (prompt.len() + sampling.max_new_tokens).min(context)).sum();
@@ -146,25 +173,28 @@ pub fn generate(
         .map(|(index, prompt)| Active { index, position: prompt.len(), last: 0, caches: Vec::with_capacity(config.layers) })
         .collect();
     for slots in &decoder.slots().blocks {
-        let (y, saved) = attention_block::forward(&x, weights.attention(slots), positional, shape, &layout, None);
+        let attention = weights.attention(slots).map(|weight| weight.wide());
+        let (y, saved) = attention_block::forward(&x, attention.map(Cow::as_ref), positional, shape, &layout, None);
         let (keys, values) = saved.keys_and_values();
-        for (sequence, active) in active.iter_mut().enumerate() {
-            let capacity = (active.position + sampling.max_new_tokens).min(context);
-            active.caches.push(LayerCache::from_prefill(keys, values, layout.range(sequence), shape.heads.kv_width(), capacity));
-        }
-        x = mlp_block::forward(&y, weights.mlp(slots), shape.eps, Arithmetic::F32, None).0;
+        let caches: Vec<LayerCache> =
+            (0..distinct.len()).map(|prompt| LayerCache::from_prefill(keys, values, layout.range(prompt), shape.heads)).collect();
+        active.iter_mut().for_each(|active| active.caches.push(caches[numbered[active.index]].clone()));
+        let mlp = weights.mlp(slots).map(|weight| weight.wide());
+        x = mlp_block::forward(&y, mlp.map(Cow::as_ref), shape.eps, Arithmetic::F32, None).0;
     }
-    let mut last_rows: Vec<f32> = (0..prompts.len()).flat_map(|i| &x[(layout.range(i).end - 1) * hidden..][..hidden]).copied().collect();
+    let last_row = |prompt: &usize| &x[(layout.range(*prompt).end - 1) * hidden..][..hidden];
+    let mut last_rows: Vec<f32> = numbered.iter().flat_map(last_row).copied().collect();
     drop((x, prefill));
-    let mut scratch = DecodeScratch::default();
+    let (mut scratch, mut inverse, mut normed, mut logits) = (DecodeScratch::default(), Vec::new(), Vec::new(), Vec::new());
+    let last_norm = decoder.slots().norm.map(|slot| weights.get(*slot).wide());
     loop {
         // Next tokens of all active sequences.
         let rows = active.len();
-        let (mut normed, mut inverse) = (vec![0.0; rows * hidden], vec![0.0; rows]);
-        let last_norm = decoder.slots().norm.map(|slot| weights.get(*slot));
-        norm::norm(&mut normed, &mut inverse, &last_rows, last_norm, shape.eps);
-        let mut logits = vec![0.0; rows * vocab];
-        matmul(&mut logits, MatrixRef::new(&normed, rows, hidden), MatrixRef::new(lm_head, vocab, hidden).t());
+        normed.resize(rows * hidden, 0.0);
+        inverse.resize(rows, 0.0);
+        norm::norm(&mut normed, &mut inverse, &last_rows, last_norm.map(Cow::as_ref), shape.eps);
+        logits.resize(rows * vocab, 0.0);
+        few_rows::project(&normed, rows, [Output { out: &mut logits, into: Into::Overwrite, weight: lm_head }]);
         let drawn: Vec<(u32, f32)> = logits
             .par_chunks_mut(vocab)
             .zip(&active)
@@ -192,60 +222,84 @@ pub fn generate(
         // One step of the network for the rest.
         let ids: Vec<u32> = active.iter().map(|active| active.last).collect();
         let positions: Vec<u32> = active.iter().map(|active| active.position as u32).collect();
-        let mut x = weights.embed(decoder.slots(), &ids, &positions, hidden);
+        last_rows = weights.embed(decoder.slots(), &ids, &positions, hidden);
         for (layer, slots) in decoder.slots().blocks.iter().enumerate() {
             let mut caches: Vec<&mut LayerCache> = active.iter_mut().map(|active| &mut active.caches[layer]).collect();
-            decode::attention_step(&mut x, &mut caches, &positions, weights.attention(slots), positional, shape, &mut scratch);
-            x = mlp_block::forward(&x, weights.mlp(slots), shape.eps, Arithmetic::F32, None).0;
+            let attention = weights.attention(slots);
+            decode::attention_step(&mut last_rows, &mut caches, &positions, attention, positional, shape, &mut scratch);
+            decode::mlp_step(&mut last_rows, weights.mlp(slots), ids.len(), shape.eps, &mut scratch);
         }
-        last_rows = x;
         active.iter_mut().for_each(|active| active.position += 1);
     }
 }
 
-/// Draws a token from logits with the uniform number `u`; returns it with its log-probability at the temperature.
+/// Draws a token from logits with the uniform number `u`; returns it with its log-probability at the temperature. Logits become
+/// the weights of the tokens.
 fn draw(logits: &mut [f32], sampling: &Sampling, u: f64) -> (u32, f32) {
-    let argmax = |logits: &[f32]| logits.iter().enumerate().fold(0, |best, (i, logit)| if *logit > logits[best] { i } else { best });
     let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };
-    logits.iter_mut().for_each(|logit| *logit = (f64::from(*logit) / temperature) as f32);
-    let best = argmax(logits);
-    let largest = f64::from(logits[best]);
-    let log_total = logits.iter().map(|logit| (f64::from(*logit) - largest).exp()).sum::<f64>().ln();
-    let logprob = |token: usize| (f64::from(logits[token]) - largest - log_total) as f32;
-    if sampling.temperature <= 0.0 {
-        return (best as u32, logprob(best));
+    let chosen = (sampling.temperature <= 0.0).then(|| likeliest(logits));
+    let sums = softmax_weights(logits, (1.0 / temperature) as f32);
+    let total: f64 = sums.iter().sum();
+    let logprob = |weights: &[f32], token: u32| (f64::from(weights[token as usize]).ln() - total.ln()) as f32;
+    if let Some(token) = chosen {
+        return (token, logprob(logits, token));
     }
     let vocab = logits.len();
     let limited = sampling.top_k > 0 && sampling.top_k < vocab || sampling.top_p < 1.0;
-    let mut order: Vec<u32> = (0..vocab as u32).collect();
-    let mut kept = vocab;
-    if limited {
-        // Likeliest first; equal ones by id, so that the order is fixed.
-        order.sort_unstable_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
-        if sampling.top_k > 0 {
-            kept = kept.min(sampling.top_k);
+    let token = if limited { among_likeliest(logits, sampling, total, u) } else { among_all(logits, &sums, u * total) };
+    (token, logprob(logits, token))
+}
+
+/// The first of the largest.
+fn likeliest(values: &[f32]) -> u32 {
+    values.iter().enumerate().fold(0, |best, (i, value)| if *value > values[best] { i } else { best }) as u32
+}
+
+/// The token at which the running sum of weights passes `rest`; `sums` are those of the blocks.
+fn among_all(weights: &[f32], sums: &[f64], mut rest: f64) -> u32 {
+    let block_len = weights.len().div_ceil(sums.len());
+    for (block, sum) in sums.iter().enumerate() {
+        if rest >= *sum {
+            rest -= sum;
+            continue;
         }
-        if sampling.top_p < 1.0 {
-            let mut total = 0.0;
-            let nucleus = order[..kept].iter().position(|token| {
-                total += f64::from(logprob(*token as usize)).exp();
-                total >= sampling.top_p
-            });
-            kept = nucleus.map_or(kept, |last| last + 1);
-        }
-    }
-    let order = &order[..kept];
-    let weight = |token: u32| (f64::from(logits[token as usize]) - largest).exp();
-    let mut rest = u * order.iter().map(|token| weight(*token)).sum::<f64>();
-    for token in order {
-        rest -= weight(*token);
-        if rest < 0.0 {
-            return (*token, logprob(*token as usize));
+        for (at, weight) in weights.iter().enumerate().skip(block * block_len).take(block_len) {
+            rest -= f64::from(*weight);
+            if rest < 0.0 {
+                return at as u32;
+            }
         }
     }
     // Rounding left a sliver, or the logits were NaN.
-    let last = order.iter().rev().find(|token| weight(**token) > 0.0).copied().unwrap_or(best as u32);
-    (last, logprob(last as usize))
+    weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0) as u32
+}
+
+/// The same over the likeliest tokens only, with `u` of their sum.
+fn among_likeliest(weights: &[f32], sampling: &Sampling, total: f64, u: f64) -> u32 {
+    // Likeliest first; equal ones by id, so that the order is fixed.
+    let likelier = |a: &u32, b: &u32| weights[*b as usize].total_cmp(&weights[*a as usize]).then(a.cmp(b));
+    let mut order: Vec<u32> = (0..weights.len() as u32).collect();
+    if sampling.top_k > 0 && sampling.top_k < order.len() {
+        order.select_nth_unstable_by(sampling.top_k - 1, likelier);
+        order.truncate(sampling.top_k);
+    }
+    order.sort_unstable_by(likelier);
+    let weight = |token: &u32| f64::from(weights[*token as usize]);
+    if sampling.top_p < 1.0 {
+        let mut mass = 0.0;
+        let nucleus = order.iter().position(|token| {
+            mass += weight(token) / total;
+            mass >= sampling.top_p
+        });
+        order.truncate(nucleus.map_or(order.len(), |last| last + 1));
+    }
+    let mut rest = u * order.iter().map(weight).sum::<f64>();
+    let passed = order.iter().find(|token| {
+        rest -= weight(token);
+        rest < 0.0
+    });
+    // Rounding left a sliver, or the logits were NaN.
+    passed.or_else(|| order.iter().rev().find(|token| weight(token) > 0.0)).copied().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -261,10 +315,11 @@ mod tests {
         let mut counts = [0.0; 4];
         for i in 0..8_000 {
             let mut logits = [0.5f32.ln(), 0.25f32.ln(), 0.125f32.ln(), 0.125f32.ln()];
+            let unlimited = logits;
             let (token, logprob) = draw(&mut logits, sampling, (f64::from(i) + 0.5) / 8_000.0);
             counts[token as usize] += 1.0 / 8_000.0;
             if sampling.temperature == 1.0 {
-                assert!((logprob - logits[token as usize]).abs() < 1e-6, "the log-probability ignores top-k and top-p");
+                assert!((logprob - unlimited[token as usize]).abs() < 1e-6, "the log-probability ignores top-k and top-p");
             }
         }
         counts

@@ -1,0 +1,306 @@
+//! Projections of a few rows, as decoding has them: one row a sequence. Such a product takes as long as reading the weights,
+//! so they are read once, where and as they lie; packing them would read them twice.
+//!
+//! An element's sum has one order (sixteen lanes along the summed dimension, added as a fixed tree), whatever the number of
+//! rows and threads.
+
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::{
+    matmul::{self, Into, MatrixRef},
+    shared::Shared,
+    simd,
+};
+
+/// Columns that a task computes.
+const TASK: usize = 64;
+/// Columns whose sums are in registers at once, with those of six rows.
+const TILE: usize = 4;
+
+/// A weight as it is held.
+#[derive(Debug, Clone, Copy)]
+pub enum Weight<'a> {
+    /// In f32.
+    F32(&'a [f32]),
+    /// In bfloat16.
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Weight<'a> {
+    /// Number of elements.
+    pub fn len(self) -> usize {
+        match self {
+            Self::F32(elements) => elements.len(),
+            Self::Bf16(elements) => elements.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+
+    /// As f32: itself or a copy.
+    pub fn wide(self) -> std::borrow::Cow<'a, [f32]> {
+        match self {
+            Self::F32(elements) => elements.into(),
+            Self::Bf16(elements) => crate::bf16::widen_all(elements).into(),
+        }
+    }
+}
+
+/// A projection `out = x weight^T` (or `out += ..`).
+pub struct Output<'a> {
+    /// `[rows, width]`.
+    pub out: &'a mut [f32],
+    /// Whether it is added to.
+    pub into: Into,
+    /// `[width, columns]`.
+    pub weight: Weight<'a>,
+}
+
+/// Several projections of the same rows at once: each begins and ends with all threads, so fewer are faster.
+///
+/// # Shapes
+/// - x: `[rows, columns]`
+pub fn project<const N: usize>(x: &[f32], rows: usize, outputs: [Output<'_>; N]) {
+    if rows == 0 {
+        return;
+    }
+    let columns = x.len() / rows;
+    if simd::level() != simd::Level::Avx512 {
+        for Output { out, into, weight } in outputs {
+            let width = out.len() / rows;
+            let weight = weight.wide();
+            matmul::matmul_scaled(out, width, MatrixRef::new(x, rows, columns), MatrixRef::new(&weight, width, columns).t(), 1.0, into);
+        }
+        return;
+    }
+    let mut tasks = Vec::new();
+    for Output { out, into, weight } in outputs {
+        let width = out.len() / rows;
+        assert_eq!(weight.len(), width * columns, "a weight has another shape");
+        let out = Shared::new(out);
+        tasks.extend((0..width).step_by(TASK).map(|first| Task { out, into, weight, width, first }));
+    }
+    // SAFETY: the level says that the processor has the instructions.
+    tasks.into_par_iter().for_each(|task| unsafe { avx512::run(&task, x, rows, columns) });
+}
+
+/// Some columns of a projection.
+struct Task<'a> {
+    out: Shared<'a>,
+    into: Into,
+    weight: Weight<'a>,
+    width: usize,
+    first: usize,
+}
+
+impl Task<'_> {
+    fn lines(&self) -> Range<usize> {
+        self.first..(self.first + TASK).min(self.width)
+    }
+
+    /// Writes or adds the sums of `count` columns from `column` on to rows from `row` on.
+    #[inline(always)]
+    fn put(&self, row: usize, column: usize, count: usize, sums: &[[f32; TILE]]) {
+        for (index, sums) in sums.iter().enumerate() {
+            // SAFETY: tasks have disjoint columns.
+            let out = unsafe { self.out.from((row + index) * self.width + column) };
+            for (out, sum) in out[..count].iter_mut().zip(sums) {
+                match self.into {
+                    Into::Overwrite => *out = *sum,
+                    Into::Add => *out += sum,
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+
+    use super::{TILE, Task, Weight};
+    use crate::{bf16::widen, simd::LANES};
+
+    /// Rows whose sums are in registers at once.
+    const ROWS: usize = 6;
+
+    #[target_feature(enable = "avx512f,avx512dq")]
+    pub(super) fn run(task: &Task<'_>, x: &[f32], rows: usize, columns: usize) {
+        let mut wide = Vec::new();
+        for first in task.lines().step_by(TILE) {
+            let count = (task.width - first).min(TILE);
+            let elements = first * columns..(first + count) * columns;
+            // Widened once for all rows: four lines stay in the first-level cache.
+            let weight = match task.weight {
+                Weight::F32(weight) => &weight[elements],
+                Weight::Bf16(weight) => {
+                    wide.resize(count * columns, 0.0);
+                    for (wide, narrow) in wide.iter_mut().zip(&weight[elements]) {
+                        *wide = widen(narrow.to_bits());
+                    }
+                    &wide[..]
+                }
+            };
+            // Lines that are not there are the last one again: their sums are left out.
+            let lines: [&[f32]; TILE] = std::array::from_fn(|line| &weight[line.min(count - 1) * columns..][..columns]);
+            // The first sums fetch the lines that come next: the processor alone would be late.
+            for row in (0..rows).step_by(ROWS) {
+                let x = &x[row * columns..(row + ROWS).min(rows) * columns];
+                match row / ROWS {
+                    0 if rows <= ROWS => rows_by_lines::<0b1111>(task, x, lines, columns, row, first, count),
+                    0 => rows_by_lines::<0b0011>(task, x, lines, columns, row, first, count),
+                    1 => rows_by_lines::<0b1100>(task, x, lines, columns, row, first, count),
+                    _ => rows_by_lines::<0>(task, x, lines, columns, row, first, count),
+                }
+            }
+        }
+    }
+
+    /// `FETCH` says after which of the lines to fetch.
+    #[target_feature(enable = "avx512f,avx512dq")]
+    #[inline]
+    fn rows_by_lines<const FETCH: u8>(
+        task: &Task<'_>,
+        x: &[f32],
+        lines: [&[f32]; TILE],
+        columns: usize,
+        row: usize,
+        first: usize,
+        count: usize,
+    ) {
+        match x.len() / columns {
+            1 => task.put(row, first, count, &tile::<1, FETCH>(x, lines, columns)),
+            2 => task.put(row, first, count, &tile::<2, FETCH>(x, lines, columns)),
+            3 => task.put(row, first, count, &tile::<3, FETCH>(x, lines, columns)),
+            4 => task.put(row, first, count, &tile::<4, FETCH>(x, lines, columns)),
+            5 => task.put(row, first, count, &tile::<5, FETCH>(x, lines, columns)),
+            _ => task.put(row, first, count, &tile::<ROWS, FETCH>(x, lines, columns)),
+        }
+    }
+
+    /// Sums of the first `ROWS` lines of `x` by four others, each as it would be alone.
+    #[target_feature(enable = "avx512f,avx512dq")]
+    #[inline]
+    fn tile<const ROWS: usize, const FETCH: u8>(x: &[f32], lines: [&[f32]; TILE], columns: usize) -> [[f32; TILE]; ROWS] {
+        let x: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * columns..][..columns]);
+        let mut sums = [[_mm512_setzero_ps(); TILE]; ROWS];
+        let whole = columns / LANES * LANES;
+        for at in (0..whole).step_by(LANES) {
+            // SAFETY: sixteen numbers from `at` on are within the lines.
+            unsafe {
+                for (index, line) in lines.iter().enumerate() {
+                    if FETCH >> index & 1 == 1 {
+                        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(TILE * columns + at).cast());
+                    }
+                }
+                let weights: [__m512; TILE] = [
+                    _mm512_loadu_ps(lines[0].as_ptr().add(at)),
+                    _mm512_loadu_ps(lines[1].as_ptr().add(at)),
+                    _mm512_loadu_ps(lines[2].as_ptr().add(at)),
+                    _mm512_loadu_ps(lines[3].as_ptr().add(at)),
+                ];
+                for row in 0..ROWS {
+                    let x = _mm512_loadu_ps(x[row].as_ptr().add(at));
+                    for column in 0..TILE {
+                        sums[row][column] = _mm512_fmadd_ps(x, weights[column], sums[row][column]);
+                    }
+                }
+            }
+        }
+        if whole < columns {
+            let mask = ((1_u32 << (columns - whole)) - 1) as u16;
+            for row in 0..ROWS {
+                for column in 0..TILE {
+                    // SAFETY: the mask keeps loads within the lines.
+                    unsafe {
+                        let (x, weight) = (x[row].as_ptr().add(whole), lines[column].as_ptr().add(whole));
+                        let (x, weight) = (_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, weight));
+                        sums[row][column] = _mm512_fmadd_ps(x, weight, sums[row][column]);
+                    }
+                }
+            }
+        }
+        let mut out = [[0.0; TILE]; ROWS];
+        for (out, sums) in out.iter_mut().zip(sums) {
+            // SAFETY: four numbers.
+            unsafe { _mm_storeu_ps(out.as_mut_ptr(), sum_each(sums)) };
+        }
+        out
+    }
+
+    /// Lane `i` of the result is the sum of the lanes of vector `i`: a tree whose shape is the same for each.
+    #[target_feature(enable = "avx512f,avx512dq")]
+    #[inline]
+    fn sum_each([a, b, c, d]: [__m512; TILE]) -> __m128 {
+        // Lanes of a 128-bit part hold that part's sums of the four vectors.
+        let ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        let cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+        let parts = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        let halves = _mm256_add_ps(_mm512_castps512_ps256(parts), _mm512_extractf32x8_ps::<1>(parts));
+        _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves))
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod avx512 {
+    pub(super) fn run(_: &super::Task<'_>, _: &[f32], _: usize, _: usize) {
+        unreachable!("`project` takes another way without AVX-512")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Small whole numbers: every sum is exact, in any order.
+    fn numbers(len: usize, seed: usize) -> Vec<f32> {
+        (0..len).map(|i| ((i * 7 + seed * 3 + i / 5) % 11) as f32 - 5.0).collect()
+    }
+
+    #[test]
+    fn projections_are_what_their_definition_says() {
+        for (rows, columns, width) in [(1, 1, 1), (1, 16, 4), (3, 17, 5), (4, 33, 66), (16, 40, 130), (7, 64, 63)] {
+            let (x, weight) = (numbers(rows * columns, 1), numbers(width * columns, 2));
+            let narrow: Vec<bf16> = weight.iter().map(|value| bf16::from_f32(*value)).collect();
+            let expected = |begin: f32, row: usize, column: usize| {
+                begin + (0..columns).map(|at| x[row * columns + at] * weight[column * columns + at]).sum::<f32>()
+            };
+            let (mut written, mut added) = (vec![f32::NAN; rows * width], vec![1.0; rows * width]);
+            let outputs = [
+                Output { out: &mut written, into: Into::Overwrite, weight: Weight::F32(&weight) },
+                Output { out: &mut added, into: Into::Add, weight: Weight::Bf16(&narrow) },
+            ];
+            project(&x, rows, outputs);
+            for row in 0..rows {
+                for column in 0..width {
+                    assert_eq!(written[row * width + column], expected(0.0, row, column), "{rows} {columns} {width}: {row} {column}");
+                    assert_eq!(added[row * width + column], expected(1.0, row, column));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_its_neighbours() {
+        let (rows, columns, width) = (9, 77, 70);
+        let fractions = |len: usize| (0..len).map(|i| ((i * 37 % 101) as f32).sin()).collect::<Vec<f32>>();
+        let (x, weight) = (fractions(rows * columns), fractions(width * columns));
+        let product = |x: &[f32], rows: usize| {
+            let mut out = vec![0.0; rows * width];
+            project(x, rows, [Output { out: &mut out, into: Into::Overwrite, weight: Weight::F32(&weight) }]);
+            out
+        };
+        if simd::level() == simd::Level::Avx512 {
+            let all = product(&x, rows);
+            for row in 0..rows {
+                assert_eq!(product(&x[row * columns..(row + 1) * columns], 1), all[row * width..(row + 1) * width], "row {row}");
+            }
+        }
+    }
+}
