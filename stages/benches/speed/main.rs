@@ -94,6 +94,7 @@ impl Arguments {
 }
 
 fn main() -> Result<(), String> {
+    rlflow_model::keep_freed_memory();
     let arguments: Vec<String> = env::args().skip(1).collect();
     if let [flag, size, precision] = arguments.as_slice()
         && flag == "--peak-memory"

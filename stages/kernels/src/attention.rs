@@ -8,13 +8,17 @@ use rayon::prelude::*;
 
 use crate::{
     layout::SequenceLayout,
-    matmul::{Into, MatrixRef, matmul_serial},
+    matmul::{Into, MatrixRef},
+    scratch::with_scratch,
     shared::Shared,
     simd::{dot, exp, fmadd, max, multiversion, sum},
+    small::{multiply, transpose},
 };
 
-/// Query rows per block.
-const QUERY_BLOCK: usize = 64;
+/// Query rows per block, whose scores are held.
+const QUERY_BLOCK: usize = 48;
+/// Rows of a part of a block, which leaves out what none of its rows sees.
+const ROWS: usize = 12;
 
 /// Sizes of the heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,40 +81,66 @@ pub fn attention(
         let (sequence, head) = (layout.range(task / heads.heads), task % heads.heads);
         let (query_offset, kv_offset) = (head * heads.head_dim, head / (heads.heads / heads.kv_heads) * heads.head_dim);
         let length = sequence.len();
-        let mut scores = vec![0.0; QUERY_BLOCK.min(length) * length];
-        let keys = &k[sequence.start * heads.kv_width() + kv_offset..];
+        let scale = 1.0 / (heads.head_dim as f32).sqrt();
+        let keys = MatrixRef::strided(&k[sequence.start * heads.kv_width() + kv_offset..], length, heads.head_dim, heads.kv_width());
         let values = &v[sequence.start * heads.kv_width() + kv_offset..];
-        for first in (0..length).step_by(QUERY_BLOCK) {
-            let rows = QUERY_BLOCK.min(length - first);
-            // Keys that no row of the block sees are left out on both sides.
-            let start = first_seen(first, window);
-            let columns = first + rows - start;
-            let (keys, values) = (&keys[start * heads.kv_width()..], &values[start * heads.kv_width()..]);
-            let at = (sequence.start + first) * heads.query_width() + query_offset;
-            let queries = MatrixRef::strided(&q[at..], rows, heads.head_dim, heads.query_width());
-            let scores = &mut scores[..rows * columns];
-            let scale = 1.0 / (heads.head_dim as f32).sqrt();
-            matmul_serial(
-                scores,
-                columns,
-                queries,
-                MatrixRef::strided(keys, columns, heads.head_dim, heads.kv_width()).t(),
-                scale,
-                Into::Overwrite,
-            );
-            // SAFETY: this task alone has this head's columns and this sequence's rows of both results.
-            let (out, lse) = unsafe { (shared_out.from(at), shared_lse.from(head * tokens + sequence.start + first)) };
-            softmax_rows(scores, &mut lse[..rows], first - start, window, slopes.get(head).copied().unwrap_or(0.0));
-            matmul_serial(
-                out,
-                heads.query_width(),
-                MatrixRef::new(scores, rows, columns),
-                MatrixRef::strided(values, columns, heads.head_dim, heads.kv_width()),
-                1.0,
-                Into::Overwrite,
-            );
-        }
+        with_scratch((heads.head_dim + QUERY_BLOCK) * length, |scratch| {
+            let (keys_by_column, scores) = scratch.split_at_mut(heads.head_dim * length);
+            transpose(keys_by_column, length, keys);
+            for first in (0..length).step_by(QUERY_BLOCK) {
+                let block = Block::new(first, length, window);
+                let at = (sequence.start + first) * heads.query_width() + query_offset;
+                let scores = &mut scores[..block.rows * block.columns];
+                for part in block.parts() {
+                    let queries =
+                        MatrixRef::strided(&q[at + part.first * heads.query_width()..], part.rows, heads.head_dim, heads.query_width());
+                    let seen = MatrixRef::strided(&keys_by_column[block.start..], heads.head_dim, part.columns, length);
+                    multiply(&mut scores[part.first * block.columns..], block.columns, queries, seen, scale, Into::Overwrite);
+                }
+                // SAFETY: this task alone has this head's columns and this sequence's rows of both results.
+                let (out, lse) = unsafe { (shared_out.from(at), shared_lse.from(head * tokens + sequence.start + first)) };
+                softmax_rows(scores, &mut lse[..block.rows], first - block.start, window, slopes.get(head).copied().unwrap_or(0.0));
+                for part in block.parts() {
+                    let probabilities = MatrixRef::strided(&scores[part.first * block.columns..], part.rows, part.columns, block.columns);
+                    let seen =
+                        MatrixRef::strided(&values[block.start * heads.kv_width()..], part.columns, heads.head_dim, heads.kv_width());
+                    let out = &mut out[part.first * heads.query_width()..];
+                    multiply(out, heads.query_width(), probabilities, seen, 1.0, Into::Overwrite);
+                }
+            }
+        });
     });
+}
+
+/// Some query rows of a sequence with the keys that they see: `columns` of them from `start` on.
+struct Block {
+    rows: usize,
+    start: usize,
+    columns: usize,
+}
+
+/// Rows of a block from `first` on, which see at most the first `columns` of its keys.
+struct Part {
+    first: usize,
+    rows: usize,
+    columns: usize,
+}
+
+impl Block {
+    fn new(first: usize, length: usize, window: Option<usize>) -> Self {
+        let rows = QUERY_BLOCK.min(length - first);
+        // Keys that no row of the block sees are left out on both sides.
+        let start = first_seen(first, window);
+        Self { rows, start, columns: first + rows - start }
+    }
+
+    fn parts(&self) -> impl Iterator<Item = Part> {
+        let &Self { rows, columns, .. } = self;
+        (0..rows).step_by(ROWS).map(move |first| {
+            let count = ROWS.min(rows - first);
+            Part { first, rows: count, columns: columns - rows + first + count }
+        })
+    }
 }
 
 multiversion!(fn softmax_rows(scores: &mut [f32], log_sum_exp: &mut [f32], first: usize, window: Option<usize>, slope: f32) = softmax_rows_inner);
@@ -184,45 +214,66 @@ pub fn attention_backward(
             dk[row * kv_width..][..head_dim].fill(0.0);
             dv[row * kv_width..][..head_dim].fill(0.0);
         }
-        let block = QUERY_BLOCK.min(length);
-        let (mut scores, mut dscores) = (vec![0.0; block * length], vec![0.0; block * length]);
-        // Heads of the group and blocks of rows in order: one order of additions into dk and dv.
-        for head in kv_head * group..(kv_head + 1) * group {
-            for first in (0..length).step_by(QUERY_BLOCK) {
-                let rows = QUERY_BLOCK.min(length - first);
-                let start = first_seen(first, window);
-                let columns = first + rows - start;
-                let at = (sequence.start + first) * query_width + head * head_dim;
-                let queries = MatrixRef::strided(&q[at..], rows, head_dim, query_width);
-                let dout_rows = MatrixRef::strided(&dout[at..], rows, head_dim, query_width);
-                let from = kv_at + start * kv_width;
-                let keys = MatrixRef::strided(&k[from..], columns, head_dim, kv_width);
-                let values = MatrixRef::strided(&v[from..], columns, head_dim, kv_width);
-                let (dk, dv) = (&mut dk[start * kv_width..], &mut dv[start * kv_width..]);
-                let (scores, dscores) = (&mut scores[..rows * columns], &mut dscores[..rows * columns]);
-                matmul_serial(scores, columns, queries, keys.t(), scale, Into::Overwrite);
-                matmul_serial(dscores, columns, dout_rows, values.t(), 1.0, Into::Overwrite);
-                let lse = &log_sum_exp[head * tokens + sequence.start + first..][..rows];
-                softmax_backward_rows(
-                    scores,
-                    dscores,
-                    lse,
-                    &dout[at..],
-                    &out[at..],
-                    query_width,
-                    head_dim,
-                    first - start,
-                    window,
-                    slopes.get(head).copied().unwrap_or(0.0),
-                );
-                let (probabilities, dscores) = (MatrixRef::new(scores, rows, columns), MatrixRef::new(dscores, rows, columns));
-                matmul_serial(dv, kv_width, probabilities.t(), dout_rows, 1.0, Into::Add);
-                matmul_serial(dk, kv_width, dscores.t(), queries, scale, Into::Add);
-                // SAFETY: only this task has the heads of this group.
-                let dq = unsafe { shared_dq.from(at) };
-                matmul_serial(dq, query_width, dscores, keys, scale, Into::Overwrite);
+        let [all_keys, all_values] = [k, v].map(|matrix: &[f32]| MatrixRef::strided(&matrix[kv_at..], length, head_dim, kv_width));
+        with_scratch(2 * (head_dim + QUERY_BLOCK) * length, |scratch| {
+            let (by_column, scores) = scratch.split_at_mut(2 * head_dim * length);
+            let (keys_by_column, values_by_column) = by_column.split_at_mut(head_dim * length);
+            let (scores, dscores) = scores.split_at_mut(QUERY_BLOCK * length);
+            transpose(keys_by_column, length, all_keys);
+            transpose(values_by_column, length, all_values);
+            // Heads of the group and blocks of rows in order: one order of additions into dk and dv.
+            for head in kv_head * group..(kv_head + 1) * group {
+                for first in (0..length).step_by(QUERY_BLOCK) {
+                    let block = Block::new(first, length, window);
+                    let Block { rows, start, columns } = block;
+                    let at = (sequence.start + first) * query_width + head * head_dim;
+                    let (scores, dscores) = (&mut scores[..rows * columns], &mut dscores[..rows * columns]);
+                    for part in block.parts() {
+                        let (at, to) = (at + part.first * query_width, part.first * columns);
+                        let [queries, upstream] =
+                            [q, dout].map(|matrix| MatrixRef::strided(&matrix[at..], part.rows, head_dim, query_width));
+                        let keys = MatrixRef::strided(&keys_by_column[start..], head_dim, part.columns, length);
+                        let values = MatrixRef::strided(&values_by_column[start..], head_dim, part.columns, length);
+                        multiply(&mut scores[to..], columns, queries, keys, scale, Into::Overwrite);
+                        multiply(&mut dscores[to..], columns, upstream, values, 1.0, Into::Overwrite);
+                    }
+                    let lse = &log_sum_exp[head * tokens + sequence.start + first..][..rows];
+                    softmax_backward_rows(
+                        scores,
+                        dscores,
+                        lse,
+                        &dout[at..],
+                        &out[at..],
+                        query_width,
+                        head_dim,
+                        first - start,
+                        window,
+                        slopes.get(head).copied().unwrap_or(0.0),
+                    );
+                    // SAFETY: only this task has the heads of this group.
+                    let dq = unsafe { shared_dq.from(at) };
+                    for part in block.parts() {
+                        let of_rows = MatrixRef::strided(&dscores[part.first * columns..], part.rows, part.columns, columns);
+                        let keys = MatrixRef::strided(&k[kv_at + start * kv_width..], part.columns, head_dim, kv_width);
+                        multiply(&mut dq[part.first * query_width..], query_width, of_rows, keys, scale, Into::Overwrite);
+                    }
+                    for column in (0..columns).step_by(ROWS) {
+                        let count = ROWS.min(columns - column);
+                        // Rows before this see none of these keys.
+                        let above = (column + start).saturating_sub(first);
+                        let from = at + above * query_width;
+                        let [queries, upstream] =
+                            [q, dout].map(|matrix| MatrixRef::strided(&matrix[from..], rows - above, head_dim, query_width));
+                        let from = above * columns + column;
+                        let probabilities = MatrixRef::strided(&scores[from..], rows - above, count, columns).t();
+                        let gradients = MatrixRef::strided(&dscores[from..], rows - above, count, columns).t();
+                        let to = (start + column) * kv_width;
+                        multiply(&mut dv[to..], kv_width, probabilities, upstream, 1.0, Into::Add);
+                        multiply(&mut dk[to..], kv_width, gradients, queries, scale, Into::Add);
+                    }
+                }
             }
-        }
+        });
     });
 }
 

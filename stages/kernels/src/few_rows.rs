@@ -148,7 +148,10 @@ mod avx512 {
                 }
             };
             // Lines that are not there are the last one again: their sums are left out.
-            let lines: [&[f32]; TILE] = std::array::from_fn(|line| &weight[line.min(count - 1) * columns..][..columns]);
+            let mut lines = [&weight[..columns]; TILE];
+            for (line, elements) in lines.iter_mut().enumerate() {
+                *elements = &weight[line.min(count - 1) * columns..][..columns];
+            }
             // The first sums fetch the lines that come next: the processor alone would be late.
             for row in (0..rows).step_by(ROWS) {
                 let x = &x[row * columns..(row + ROWS).min(rows) * columns];
@@ -188,7 +191,7 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512dq")]
     #[inline]
     fn tile<const ROWS: usize, const FETCH: u8>(x: &[f32], lines: [&[f32]; TILE], columns: usize) -> [[f32; TILE]; ROWS] {
-        let x: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * columns..][..columns]);
+        assert!(x.len() == ROWS * columns && lines.iter().all(|line| line.len() == columns));
         let mut sums = [[_mm512_setzero_ps(); TILE]; ROWS];
         let whole = columns / LANES * LANES;
         for at in (0..whole).step_by(LANES) {
@@ -206,7 +209,7 @@ mod avx512 {
                     _mm512_loadu_ps(lines[3].as_ptr().add(at)),
                 ];
                 for row in 0..ROWS {
-                    let x = _mm512_loadu_ps(x[row].as_ptr().add(at));
+                    let x = _mm512_loadu_ps(x.as_ptr().add(row * columns + at));
                     for column in 0..TILE {
                         sums[row][column] = _mm512_fmadd_ps(x, weights[column], sums[row][column]);
                     }
@@ -219,7 +222,7 @@ mod avx512 {
                 for column in 0..TILE {
                     // SAFETY: the mask keeps loads within the lines.
                     unsafe {
-                        let (x, weight) = (x[row].as_ptr().add(whole), lines[column].as_ptr().add(whole));
+                        let (x, weight) = (x.as_ptr().add(row * columns + whole), lines[column].as_ptr().add(whole));
                         let (x, weight) = (_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, weight));
                         sums[row][column] = _mm512_fmadd_ps(x, weight, sums[row][column]);
                     }

@@ -22,12 +22,15 @@ pub mod few_rows;
 pub mod layout;
 pub mod low_rank;
 pub mod matmul;
+pub mod memory;
 pub mod mlp_block;
 pub mod norm;
 pub mod optim;
 pub mod rope;
+mod scratch;
 mod shared;
 pub mod simd;
+mod small;
 mod tiles;
 pub mod token_head;
 

@@ -183,14 +183,7 @@ multiversion!(fn logit_gradient(logits: &mut [f32], dlogprob: f32, dentropy: f32
 
 /// With `p = softmax(z)`: d logprob / dz = onehot - p (all but `onehot`, which the caller adds), d entropy / dz = -p (log p + entropy).
 #[inline(always)]
-fn logit_gradient_inner<const FMA: bool>(
-    logits: &mut [f32],
-    dlogprob: f32,
-    dentropy: f32,
-    entropy: f32,
-    log_sum_exp: f32,
-    scale: f32,
-) {
+fn logit_gradient_inner<const FMA: bool>(logits: &mut [f32], dlogprob: f32, dentropy: f32, entropy: f32, log_sum_exp: f32, scale: f32) {
     if dentropy == 0.0 {
         let factor = -dlogprob * scale;
         for logit in logits.iter_mut() {

@@ -11,7 +11,6 @@ mod avx512;
 mod buffer;
 mod pack;
 
-
 use std::sync::OnceLock;
 
 use rayon::prelude::*;
@@ -39,6 +38,8 @@ const BLOCK: usize = PANEL * DEPTH;
 const DEPTH_BLOCKS: usize = 16;
 /// Panels of a task: left ones stay in a core's second-level cache while right ones pass.
 const TASK_PANELS: [usize; 2] = [4, 8];
+/// Panels that a task packs.
+const PACK_PANELS: usize = 4;
 /// Numbers of packed operand held at once for each side, about (8 MiB): what is larger is packed in parts.
 const PACKED: usize = 4 << 20;
 /// Multiplications below which threads cost more than they save.
@@ -99,11 +100,17 @@ pub(crate) fn multiply(
             with_buffer(&LEFT, rows.len() * panel_len, |packed_left| {
                 for (part, columns) in parts(n.div_ceil(PANEL), panels).enumerate() {
                     with_buffer(&RIGHT, columns.len() * panel_len, |packed_right| {
-                        let lefts = packed_left.chunks_exact_mut(panel_len).zip(rows.clone()).take(if part == 0 { rows.len() } else { 0 });
-                        let rights = packed_right.chunks_exact_mut(panel_len).zip(columns.clone());
+                        let group = PACK_PANELS * panel_len;
+                        let lefts = packed_left.chunks_mut(group).zip(rows.clone().step_by(PACK_PANELS)).filter(|_| part == 0);
+                        let rights = packed_right.chunks_mut(group).zip(columns.clone().step_by(PACK_PANELS));
                         let packs: Vec<_> = lefts.map(|task| (left, task)).chain(rights.map(|task| (right, task))).collect();
-                        let pack = |(side, (packed, panel)): (Side<'_>, (&mut [u16], usize))| side.pack(packed, panel * PANEL, start);
-                        if parallel { packs.into_par_iter().for_each(pack) } else { packs.into_iter().for_each(pack) }
+                        let pack =
+                            |(side, (packed, panel)): (Side<'_>, (&mut [u16], usize))| side.pack(packed, panel_len, panel * PANEL, start);
+                        if parallel {
+                            packs.into_par_iter().for_each(pack)
+                        } else {
+                            packs.into_iter().for_each(pack)
+                        }
                         let product = Product {
                             kernel,
                             left: (packed_left, rows.start),

@@ -27,36 +27,38 @@ impl<'a> Side<'a> {
         Self { data, lines: matrix.columns(), line_stride, depth: matrix.rows(), depth_stride, is_left: false }
     }
 
-    /// Packs the panel of lines from `first` on, with the depth from `start` on that fills `packed`. Lines and depth beyond the
-    /// operand are zeros.
+    /// Packs panels of lines from `first` on, each with the depth from `start` on that fills its `panel_len` of `packed`. Lines
+    /// and depth beyond the operand are zeros.
     ///
-    /// For each block of the depth two tiles. A tile of the left side has a line a row; in one of the right
-    /// side row `p` holds elements `2p` and `2p + 1` of every line side by side.
-    pub(super) fn pack(&self, packed: &mut [u16], first: usize, start: usize) {
+    /// For each block of the depth a panel has two tiles. A tile of the left side has a line a row; in one of the right side row
+    /// `p` holds elements `2p` and `2p + 1` of every line side by side.
+    pub(super) fn pack(&self, packed: &mut [u16], panel_len: usize, first: usize, start: usize) {
         // SAFETY: tiles are used only where the processor has these features (`bf16::Unit::available`).
-        unsafe { self.pack_blocks(packed, first, start) }
+        unsafe { self.pack_panels(packed, panel_len, first, start) }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    fn pack_blocks(&self, packed: &mut [u16], first: usize, start: usize) {
-        for (block, packed) in packed.chunks_exact_mut(BLOCK).enumerate() {
-            let depth = start + block * DEPTH;
-            for tile in 0..2 {
-                let line = first + tile * TILE;
-                let mut rows = [_mm512_setzero_si512(); TILE];
-                let across = self.line_stride == 1 && self.depth_stride != 1;
-                if across {
-                    self.across(&mut rows, line, depth);
-                } else {
-                    self.along(&mut rows, line, depth);
-                }
-                if across == self.is_left {
-                    transpose(&mut rows);
-                }
-                let to = &mut packed[tile * TILE * DEPTH..][..TILE * DEPTH];
-                for (to, row) in to.chunks_exact_mut(DEPTH).zip(rows) {
-                    // SAFETY: 64 bytes.
-                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row) };
+    fn pack_panels(&self, packed: &mut [u16], panel_len: usize, first: usize, start: usize) {
+        let across = self.line_stride == 1 && self.depth_stride != 1;
+        // Panels side by side block after block: so lines that lie across are read along the memory.
+        for block in 0..panel_len / BLOCK {
+            for (panel, packed) in packed.chunks_exact_mut(panel_len).enumerate() {
+                let (tiles, _) = packed[block * BLOCK..].as_chunks_mut::<{ TILE * DEPTH }>();
+                for (tile, to) in tiles.iter_mut().take(2).enumerate() {
+                    let (line, depth) = (first + (2 * panel + tile) * TILE, start + block * DEPTH);
+                    let mut rows = [_mm512_setzero_si512(); TILE];
+                    if across {
+                        self.across(&mut rows, line, depth);
+                    } else {
+                        self.along(&mut rows, line, depth);
+                    }
+                    if across == self.is_left {
+                        transpose(&mut rows);
+                    }
+                    for (to, row) in to.chunks_exact_mut(DEPTH).zip(rows) {
+                        // SAFETY: 64 bytes.
+                        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row) };
+                    }
                 }
             }
         }
@@ -68,7 +70,8 @@ impl<'a> Side<'a> {
     fn along(&self, rows: &mut [__m512i; TILE], line: usize, depth: usize) {
         for (row, to) in rows.iter_mut().take(self.lines.saturating_sub(line)).enumerate() {
             let from = (line + row) * self.line_stride;
-            let [low, high] = [0, TILE].map(|half| self.load(from, self.depth_stride, depth + half, self.depth));
+            let low = self.load(from, self.depth_stride, depth, self.depth);
+            let high = self.load(from, self.depth_stride, depth + TILE, self.depth);
             *to = round(low, high);
         }
     }
@@ -83,10 +86,11 @@ impl<'a> Side<'a> {
             if at >= self.depth {
                 break;
             }
-            let [even, odd] = [at, at + 1].map(|at| {
-                let there = at < self.depth;
-                self.load(at * self.depth_stride, 1, line, if there { self.lines } else { 0 })
-            });
+            let even = self.load(at * self.depth_stride, 1, line, self.lines);
+            let odd = match at + 1 < self.depth {
+                true => self.load((at + 1) * self.depth_stride, 1, line, self.lines),
+                false => _mm512_setzero_ps(),
+            };
             *to = _mm512_permutexvar_epi16(alternating, round(even, odd));
         }
     }
@@ -95,11 +99,18 @@ impl<'a> Side<'a> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
     #[inline]
     fn load(&self, from: usize, stride: usize, at: usize, end: usize) -> __m512 {
+        let start = from + at * stride;
+        if stride == 1
+            && at + TILE <= end
+            && let Some(elements) = self.data.get(start..start + TILE)
+        {
+            // SAFETY: sixteen numbers.
+            return unsafe { _mm512_loadu_ps(elements.as_ptr()) };
+        }
         let count = end.saturating_sub(at).min(TILE);
         if count == 0 {
             return _mm512_setzero_ps();
         }
-        let start = from + at * stride;
         let elements = &self.data[start..=start + (count - 1) * stride];
         let mask = ((1_u32 << count) - 1) as u16;
         // SAFETY: the mask keeps the load within `elements`.
