@@ -14,7 +14,7 @@ pub fn host() -> Host {
         })),
         Err(reason) => tracing::warn!("no CUDA device: {reason}; `device = \"auto\"` is the CPU"),
     }
-    Host { devices, numerics: numerics() }
+    Host { devices, numerics: rlflow_model::numerics() }
 }
 
 fn cpu_name() -> String {
@@ -30,19 +30,4 @@ fn memory_bytes() -> u64 {
     let limit = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
     let limit = limit.iter().find_map(|path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok());
     [total.map(|kib| kib * 1024), limit].into_iter().flatten().min().unwrap_or(0)
-}
-
-/// What the bits of a result depend on besides the settings.
-fn numerics() -> String {
-    #[cfg(target_arch = "x86_64")]
-    let simd = if std::is_x86_feature_detected!("avx512f") {
-        "avx512"
-    } else if std::is_x86_feature_detected!("avx2") {
-        "avx2"
-    } else {
-        "sse2"
-    };
-    #[cfg(not(target_arch = "x86_64"))]
-    let simd = "portable";
-    format!("{}-{simd} kernels {}", std::env::consts::ARCH, env!("CARGO_PKG_VERSION"))
 }

@@ -210,11 +210,11 @@ fn attend_inner<const FMA: bool>(out: &mut [f32], q: &[f32], cache: &LayerCache,
             let scores = &mut scores[head * blocks.len() + number];
             *scores = dot_each::<FMA>(q, &keys[head / group * head_dim * BLOCK..][..head_dim * BLOCK]);
             let slope = slopes.get(head).copied().unwrap_or(0.0);
-            for lane in 0..BLOCK {
+            for (lane, score) in scores.iter_mut().enumerate() {
                 let position = block * BLOCK + lane;
                 let seen = position >= first && position < cache.len;
                 let ago = cache.len as f32 - 1.0 - position as f32;
-                scores[lane] = if seen { fmadd::<FMA>(-slope, ago, scores[lane] * scale) } else { f32::NEG_INFINITY };
+                *score = if seen { fmadd::<FMA>(-slope, ago, *score * scale) } else { f32::NEG_INFINITY };
             }
         }
     }

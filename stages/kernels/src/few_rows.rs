@@ -208,23 +208,23 @@ mod avx512 {
                     _mm512_loadu_ps(lines[2].as_ptr().add(at)),
                     _mm512_loadu_ps(lines[3].as_ptr().add(at)),
                 ];
-                for row in 0..ROWS {
+                for (row, sums) in sums.iter_mut().enumerate() {
                     let x = _mm512_loadu_ps(x.as_ptr().add(row * columns + at));
-                    for column in 0..TILE {
-                        sums[row][column] = _mm512_fmadd_ps(x, weights[column], sums[row][column]);
+                    for (sum, weights) in sums.iter_mut().zip(weights) {
+                        *sum = _mm512_fmadd_ps(x, weights, *sum);
                     }
                 }
             }
         }
         if whole < columns {
             let mask = ((1_u32 << (columns - whole)) - 1) as u16;
-            for row in 0..ROWS {
-                for column in 0..TILE {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                for (sum, line) in sums.iter_mut().zip(lines) {
                     // SAFETY: the mask keeps loads within the lines.
                     unsafe {
-                        let (x, weight) = (x.as_ptr().add(row * columns + whole), lines[column].as_ptr().add(whole));
+                        let (x, weight) = (x.as_ptr().add(row * columns + whole), line.as_ptr().add(whole));
                         let (x, weight) = (_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, weight));
-                        sums[row][column] = _mm512_fmadd_ps(x, weight, sums[row][column]);
+                        *sum = _mm512_fmadd_ps(x, weight, *sum);
                     }
                 }
             }

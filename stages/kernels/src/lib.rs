@@ -10,7 +10,7 @@
 //!
 //! In data order: [`layout`] says where sequences start, [`embedding`] looks rows up, [`affine`] names a block's weights, [`low_rank`]
 //! what LoRA adds to them, [`attention_block`] and [`mlp_block`] are the two halves of a decoder block, [`norm`] the final norm, [`token_head`] the output projection with
-//! log-probabilities, [`optim`] the update. [`decode`] runs the same model one token at a time over a key-value cache.
+//! log-probabilities, [`optim`] the update. [`decode`] runs the same model one token at a time over a key-value cache, with products of [`few_rows`].
 
 pub mod affine;
 pub mod attention;
@@ -31,6 +31,10 @@ mod scratch;
 mod shared;
 pub mod simd;
 mod small;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "no_tiles.rs"]
 mod tiles;
 pub mod token_head;
 
@@ -39,3 +43,11 @@ pub use attention_block::{AttentionGrads, AttentionSaved, AttentionShape, Attent
 pub use layout::SequenceLayout;
 pub use low_rank::{Dropout, LowRank, Projection};
 pub use mlp_block::{MlpGrads, MlpSaved, MlpWeights};
+
+/// Changes whenever the same inputs may give other bits.
+const VERSION: u32 = 2;
+
+/// What the bits of a result depend on besides its inputs: processor family, SIMD level, unit of bfloat16 products, version.
+pub fn numerics() -> String {
+    format!("{}-{}, bf16 by {}, kernels {VERSION}", std::env::consts::ARCH, simd::level().name(), bf16::unit().name())
+}

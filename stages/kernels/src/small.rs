@@ -114,27 +114,27 @@ mod avx512 {
             unsafe {
                 for _ in 0..self.depth {
                     let mut columns = [_mm512_setzero_ps(); V];
-                    for vector in 0..V - 1 {
-                        columns[vector] = _mm512_loadu_ps(b.add(vector * LANES));
+                    for (vector, columns) in columns.iter_mut().enumerate() {
+                        let mask = if vector + 1 == V { self.mask } else { !0 };
+                        *columns = _mm512_maskz_loadu_ps(mask, b.add(vector * LANES));
                     }
-                    columns[V - 1] = _mm512_maskz_loadu_ps(self.mask, b.add((V - 1) * LANES));
-                    for row in 0..R {
+                    for (row, sums) in sums.iter_mut().enumerate() {
                         let value = _mm512_set1_ps(*a.add(row * row_stride));
-                        for vector in 0..V {
-                            sums[row][vector] = _mm512_fmadd_ps(value, columns[vector], sums[row][vector]);
+                        for (sum, columns) in sums.iter_mut().zip(columns) {
+                            *sum = _mm512_fmadd_ps(value, columns, *sum);
                         }
                     }
                     a = a.wrapping_add(depth_stride);
                     b = b.wrapping_add(self.b_stride);
                 }
                 let scale = _mm512_set1_ps(self.scale);
-                for row in 0..R {
-                    for vector in 0..V {
+                for (row, sums) in sums.iter().enumerate() {
+                    for (vector, sum) in sums.iter().enumerate() {
                         let to = out.as_mut_ptr().add(row * out_row_stride + vector * LANES);
                         let mask = if vector + 1 == V { self.mask } else { !0 };
                         let result = match self.into {
-                            Into::Overwrite => _mm512_mul_ps(sums[row][vector], scale),
-                            Into::Add => _mm512_fmadd_ps(sums[row][vector], scale, _mm512_maskz_loadu_ps(mask, to)),
+                            Into::Overwrite => _mm512_mul_ps(*sum, scale),
+                            Into::Add => _mm512_fmadd_ps(*sum, scale, _mm512_maskz_loadu_ps(mask, to)),
                         };
                         _mm512_mask_storeu_ps(to, mask, result);
                     }
