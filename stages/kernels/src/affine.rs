@@ -3,6 +3,7 @@
 use crate::{
     low_rank::{self, Dropout, LowRank, Projection},
     matmul::{Arithmetic, Into, MatrixRef},
+    memory::zeros,
 };
 
 /// Rows per partial sum of a bias's gradient.
@@ -202,9 +203,8 @@ impl Projecting<'_> {
     pub fn backward_parts(self, dout: &[f32], x: &[f32], part: Affine<&[f32]>, rows: usize, frozen: bool) -> Affine<Vec<f32>> {
         let Self { arithmetic, projection, dropout } = self;
         let (width, columns) = (dout.len() / rows.max(1), x.len() / rows.max(1));
-        let mut weight = Vec::new();
+        let mut weight = zeros(if frozen { 0 } else { width * columns });
         if !frozen {
-            weight.resize(width * columns, 0.0);
             arithmetic.matmul(&mut weight, MatrixRef::new(dout, rows, width).t(), MatrixRef::new(x, rows, columns));
         }
         let low_rank = part.low_rank.map(|part| low_rank::backward_factors(dout, x, part, rows, arithmetic, projection, dropout));

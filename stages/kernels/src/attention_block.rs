@@ -6,6 +6,7 @@ use crate::{
     layout::SequenceLayout,
     low_rank::{Dropout, Projection},
     matmul::{Arithmetic, Into},
+    memory::{copied, zeros},
     norm::{norm, norm_backward, rms_norm, rms_norm_backward},
     rope::RopeTable,
 };
@@ -94,7 +95,7 @@ pub(crate) fn norm_heads(rows: &mut [f32], weight: Option<&[f32]>, eps: f32) {
 
 fn head_norm(rows: &mut [f32], weight: Option<&[f32]>, eps: f32) -> Option<HeadNormSaved> {
     let weight = weight?;
-    let mut saved = HeadNormSaved { rows: rows.to_vec(), inverse: vec![0.0; rows.len() / weight.len()] };
+    let mut saved = HeadNormSaved { rows: copied(rows), inverse: zeros(rows.len() / weight.len()) };
     rms_norm(rows, &mut saved.inverse, &saved.rows, weight, eps);
     Some(saved)
 }
@@ -102,7 +103,7 @@ fn head_norm(rows: &mut [f32], weight: Option<&[f32]>, eps: f32) -> Option<HeadN
 /// `rows`, the gradient of normed heads, becomes that of the heads before the norm. Returns the weight's.
 fn head_norm_backward(rows: &mut [f32], saved: Option<&HeadNormSaved>, weight: Option<&[f32]>) -> Option<Vec<f32>> {
     let (saved, weight) = (saved?, weight?);
-    let (mut before, mut dweight) = (vec![0.0; rows.len()], vec![0.0; weight.len()]);
+    let (mut before, mut dweight) = (zeros(rows.len()), zeros(weight.len()));
     rms_norm_backward(&mut before, &mut dweight, rows, &saved.rows, &saved.inverse, weight);
     rows.copy_from_slice(&before);
     Some(dweight)
@@ -132,11 +133,11 @@ pub fn forward(
 ) -> (Vec<f32>, AttentionSaved) {
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
-    let (mut normed, mut inverse) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
+    let (mut normed, mut inverse) = (zeros(tokens * hidden), zeros(tokens));
     norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
     let arithmetic = shape.arithmetic;
     let projected = |projection: Projection, part: Affine<&[f32]>, width: usize| {
-        let mut out = vec![0.0; tokens * width];
+        let mut out = zeros(tokens * width);
         Projecting { arithmetic, projection, dropout }.forward(&mut out, Into::Overwrite, &normed, part, tokens);
         out
     };
@@ -147,9 +148,9 @@ pub fn forward(
     let k_norm = head_norm(&mut k, weights.k_norm, shape.eps);
     positional.rotate(&mut q, layout.positions(), false);
     positional.rotate(&mut k, layout.positions(), false);
-    let (mut out, mut log_sum_exp) = (vec![0.0; tokens * query_width], vec![0.0; shape.heads.heads * tokens]);
+    let (mut out, mut log_sum_exp) = (zeros(tokens * query_width), zeros(shape.heads.heads * tokens));
     attention(&mut out, &mut log_sum_exp, &q, &k, &v, positional.slopes(), shape.heads, shape.window, layout);
-    let mut y = x.to_vec();
+    let mut y = copied(x);
     Projecting { arithmetic, projection: Projection::Output, dropout }.forward(&mut y, Into::Add, &out, weights.o, tokens);
     (y, AttentionSaved { inverse, q, k, v, out, log_sum_exp, q_norm, k_norm })
 }
@@ -168,13 +169,13 @@ pub fn backward(
 ) -> AttentionGrads {
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
-    let mut dout = vec![0.0; tokens * query_width];
+    let mut dout = zeros(tokens * query_width);
     let projecting = |projection: Projection| Projecting { arithmetic: shape.arithmetic, projection, dropout };
     let output = projecting(Projection::Output);
     output.backward_input(&mut dout, Into::Overwrite, dy, weights.o, tokens);
     let o = output.backward_parts(dy, &saved.out, weights.o, tokens, frozen);
 
-    let (mut dq, mut dk, mut dv) = (vec![0.0; tokens * query_width], vec![0.0; tokens * kv_width], vec![0.0; tokens * kv_width]);
+    let (mut dq, mut dk, mut dv) = (zeros(tokens * query_width), zeros(tokens * kv_width), zeros(tokens * kv_width));
     let AttentionSaved { inverse, q, k, v, out, log_sum_exp, .. } = saved;
     let slopes = positional.slopes();
     attention_backward(&mut dq, &mut dk, &mut dv, &dout, out, log_sum_exp, q, k, v, slopes, shape.heads, shape.window, layout);
@@ -184,9 +185,9 @@ pub fn backward(
     let k_norm = head_norm_backward(&mut dk, saved.k_norm.as_ref(), weights.k_norm);
 
     // The normalised input is cheaper to compute again than to keep.
-    let (mut normed, mut unused) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
+    let (mut normed, mut unused) = (zeros(tokens * hidden), zeros(tokens));
     norm(&mut normed, &mut unused, x, weights.norm, shape.eps);
-    let mut dnormed = vec![0.0; tokens * hidden];
+    let mut dnormed = zeros(tokens * hidden);
     let mut projected = |projection: Projection, dout: &[f32], part: Affine<&[f32]>| {
         projecting(projection).backward_input(&mut dnormed, Into::Add, dout, part, tokens);
         projecting(projection).backward_parts(dout, &normed, part, tokens, frozen)
@@ -194,7 +195,7 @@ pub fn backward(
     let q = projected(Projection::Query, &dq, weights.q);
     let k = projected(Projection::Key, &dk, weights.k);
     let v = projected(Projection::Value, &dv, weights.v);
-    let mut dx = dy.to_vec();
+    let mut dx = copied(dy);
     let norm = norm_backward(&mut dx, &dnormed, x, inverse, weights.norm);
     AttentionGrads { x: dx, weights: AttentionParts { norm, q, k, v, o, q_norm, k_norm } }
 }

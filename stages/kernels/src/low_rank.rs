@@ -4,7 +4,10 @@
 
 use std::borrow::Cow;
 
-use crate::matmul::{Arithmetic, MatrixRef};
+use crate::{
+    matmul::{Arithmetic, MatrixRef},
+    memory::zeros,
+};
 
 /// The two factors of an addition to a projection.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,7 +55,7 @@ fn dropped<'a>(x: &'a [f32], projection: Projection, dropout: Dropout<'_>) -> Co
 /// `scale * x a^T`, `[rows, rank]`.
 fn down(x: &[f32], part: LowRank<&[f32]>, rows: usize, columns: usize, arithmetic: Arithmetic) -> Vec<f32> {
     let rank = part.a.len() / columns.max(1);
-    let mut down = vec![0.0; rows * rank];
+    let mut down = zeros(rows * rank);
     arithmetic.matmul(&mut down, MatrixRef::new(x, rows, columns), MatrixRef::new(part.a, rank, columns).t());
     down.iter_mut().for_each(|value| *value *= part.scale);
     down
@@ -81,7 +84,7 @@ pub fn add(
 fn down_gradient(dout: &[f32], part: LowRank<&[f32]>, rows: usize, arithmetic: Arithmetic) -> Vec<f32> {
     let width = dout.len() / rows.max(1);
     let rank = part.b.len() / width.max(1);
-    let mut ddown = vec![0.0; rows * rank];
+    let mut ddown = zeros(rows * rank);
     arithmetic.matmul(&mut ddown, MatrixRef::new(dout, rows, width), MatrixRef::new(part.b, width, rank));
     ddown.iter_mut().for_each(|value| *value *= part.scale);
     ddown
@@ -105,7 +108,7 @@ pub fn backward_input(
     let rank = ddown.len() / rows.max(1);
     let (ddown, factor) = (MatrixRef::new(&ddown, rows, rank), MatrixRef::new(part.a, rank, columns));
     let Some(drop) = dropout else { return arithmetic.matmul_add(dx, ddown, factor) };
-    let mut more = vec![0.0; rows * columns];
+    let mut more = zeros(rows * columns);
     arithmetic.matmul(&mut more, ddown, factor);
     drop(projection, &mut more);
     dx.iter_mut().zip(more).for_each(|(sum, value)| *sum += value);
@@ -129,7 +132,7 @@ pub fn backward_factors(
     // Both products are of the rank's width: cheaper to compute again than to keep.
     let (down, ddown) = (down(&x, part, rows, columns, arithmetic), down_gradient(dout, part, rows, arithmetic));
     let rank = down.len() / rows.max(1);
-    let (mut a, mut b) = (vec![0.0; rank * columns], vec![0.0; width * rank]);
+    let (mut a, mut b) = (zeros(rank * columns), zeros(width * rank));
     arithmetic.matmul(&mut a, MatrixRef::new(&ddown, rows, rank).t(), MatrixRef::new(&x, rows, columns));
     arithmetic.matmul(&mut b, MatrixRef::new(dout, rows, width).t(), MatrixRef::new(&down, rows, rank));
     LowRank { a, b, scale: part.scale }

@@ -7,6 +7,7 @@ use crate::{
     affine::{Affine, MlpParts, Projecting},
     low_rank::{Dropout, Projection},
     matmul::{Arithmetic, Into},
+    memory::{copied, zeros},
     norm::{norm, norm_backward},
     simd::{fmadd, multiversion, sigmoid},
 };
@@ -43,15 +44,15 @@ pub struct MlpGrads {
 pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32, arithmetic: Arithmetic, dropout: Dropout<'_>) -> (Vec<f32>, MlpSaved) {
     let hidden = weights.norm.weight.len();
     let (tokens, intermediate) = (x.len() / hidden, weights.up.weight.len() / hidden);
-    let (mut normed, mut inverse) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
+    let (mut normed, mut inverse) = (zeros(tokens * hidden), zeros(tokens));
     norm(&mut normed, &mut inverse, x, weights.norm, eps);
     let projected = |projection: Projection, part: Affine<&[f32]>| {
-        let mut out = vec![0.0; tokens * intermediate];
+        let mut out = zeros(tokens * intermediate);
         Projecting { arithmetic, projection, dropout }.forward(&mut out, Into::Overwrite, &normed, part, tokens);
         out
     };
     let (gate, up) = (weights.gate.map(|gate| projected(Projection::Gate, gate)), projected(Projection::Up, weights.up));
-    let mut activated = vec![0.0; tokens * intermediate];
+    let mut activated = zeros(tokens * intermediate);
     match &gate {
         Some(gate) => activated
             .par_chunks_mut(BLOCK)
@@ -60,7 +61,7 @@ pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32, arithmetic: Arithme
             .for_each(|((out, gate), up)| swiglu(out, gate, up)),
         None => activated.par_chunks_mut(BLOCK).zip(up.par_chunks(BLOCK)).for_each(|(out, up)| gelu(out, up)),
     }
-    let mut y = x.to_vec();
+    let mut y = copied(x);
     Projecting { arithmetic, projection: Projection::Down, dropout }.forward(&mut y, Into::Add, &activated, weights.down, tokens);
     (y, MlpSaved { inverse, gate, up })
 }
@@ -78,11 +79,11 @@ pub fn backward(
 ) -> MlpGrads {
     let hidden = weights.norm.weight.len();
     let (tokens, intermediate) = (x.len() / hidden, weights.up.weight.len() / hidden);
-    let mut dactivated = vec![0.0; tokens * intermediate];
+    let mut dactivated = zeros(tokens * intermediate);
     let projecting = |projection: Projection| Projecting { arithmetic, projection, dropout };
     projecting(Projection::Down).backward_input(&mut dactivated, Into::Overwrite, dy, weights.down, tokens);
-    let mut activated = vec![0.0; tokens * intermediate];
-    let (mut dgate, mut dup) = (saved.gate.clone(), saved.up.clone());
+    let mut activated = zeros(tokens * intermediate);
+    let (mut dgate, mut dup) = (saved.gate.as_deref().map(copied), copied(&saved.up));
     match &mut dgate {
         Some(dgate) => activated
             .par_chunks_mut(BLOCK)
@@ -98,16 +99,16 @@ pub fn backward(
     }
     let down = projecting(Projection::Down).backward_parts(dy, &activated, weights.down, tokens, frozen);
 
-    let (mut normed, mut unused) = (vec![0.0; tokens * hidden], vec![0.0; tokens]);
+    let (mut normed, mut unused) = (zeros(tokens * hidden), zeros(tokens));
     norm(&mut normed, &mut unused, x, weights.norm, eps);
-    let mut dnormed = vec![0.0; tokens * hidden];
+    let mut dnormed = zeros(tokens * hidden);
     let mut projected = |projection: Projection, dout: &[f32], part: Affine<&[f32]>| {
         projecting(projection).backward_input(&mut dnormed, Into::Add, dout, part, tokens);
         projecting(projection).backward_parts(dout, &normed, part, tokens, frozen)
     };
     let gate = dgate.zip(weights.gate).map(|(dgate, gate)| projected(Projection::Gate, &dgate, gate));
     let up = projected(Projection::Up, &dup, weights.up);
-    let mut dx = dy.to_vec();
+    let mut dx = copied(dy);
     let norm = norm_backward(&mut dx, &dnormed, x, &saved.inverse, weights.norm);
     MlpGrads { x: dx, weights: MlpParts { norm, gate, up, down } }
 }

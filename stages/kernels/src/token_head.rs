@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use crate::{
     matmul::{Arithmetic, MatrixRef},
+    memory::zeros,
     simd::{LANES, exp, fmadd, lane_sum, max, multiversion},
 };
 
@@ -70,7 +71,7 @@ struct Chunk {
 fn each_chunk(hidden: &[f32], weight: &[f32], targets: &[u32], arithmetic: Arithmetic, mut f: impl FnMut(Chunk, &mut [f32])) {
     let width = hidden.len() / targets.len();
     let vocab = weight.len() / width;
-    let mut logits = vec![0.0; held_logits(targets.len(), vocab)];
+    let mut logits = zeros(held_logits(targets.len(), vocab));
     for first_row in (0..targets.len()).step_by(ROWS) {
         let rows = first_row..(first_row + ROWS).min(targets.len());
         let input = MatrixRef::new(&hidden[rows.start * width..], rows.len(), width);

@@ -17,7 +17,9 @@ use burn::{
     tensor::{DType, Tensor, TensorData},
 };
 use burn_flex::FlexTensor;
-use rlflow_kernels::{Affine, AttentionParts, AttentionShape, MlpParts, SequenceLayout, embedding, matmul::Arithmetic, rope::RopeTable};
+use rlflow_kernels::{
+    Affine, AttentionParts, AttentionShape, MlpParts, SequenceLayout, embedding, matmul::Arithmetic, memory::zeros, rope::RopeTable,
+};
 
 use crate::{composed, dropout::BlockDropout, parameters::flex_view};
 
@@ -338,7 +340,7 @@ pub mod flex {
     /// Gradient of a table of `dims` for the gradient of its rows `ids`.
     pub fn embed_gradient(gradient: &Tensor<2>, ids: &[u32], dims: [usize; 2]) -> Tensor<2> {
         let view = flex_view(gradient).expect("gradients are f32");
-        let mut table = vec![0.0; dims[0] * dims[1]];
+        let mut table = zeros(dims[0] * dims[1]);
         embedding::embed_backward(&mut table, view.as_slice().expect("views are contiguous f32"), ids, dims[1]);
         Tensor::from_data(TensorData::new(table, dims), &gradient.device())
     }

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use rlflow_kernels::{
     Affine, AttentionGrads, AttentionSaved, AttentionWeights, Dropout, MlpGrads, MlpSaved, MlpWeights, Positional, attention_block,
-    embedding, matmul::Arithmetic, mlp_block, norm, token_head,
+    embedding, matmul::Arithmetic, memory::zeros, mlp_block, norm, token_head,
 };
 
 use super::{AttentionContext, Extras, MlpContext, TokenTargets, slice_op::SliceOp};
@@ -22,13 +22,13 @@ impl SliceOp<1> for EmbedOp {
     }
 
     fn forward(&self, [weight]: [&[f32]; 1]) -> (Vec<f32>, [usize; 2], ()) {
-        let mut out = vec![0.0; self.ids.len() * self.hidden];
+        let mut out = zeros(self.ids.len() * self.hidden);
         embedding::embed(&mut out, weight, &self.ids, self.hidden);
         (out, [self.ids.len(), self.hidden], ())
     }
 
     fn backward(&self, [weight]: [&[f32]; 1], (): &(), gradient: &[f32], _: [bool; 1]) -> [Vec<f32>; 1] {
-        let mut dweight = vec![0.0; weight.len()];
+        let mut dweight = zeros(weight.len());
         embedding::embed_backward(&mut dweight, gradient, &self.ids, self.hidden);
         [dweight]
     }
@@ -253,7 +253,7 @@ impl SliceOp<6> for MlpOp {
         let frozen = !wanted[2..5].contains(&true);
         let MlpGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, gate, up, down], extras), frozen);
         let extras = join(weights.extras());
-        let gate = weights.gate.map_or_else(|| vec![0.0; gate.len()], |gate| gate.weight);
+        let gate = weights.gate.map_or_else(|| zeros(gate.len()), |gate| gate.weight);
         [x, weights.norm.weight, gate, weights.up.weight, weights.down.weight, extras]
     }
 }
@@ -266,7 +266,7 @@ pub struct NormOp {
 impl NormOp {
     fn run(&self, x: &[f32], part: Affine<&[f32]>) -> (Vec<f32>, [usize; 2], Vec<f32>) {
         let (hidden, tokens) = (part.weight.len(), x.len() / part.weight.len());
-        let (mut out, mut inverse) = (vec![0.0; x.len()], vec![0.0; tokens]);
+        let (mut out, mut inverse) = (zeros(x.len()), zeros(tokens));
         norm::norm(&mut out, &mut inverse, x, part, self.eps);
         (out, [tokens, hidden], inverse)
     }
@@ -285,7 +285,7 @@ impl SliceOp<2> for NormOp {
     }
 
     fn backward(&self, [x, weight]: [&[f32]; 2], inverse: &Vec<f32>, gradient: &[f32], _: [bool; 2]) -> [Vec<f32>; 2] {
-        let mut dx = vec![0.0; x.len()];
+        let mut dx = zeros(x.len());
         let grads = norm::norm_backward(&mut dx, gradient, x, inverse, Affine::plain(weight));
         [dx, grads.weight]
     }
@@ -304,7 +304,7 @@ impl SliceOp<3> for NormOp {
     }
 
     fn backward(&self, [x, weight, bias]: [&[f32]; 3], inverse: &Vec<f32>, gradient: &[f32], _: [bool; 3]) -> [Vec<f32>; 3] {
-        let mut dx = vec![0.0; x.len()];
+        let mut dx = zeros(x.len());
         let grads = norm::norm_backward(&mut dx, gradient, x, inverse, Affine::new(weight, Some(bias)));
         [dx, grads.weight, grads.bias.unwrap_or_default()]
     }
@@ -349,7 +349,7 @@ impl SliceOp<2> for TokenHeadOp {
         let TokenTargets { rows, targets, scale } = &self.targets;
         let gathered = gather(hidden, rows, self.width);
         let count = rows.len();
-        let (mut out, mut entropies, mut log_sum_exp) = (vec![0.0; count], vec![0.0; count], vec![0.0; count]);
+        let (mut out, mut entropies, mut log_sum_exp) = (zeros(count), zeros(count), zeros(count));
         token_head::forward(&mut out, &mut entropies, &mut log_sum_exp, &gathered, weight, targets, *scale, self.arithmetic);
         out.extend_from_slice(&entropies);
         (out, [2, count], TokenHeadSaved { entropies, log_sum_exp })
@@ -359,7 +359,7 @@ impl SliceOp<2> for TokenHeadOp {
         let TokenTargets { rows, targets, scale } = &self.targets;
         let gathered = gather(hidden, rows, self.width);
         let (dlogprobs, dentropies) = gradient.split_at(rows.len());
-        let (mut drows, mut dweight) = (vec![0.0; gathered.len()], vec![0.0; if wanted[1] { weight.len() } else { 0 }]);
+        let (mut drows, mut dweight) = (zeros(gathered.len()), zeros(if wanted[1] { weight.len() } else { 0 }));
         let TokenHeadSaved { entropies, log_sum_exp } = saved;
         token_head::backward(
             &mut drows,
@@ -380,7 +380,7 @@ impl SliceOp<2> for TokenHeadOp {
 
 /// The inverse of [`gather`], adding rows that stand twice in order.
 fn scatter(rows_data: &[f32], rows: &[u32], len: usize, width: usize) -> Vec<f32> {
-    let mut out = vec![0.0; len];
+    let mut out = zeros(len);
     for (row, data) in rows.iter().zip(rows_data.chunks_exact(width)) {
         for (sum, value) in out[*row as usize * width..][..width].iter_mut().zip(data) {
             *sum += value;
@@ -409,7 +409,7 @@ impl SliceOp<2> for ScoreOp {
 
     fn backward(&self, [hidden, weight]: [&[f32]; 2], (): &(), gradient: &[f32], _: [bool; 2]) -> [Vec<f32>; 2] {
         let width = weight.len();
-        let (mut dhidden, mut dweight) = (vec![0.0; hidden.len()], vec![0.0; width]);
+        let (mut dhidden, mut dweight) = (zeros(hidden.len()), zeros(width));
         for (row, gradient) in self.rows.iter().zip(gradient) {
             let at = *row as usize * width;
             for column in 0..width {

@@ -240,7 +240,7 @@ impl Group {
     ) -> StageResult<Vec<Completion>> {
         if self.zero < 3 {
             let rank = &self.ranks[0];
-            return Ok(rank.ledger.during(|| generate(&rank.awake(), prompts, sampling, draws, each)));
+            return Ok(rayon::scope(|_| rank.ledger.during(|| generate(&rank.awake(), prompts, sampling, draws, each))));
         }
         let each = std::sync::Mutex::new(Some(each));
         let answers = on_ranks(self.ranks.iter().collect(), |rank: &Rank| {
@@ -412,12 +412,12 @@ impl Handle for &mut Rank {
     }
 }
 
-/// `work` on all ranks at once, each on a thread of its own; a single one on the caller's. The error is that of the rank
-/// that failed, not of those that it took down.
+/// `work` on all ranks at once, each on a thread of its own; a single one on a thread of the pool, where its operations need
+/// no handing over. The error is that of the rank that failed, not of those that it took down.
 fn on_ranks<H: Handle, T: Send>(mut ranks: Vec<H>, work: impl Fn(H) -> T + Sync) -> StageResult<Vec<T>> {
     let counted = |handle: H| handle.rank().ledger.clone().during(|| work(handle));
     if ranks.len() == 1 {
-        return Ok(ranks.drain(..).map(counted).collect());
+        return Ok(rayon::scope(|_| ranks.drain(..).map(counted).collect()));
     }
     let run = |handle: H| {
         let (index, world) = (handle.rank().index(), handle.rank().world().cloned());
