@@ -21,7 +21,7 @@ use crate::{
     ledger::{Held, Purpose, hold},
     lora::{self, LoraSettings},
     optimizer::accumulate,
-    parameters::{BlockSlots, Head, Parameters, Slots, specs, widened},
+    parameters::{BlockSlots, Head, Parameters, Slots, specs},
 };
 
 /// Tokens of one micro-batch: sequences laid end to end.
@@ -329,7 +329,7 @@ impl Decoder {
             return self.clone();
         }
         let specs = self.parameters.specs().to_vec();
-        let tensors = (0..specs.len()).map(|slot| widened(self.parameters.get(slot))).collect();
+        let tensors = (0..specs.len()).map(|slot| self.parameters.get(slot)).collect();
         Self { parameters: Parameters::from_tensors(specs, tensors, None), ..self.clone() }
     }
 

@@ -174,12 +174,17 @@ pub fn generate(
         .collect();
     for slots in &decoder.slots().blocks {
         let attention = weights.attention(slots).map(|weight| weight.wide());
+        let mlp = weights.mlp(slots).map(|weight| weight.wide());
+        let mut widened = 0;
+        let mut count = |weight: &Cow<'_, [f32]>| widened += if matches!(weight, Cow::Owned(_)) { weight.len() } else { 0 };
+        attention.map(&mut count);
+        mlp.map(&mut count);
+        let _widened = hold(Purpose::Buffers, widened);
         let (y, saved) = attention_block::forward(&x, attention.map(Cow::as_ref), positional, shape, &layout, None);
         let (keys, values) = saved.keys_and_values();
         let caches: Vec<LayerCache> =
             (0..distinct.len()).map(|prompt| LayerCache::from_prefill(keys, values, layout.range(prompt), shape.heads)).collect();
         active.iter_mut().for_each(|active| active.caches.push(caches[numbered[active.index]].clone()));
-        let mlp = weights.mlp(slots).map(|weight| weight.wide());
         x = mlp_block::forward(&y, mlp.map(Cow::as_ref), shape.eps, Arithmetic::F32, None).0;
     }
     let last_row = |prompt: &usize| &x[(layout.range(*prompt).end - 1) * hidden..][..hidden];

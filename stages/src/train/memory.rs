@@ -212,11 +212,14 @@ pub fn frozen_needs(model: &ModelConfig, head: Head, tokens: u64, sharding: Shar
 }
 
 /// Bytes that sampling `sequences` answers at once takes, each of at most `tokens` tokens with its prompt: keys and values, the
-/// prompts' pass through a block, and all weights where those that the model holds are shares or bfloat16.
+/// prompts' pass through a block, all weights where the model holds shares of them, and those of a block as f32 where they are
+/// bfloat16.
 pub fn sampling_bytes(model: &ModelConfig, sequences: u64, tokens: u64, sharding: Sharding, precision: Precision) -> u64 {
     let kv = (model.kv_heads * model.head_dim) as u64;
     let caches = sequences * (2 * tokens * model.layers as u64 * kv + (model.vocab_size + model.hidden_size) as u64);
     let block = (3 * model.hidden_size + 2 * model.heads * model.head_dim + 3 * model.intermediate_size) as u64 + 2 * kv;
-    let gathered = sharding.level() == 3 || precision == Precision::Bf16;
-    F32 * (caches + sequences * tokens * block + if gathered { model.parameter_count() } else { 0 })
+    let bf16 = precision == Precision::Bf16;
+    let widened = if bf16 { Sizes::of(model, Head::Language).block } else { 0 };
+    let gathered = if sharding.level() == 3 { model.parameter_count() / if bf16 { 2 } else { 1 } } else { 0 };
+    F32 * (caches + sequences * tokens * block + widened + gathered)
 }

@@ -10,7 +10,7 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use rlflow_api::{ModelConfig, StageError, StageResult, ZeroLevel};
 use rlflow_kernels::matmul::Arithmetic;
 
-use super::{Aborted, Rank, in_process, ordered::Ordered, share};
+use super::{Aborted, Rank, in_process, ordered::Ordered, rank::bytes_of, share};
 use crate::{
     Completion, Decoder, Draws, Gradients, Head, LoraSettings, OptimizerSettings, ParameterSpec, Parameters, Sampling,
     generate::generate,
@@ -247,8 +247,9 @@ impl Group {
             let each = if rank.index() == 0 { each.lock().ok().and_then(|mut each| each.take()) } else { None };
             match each {
                 Some(each) => {
-                    let _gathered = hold(Purpose::Buffers, self.specs().iter().map(ParameterSpec::len).sum());
-                    Some(generate(&rank.decoder().whole(), prompts, sampling, draws, each))
+                    let whole = rank.decoder().whole();
+                    let _gathered = rank.ledger.hold(Purpose::Buffers, bytes_of(whole.parameters().tensors()));
+                    Some(generate(&whole, prompts, sampling, draws, each))
                 }
                 None => {
                     rank.decoder().attend_whole();

@@ -247,7 +247,7 @@ impl Rank {
     }
 }
 
-fn bytes_of(tensors: &[Tensor<2>]) -> u64 {
+pub(super) fn bytes_of(tensors: &[Tensor<2>]) -> u64 {
     let of = |tensor: &Tensor<2>| {
         let [rows, columns] = tensor.dims();
         (tensor.dtype().size() * rows * columns) as u64
