@@ -14,7 +14,7 @@ use super::{Aborted, Rank, in_process, ordered::Ordered, rank::bytes_of, share};
 use crate::{
     Completion, Decoder, Draws, Gradients, Head, LoraSettings, OptimizerSettings, ParameterSpec, Parameters, Sampling,
     generate::generate,
-    ledger::{Ledger, Purpose, hold},
+    ledger::{Ledger, Purpose},
     lora,
     parameters::{host, specs},
 };
