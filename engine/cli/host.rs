@@ -3,18 +3,21 @@ use std::fs;
 use rlflow_api::DeviceSpec;
 use rlflow_engine::{DeviceInfo, Host};
 
-/// This machine.
+use crate::processes;
+
+/// This machine, as each process of a run that shares it may use it.
 pub fn host() -> Host {
-    let mut devices = vec![DeviceInfo { spec: DeviceSpec::Cpu, name: cpu_name(), memory_bytes: memory_bytes() }];
+    let share = processes::on_this_host();
+    let mut devices = vec![DeviceInfo { spec: DeviceSpec::Cpu, name: cpu_name(), memory_bytes: memory_bytes() / share }];
     match rlflow_stages::accelerators() {
         Ok(found) => devices.extend(found.into_iter().map(|device| DeviceInfo {
             spec: device.spec,
             name: device.name,
-            memory_bytes: device.memory_bytes,
+            memory_bytes: device.memory_bytes / share,
         })),
         Err(reason) => tracing::warn!("no CUDA device: {reason}; `device = \"auto\"` is the CPU"),
     }
-    Host { devices, numerics: rlflow_model::numerics() }
+    Host { devices, numerics: rlflow_model::numerics(), crew: processes::crew() }
 }
 
 fn cpu_name() -> String {

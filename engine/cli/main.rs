@@ -16,6 +16,7 @@ mod lineage;
 mod log;
 mod metrics;
 mod plan;
+mod processes;
 mod progress;
 mod report;
 mod rows;
@@ -78,11 +79,23 @@ enum Command {
 fn main() -> ExitCode {
     let wants_json = std::env::args_os().any(|argument| argument == "--json");
     rlflow_model::keep_freed_memory();
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => return failure::usage(&error, wants_json),
+    let world = match processes::World::join() {
+        Ok(world) => world,
+        Err(failure) => return failure.report(wants_json),
     };
-    common::init_logging(&cli.common);
+    let cli = Cli::try_parse();
+    if let Ok(cli) = &cli {
+        common::init_logging(&cli.common);
+    }
+    let code = world.serve().unwrap_or_else(|| match cli {
+        Ok(cli) => run_command(cli),
+        Err(error) => failure::usage(&error, wants_json),
+    });
+    world.leave();
+    code
+}
+
+fn run_command(cli: Cli) -> ExitCode {
     let done = match cli.command {
         Command::Run(command) => command.run(&cli.common),
         Command::Plan(command) => command.run(&cli.common),

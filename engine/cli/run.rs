@@ -108,6 +108,10 @@ impl Run {
 pub fn stop_on_signals(cancel: &CancelToken) {
     let cancel = cancel.clone();
     let handler = move || {
+        // A launcher that lost a process ends the others; the stage that runs says which it was.
+        if crate::processes::is_one_lost() {
+            return;
+        }
         if cancel.is_cancelled() {
             std::process::exit(130);
         }

@@ -216,10 +216,9 @@ impl<'a> Actions<'a> {
     pub fn needs(&self, index: usize) -> Needs {
         let (stage, placement) = (&self.workflow.stages[index], &self.placements[index]);
         let was_chosen = || stage.kind.execution(&stage.config).is_some_and(|execution| matches!(execution.zero, ZeroSetting::Auto(_)));
-        // What was described when loading is at the level that was asked for, or at none where that was left to us.
-        if placement.zero > 0
-            && was_chosen()
-            && let Ok(described) = self.workflow.describe(index, placement.devices.len(), placement.zero)
+        // What was described when loading is of one process, at the level that was asked for, or at none where that was left to us.
+        if ((placement.zero > 0 && was_chosen()) || placement.processes > 1)
+            && let Ok(described) = self.workflow.describe(index, placement.ranks(), placement.zero)
         {
             return described.needs;
         }

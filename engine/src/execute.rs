@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rlflow_api::{Artifact, CancelToken, Input, RunContext, Snapshots, StageError};
+use rlflow_api::{Artifact, CancelToken, Input, Processes, RunContext, Snapshots, StageError};
 use rlflow_store::{ActionRecord, Digest, Lease, LeaseHolder, LeaseOutcome, Provenance, StoreError};
 
 use crate::{
@@ -185,15 +185,26 @@ impl Session<'_> {
             inputs: &inputs,
             files: &files,
             placement: actions.placement(index),
+            processes: &Processes::alone(),
             snapshots,
             reporter,
             cancel: self.cancel,
             memos: &memos,
         };
         let span = tracing::info_span!("stage", name = %stage.name, kind = stage.kind.name());
+        let crew = actions.host.crew.as_ref().filter(|_| stage.kind.is_on_ranks());
+        let joint = crew.map(|crew| crew.begin(stage.kind.name(), stage.config.settings(), action.prefix_key, &context)).transpose()?;
+        let context = match &joint {
+            Some(joint) => RunContext { processes: &joint.processes, ..context },
+            None => context,
+        };
         let run = || span.in_scope(|| stage.kind.run(&stage.config, &context));
         // What a stage leaves behind when it unwinds is dropped with it: artifacts not published, snapshots whole.
-        let outputs = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| Err(panicked(payload.as_ref())))?;
+        let outputs = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| Err(panicked(payload.as_ref())));
+        if let Some(joint) = joint {
+            joint.end(&outputs);
+        }
+        let outputs = outputs?;
         for (port, meta) in stage.described.outputs() {
             let made = outputs.get(port).ok_or_else(|| wrong(format!("did not give its output `{port}`")))?;
             let (made, declared) = (&made.manifest().artifact_type, meta.artifact_type.name());
@@ -295,7 +306,7 @@ fn wrong(what: String) -> StageError {
     StageError::invalid_with_hint(format!("the stage {what}"), "this is a bug in its kind; please report it with the workflow file")
 }
 
-fn panicked(payload: &(dyn Any + Send)) -> StageError {
+pub(crate) fn panicked(payload: &(dyn Any + Send)) -> StageError {
     let message = payload.downcast_ref::<&str>().map(|text| (*text).to_owned()).or_else(|| payload.downcast_ref::<String>().cloned());
     let message = message.unwrap_or_else(|| "no message".into());
     StageError::invalid_with_hint(

@@ -1,4 +1,8 @@
+use std::sync::Arc;
+
 use rlflow_api::{DeviceChoice, DeviceSpec, Execution, Placement, ZeroSetting};
+
+use crate::Crew;
 
 /// What this machine can run on. Given by the binary, since only the stages know their backends.
 #[derive(Debug, Clone, PartialEq)]
@@ -7,6 +11,8 @@ pub struct Host {
     pub devices: Vec<DeviceInfo>,
     /// Numerics profile: SIMD level, kernel version, math library. Recorded with results, never in a key.
     pub numerics: String,
+    /// The processes that run stages together, if there are several. Each has these devices.
+    pub crew: Option<Arc<Crew>>,
 }
 
 /// One device of this machine.
@@ -42,7 +48,12 @@ impl Host {
                 None => devices.push(device.clone()),
             }
         }
-        Self { devices, numerics: self.numerics.clone() }
+        Self { devices, numerics: self.numerics.clone(), crew: self.crew.clone() }
+    }
+
+    /// How many processes run a stage on ranks together.
+    pub fn processes(&self) -> usize {
+        self.crew.as_ref().map_or(1, |crew| crew.count())
     }
 
     /// The device called `spec`, if the machine has it.
@@ -54,6 +65,7 @@ impl Host {
     pub fn place(&self, execution: Option<&Execution>, peak_bytes: impl Fn(usize, u8) -> Option<u64>) -> Result<Placement, PlacementError> {
         let Some(execution) = execution else { return Ok(Placement::default()) };
         let devices = self.devices_of(&execution.device)?;
+        let (processes, ranks) = (self.processes(), self.processes() * devices.len());
         let zero = match execution.zero {
             ZeroSetting::Level(level) => level,
             ZeroSetting::Auto(_) => {
@@ -61,15 +73,15 @@ impl Host {
                 let ranks_on = |spec: &DeviceSpec| devices.iter().filter(|device| *device == spec).count() as u64;
                 let of_rank = |spec: &DeviceSpec| Some(self.device(*spec)?.memory_bytes / ranks_on(spec));
                 let memory = devices.iter().filter_map(of_rank).min();
-                let fits = |level: u8| match (memory, peak_bytes(devices.len(), level)) {
+                let fits = |level: u8| match (memory, peak_bytes(ranks, level)) {
                     (Some(memory), Some(peak)) => peak <= memory,
                     _ => true,
                 };
                 // With one rank nothing is sharded, so a higher level cannot help.
-                if devices.len() == 1 { 0 } else { (0..3).find(|level| fits(*level)).unwrap_or(3) }
+                if ranks == 1 { 0 } else { (0..3).find(|level| fits(*level)).unwrap_or(3) }
             }
         };
-        Ok(Placement { devices, zero, offload: execution.offload })
+        Ok(Placement { devices, processes, zero, offload: execution.offload })
     }
 
     fn devices_of(&self, choice: &DeviceChoice) -> Result<Vec<DeviceSpec>, PlacementError> {
@@ -113,7 +125,7 @@ mod tests {
     fn host(cuda: usize) -> Host {
         let mut devices = vec![DeviceInfo { spec: DeviceSpec::Cpu, name: "cpu".into(), memory_bytes: 100 }];
         devices.extend((0..cuda).map(|at| DeviceInfo { spec: DeviceSpec::Cuda(at), name: "gpu".into(), memory_bytes: 40 }));
-        Host { devices, numerics: "test".into() }
+        Host { devices, numerics: "test".into(), crew: None }
     }
 
     fn place(

@@ -27,8 +27,10 @@ pub mod settings;
 pub mod settled;
 pub mod text;
 pub mod watch;
+pub mod worker;
 
 mod adopt;
+mod crew;
 mod error;
 mod execute;
 mod host;
@@ -52,6 +54,7 @@ mod testing;
 
 pub use action::Request;
 pub use adopt::adopt;
+pub use crew::Crew;
 pub use error::{EngineError, Result};
 pub use host::{DeviceInfo, Host, PlacementError};
 pub use plan::{Plan, PlannedStage, Status};

@@ -100,7 +100,7 @@ impl Actions<'_> {
             while self.too_large(stage).is_some() {
                 let open = |(role, _): &(usize, Needs)| {
                     let placement = self.placement(*role);
-                    self.chooses_level(*role) && placement.devices.len() > 1 && placement.zero < 3
+                    self.chooses_level(*role) && placement.ranks() > 1 && placement.zero < 3
                 };
                 let open: Vec<usize> = self.roles(stage).into_iter().filter(open).map(|(role, _)| role).collect();
                 if open.is_empty() {
@@ -168,7 +168,7 @@ impl Actions<'_> {
         let mut ways = Vec::new();
         for devices in counts {
             for (offload, checkpointing) in [(now.offload, false), (now.offload, true), (Offload::Cpu, false), (Offload::Cpu, true)] {
-                let levels = if devices == 1 { 0..=0 } else { 0..=3 };
+                let levels = if devices * now.processes == 1 { 0..=0 } else { 0..=3 };
                 let change = |zero| Change { zero, devices, offload, checkpointing };
                 let fits = |change: Change| Some((self.changed(stage, device, &change)?, change));
                 let found = levels.filter_map(|zero| fits(change(zero))).find(|(bytes, _)| *bytes <= capacity);
@@ -186,10 +186,11 @@ impl Actions<'_> {
 
     /// What the device would hold of a stage that is placed otherwise.
     fn changed(&self, stage: usize, device: DeviceSpec, change: &Change) -> Option<u64> {
-        let needs = self.needs_as(stage, change.devices, change.zero, change.checkpointing)?;
+        let processes = self.placement(stage).processes;
+        let needs = self.needs_as(stage, change.devices * processes, change.zero, change.checkpointing)?;
         let spec = |index: usize| if device == DeviceSpec::Cpu { device } else { DeviceSpec::Cuda(index) };
         let devices = (0..change.devices).map(spec).collect();
-        let usage = Parts::of(&needs, &Placement { devices, zero: change.zero, offload: change.offload }).total();
+        let usage = Parts::of(&needs, &Placement { devices, processes, zero: change.zero, offload: change.offload }).total();
         if !self.has_room_beside(&usage, device) {
             return None;
         }
@@ -222,7 +223,7 @@ impl Actions<'_> {
                 let now = self.placement(role);
                 Placement { zero: zero.unwrap_or(now.zero), offload: offload.unwrap_or(now.offload), ..now.clone() }
             };
-            let held = self.workflow.held(stage, &|role| (placement(role).devices.len(), placement(role).zero)).unwrap_or_default();
+            let held = self.workflow.held(stage, &|role| (placement(role).ranks(), placement(role).zero)).unwrap_or_default();
             let usage = self.with_roles(stage, &self.with_stages(stage, &held), &placement);
             if self.has_room_beside(&usage, device) { usage.get(&device).copied().unwrap_or(0) } else { u64::MAX }
         };
@@ -242,10 +243,10 @@ impl Actions<'_> {
             return Vec::new();
         }
         let roles = self.with_stages(stage, described);
-        if !roles.iter().any(|(role, _)| self.chooses_level(*role)) {
+        if !roles.iter().any(|(role, _)| self.chooses_level(*role) || self.placement(*role).processes > 1) {
             return roles;
         }
-        let placed = |role: usize| (self.placement(role).devices.len(), self.placement(role).zero);
+        let placed = |role: usize| (self.placement(role).ranks(), self.placement(role).zero);
         self.workflow.held(stage, &placed).map_or(roles, |held| self.with_stages(stage, &held))
     }
 
@@ -281,7 +282,7 @@ mod tests {
     }
 
     fn placed(devices: &[DeviceSpec], offload: Offload) -> Placement {
-        Placement { devices: devices.to_vec(), zero: 0, offload }
+        Placement { devices: devices.to_vec(), processes: 1, zero: 0, offload }
     }
 
     #[test]

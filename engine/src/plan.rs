@@ -304,7 +304,7 @@ impl PlannedStage {
             reason: self.rerun.as_ref().map(Rerun::to_json),
             continues_from_step: self.continues_from_step,
             devices: self.placement.devices.iter().map(ToString::to_string).collect(),
-            ranks: self.placement.devices.len(),
+            ranks: self.placement.ranks(),
             zero: self.placement.zero,
             peak_bytes: self.peak_bytes,
             memory: self.usage.iter().map(|(device, bytes)| (device.to_string(), *bytes)).collect(),

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Stack of a stage's thread. Autodiff graphs are walked recursively; the memory is only reserved, not used.
-const STACK_BYTES: usize = 256 << 20;
+pub(crate) const STACK_BYTES: usize = 256 << 20;
 /// How often a stage is tried again because its inputs or snapshots were damaged.
 const RETRIES: u32 = 2;
 

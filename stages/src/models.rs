@@ -71,7 +71,7 @@ pub fn publish(
         None => checkpoint::save(model, head, &mut builder, info)?,
     }
     share_files(&mut builder, source)?;
-    Ok(builder.publish()?)
+    context.publish(builder)
 }
 
 /// Publishes a tokenizer.

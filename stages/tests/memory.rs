@@ -101,8 +101,12 @@ fn measure(case: Case) -> Measured {
     };
     // The same micro-batches for any number of ranks.
     let batches: Vec<LanguageBatch> = (0..MICRO_BATCHES).map(batch).collect();
-    let layout =
-        Layout { devices: vec![Device::flex(); ranks], zero, offload: false, ledgers: (0..ranks).map(|_| Arc::default()).collect() };
+    let layout = Layout {
+        devices: vec![Device::flex(); ranks],
+        zero,
+        ledgers: (0..ranks).map(|_| Arc::default()).collect(),
+        ..Layout::one(Device::flex())
+    };
 
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
@@ -130,7 +134,7 @@ fn measure(case: Case) -> Measured {
         counted: peaks.iter().map(Bytes::total).sum(),
         allocated,
         predicted: training_needs(&config, pass, Sharding { ranks, zero }, 0),
-        weights: (0..group.specs().len()).flat_map(|slot| group.weight(slot)).map(f32::to_bits).collect(),
+        weights: (0..group.specs().len()).flat_map(|slot| group.weight(slot).unwrap()).map(f32::to_bits).collect(),
     }
 }
 

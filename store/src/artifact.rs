@@ -96,6 +96,8 @@ pub struct ArtifactBuilder {
     entries: BTreeMap<String, Entry>,
     staged: HashMap<Digest, Staged>,
     metadata: Value,
+    /// Whether all that it is given is let go.
+    keeps_nothing: bool,
 }
 
 const MANIFEST_POINTS: WritePoints =
@@ -104,7 +106,11 @@ const MANIFEST_POINTS: WritePoints =
 impl ArtifactBuilder {
     pub(crate) fn new(store: Store, artifact_type: String) -> Self {
         let metadata = Value::Object(serde_json::Map::new());
-        Self { store, artifact_type, entries: BTreeMap::new(), staged: HashMap::new(), metadata }
+        Self { store, artifact_type, entries: BTreeMap::new(), staged: HashMap::new(), metadata, keeps_nothing: false }
+    }
+
+    pub(crate) fn keeps_nothing(self) -> Self {
+        Self { keeps_nothing: true, ..self }
     }
 
     /// Adds a file entry.
@@ -122,6 +128,9 @@ impl ArtifactBuilder {
     /// Only files that nobody may write to (those under [`Store::scratch`], and read-only ones) are hard-linked: a later
     /// write to another file would reach into the store.
     pub fn put_file(&mut self, name: &str, path: &Path) -> Result<()> {
+        if self.keeps_nothing {
+            return Ok(());
+        }
         self.check_new(name)?;
         let (digest, size_bytes, temp) = import_file(&self.store, path)?;
         let entry = Entry { name: name.to_owned(), digest, size_bytes, dtype: None, shape: Vec::new() };
@@ -134,6 +143,9 @@ impl ArtifactBuilder {
 
     /// Adds an entry whose blob is in the store already (a frozen or shared tensor): nothing is copied.
     pub fn share(&mut self, entry: &Entry) -> Result<()> {
+        if self.keeps_nothing {
+            return Ok(());
+        }
         self.check_new(&entry.name)?;
         entry.check_shape().map_err(|message| self.invalid(message))?;
         if !self.hold(entry.digest, entry.size_bytes) {
@@ -154,6 +166,9 @@ impl ArtifactBuilder {
 
     /// Makes all entries durable, then the manifest.
     pub fn publish(self) -> Result<Artifact> {
+        if self.keeps_nothing {
+            return Err(self.invalid("it keeps nothing, so there is nothing to publish".into()));
+        }
         let store = self.store.clone();
         let manifest = Manifest {
             format: Manifest::FORMAT,
@@ -191,6 +206,9 @@ impl ArtifactBuilder {
     }
 
     fn put_content(&mut self, name: &str, dtype: Option<Dtype>, shape: &[u64], content: &[u8]) -> Result<()> {
+        if self.keeps_nothing {
+            return Ok(());
+        }
         self.check_new(name)?;
         let digest = hash_parallel(content);
         let size_bytes = content.len() as u64;

@@ -150,6 +150,11 @@ impl Store {
         ArtifactBuilder::new(self.clone(), artifact_type.to_owned())
     }
 
+    /// A builder that lets go of all that it is given: for whoever makes the same as another process, which publishes it.
+    pub fn no_artifact(&self, artifact_type: &str) -> ArtifactBuilder {
+        self.artifact(artifact_type).keeps_nothing()
+    }
+
     /// Opens an artifact by its manifest's digest. `None` if it or one of its blobs is not there.
     pub fn open_artifact(&self, digest: Digest) -> Result<Option<Artifact>> {
         let Some(manifest) = self.manifest(digest)? else { return Ok(None) };

@@ -6,7 +6,7 @@
 
 use std::{env, fs, process::Command, sync::Arc};
 
-use rlflow_api::{Architecture, BlockStyle, DeviceSpec, ModelConfig, Offload, Placement, Positions};
+use rlflow_api::{Architecture, BlockStyle, DeviceSpec, ModelConfig, Placement, Positions};
 use rlflow_model::{Group, Head, OptimizerSettings, PackedBatch, TokenTargets, Use, parameters::initial};
 use rlflow_stages::{
     language::{self, LanguageBatch},
@@ -48,7 +48,7 @@ fn train(ranks: usize, zero: u8, precision: Precision) {
     let all: Arc<[u32]> = (0..64).collect();
     let micro = LanguageBatch { targets: TokenTargets { rows: all, targets: batch.ids.clone(), scale: 1.0 }, batch };
     let batches: Vec<LanguageBatch> = vec![micro; 2 * ranks];
-    let placement = Placement { devices: vec![DeviceSpec::Cpu; ranks], zero, offload: Offload::None };
+    let placement = Placement { devices: vec![DeviceSpec::Cpu; ranks], zero, ..Placement::default() };
     let layout = Memory::default().layout(&placement).expect("the CPU");
     let fresh = initial(&config, 1, 0.02);
     let mut group =

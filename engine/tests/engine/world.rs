@@ -68,7 +68,7 @@ impl World {
     /// The world that another process made.
     pub fn at(folder: &Path) -> Self {
         let cpu = DeviceInfo { spec: DeviceSpec::Cpu, name: "test".into(), memory_bytes: 1 << 30 };
-        Self { folder: folder.to_owned(), _owned: None, host: Host { devices: vec![cpu], numerics: "test".into() } }
+        Self { folder: folder.to_owned(), _owned: None, host: Host { devices: vec![cpu], numerics: "test".into(), crew: None } }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

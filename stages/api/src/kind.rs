@@ -218,6 +218,9 @@ pub trait StageKind: Send + Sync + 'static {
     const METRICS: &'static [(&'static str, &'static str)];
     /// Whether results depend on the seed.
     const DRAWS: bool;
+    /// Whether `run` works on ranks. Where a run has several processes, all of them run such a stage together; others run at the leader
+    /// alone.
+    const ON_RANKS: bool = false;
 
     /// Defaults of an older edition where they differ from today's: settings laid under the user's.
     fn edition_defaults(edition: u32) -> Value {
@@ -299,6 +302,7 @@ pub trait Kind: Send + Sync {
     fn outputs(&self) -> &'static [OutputPort];
     fn metrics(&self) -> &'static [(&'static str, &'static str)];
     fn draws(&self) -> bool;
+    fn is_on_ranks(&self) -> bool;
     fn schema(&self) -> Schema;
     fn edition_defaults(&self, edition: u32) -> Value;
     /// Parses settings that were validated against the schema. The error is serde's message.
@@ -343,6 +347,10 @@ impl<K: StageKind> Kind for K {
 
     fn draws(&self) -> bool {
         K::DRAWS
+    }
+
+    fn is_on_ranks(&self) -> bool {
+        K::ON_RANKS
     }
 
     fn schema(&self) -> Schema {

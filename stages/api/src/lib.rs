@@ -6,7 +6,8 @@
 //!
 //! In data order: [`ArtifactType`] and [`ArtifactMeta`] are what flows along edges, [`ModelConfig`] the shape of a
 //! network, [`setting`] how settings are marked, [`Placement`] where a stage runs, [`RunContext`] what `run`
-//! may touch, [`StageEvent`] what it reports, [`StageError`] how it fails.
+//! may touch, [`StageEvent`] what it reports, [`StageError`] how it fails. Where several processes run a stage, [`Processes`] is what each
+//! of them knows of the others, [`Wire`] what carries their messages, and [`Work`] what the leader sends them to do.
 
 mod artifact;
 mod context;
@@ -16,10 +17,14 @@ mod event;
 mod kind;
 mod model;
 mod placement;
+mod portable;
+mod processes;
 pub mod setting;
 mod snapshot;
 #[doc(hidden)]
 pub mod testing;
+mod wire;
+mod work;
 
 pub use artifact::{ArtifactMeta, ArtifactType, Origin};
 pub use context::{CancelToken, DataFile, Input, MemoStore, RunContext};
@@ -32,7 +37,11 @@ pub use kind::{
 };
 pub use model::{Architecture, BlockStyle, ModelConfig, Positions, RopeScaling};
 pub use placement::{DeviceChoice, DeviceSpec, Execution, Offload, Placement, ZeroLevel, ZeroSetting};
+pub use portable::Portable;
+pub use processes::{Line, Processes, ended};
 pub use rlflow_store::{
     Artifact, ArtifactBuilder, Blob, Digest, Dtype, Entry, Manifest, Retain, Snapshot, SnapshotLimit, Store, StoreError,
 };
 pub use snapshot::{SnapshotPolicy, Snapshots, extends};
+pub use wire::{Channel, Message, Peer, Wire};
+pub use work::{Order, PlacedAt, Work, WorkInput};

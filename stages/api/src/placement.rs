@@ -121,8 +121,10 @@ pub struct Execution {
 /// Where a stage runs, resolved by the scheduler.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Placement {
-    /// One device per rank.
+    /// One device per rank of a process.
     pub devices: Vec<DeviceSpec>,
+    /// Processes that each have these devices.
+    pub processes: usize,
     /// ZeRO level.
     pub zero: ZeroLevel,
     /// Offload.
@@ -131,6 +133,13 @@ pub struct Placement {
 
 impl Default for Placement {
     fn default() -> Self {
-        Self { devices: vec![DeviceSpec::Cpu], zero: 0, offload: Offload::None }
+        Self { devices: vec![DeviceSpec::Cpu], processes: 1, zero: 0, offload: Offload::None }
+    }
+}
+
+impl Placement {
+    /// Ranks of all processes.
+    pub fn ranks(&self) -> usize {
+        self.devices.len() * self.processes
     }
 }

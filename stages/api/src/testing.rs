@@ -1,16 +1,18 @@
 //! A run context without an engine: what tests of kinds, and of what kinds are made of, run in.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap, VecDeque},
     fs,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use serde_json::{Value, json};
 
 use crate::{
-    Artifact, CancelToken, DataFile, Digest, Input, MemoStore, Placement, Reporter, RunContext, Snapshots, StageEvent, StageResult, Store,
+    Artifact, CancelToken, Channel, DataFile, Digest, Input, MemoStore, Message, Peer, Placement, Processes, Reporter, RunContext,
+    Snapshots, StageEvent, StageResult, Store, Wire,
 };
 
 /// A folder with data files and a store, and what a stage that runs in it reports.
@@ -70,6 +72,7 @@ impl Bench {
             inputs: &inputs,
             files,
             placement: &Placement::default(),
+            processes: &Processes::alone(),
             snapshots: &Snapshots::new(self.store.snapshots(Digest::of(snapshots.as_bytes())), Vec::new()),
             reporter: &self.events,
             cancel: &self.cancel,
@@ -136,4 +139,74 @@ impl MemoStore for Memos {
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends of a wire between threads that stand in for processes.
+pub fn wires(processes: usize) -> Vec<Arc<dyn Wire>> {
+    let post = Arc::new(Post { letters: Mutex::default(), changed: Condvar::new() });
+    (0..processes).map(|process| Arc::new(Thread { process, processes, post: post.clone() }) as Arc<dyn Wire>).collect()
+}
+
+/// From, to, channel, lane.
+type Way = (usize, usize, Channel, u32);
+
+#[derive(Debug, Default)]
+struct Letters {
+    waiting: HashMap<Way, VecDeque<Arc<Message>>>,
+    aborted: HashMap<u32, String>,
+}
+
+#[derive(Debug)]
+struct Post {
+    letters: Mutex<Letters>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Thread {
+    process: usize,
+    processes: usize,
+    post: Arc<Post>,
+}
+
+impl Wire for Thread {
+    fn process(&self) -> usize {
+        self.process
+    }
+
+    fn processes(&self) -> usize {
+        self.processes
+    }
+
+    fn exchange(&self, channel: Channel, outgoing: Vec<(Peer, Arc<Message>)>, incoming: &[Peer]) -> Result<Vec<Message>, String> {
+        let mut letters = locked(&self.post.letters);
+        for (peer, message) in outgoing {
+            letters.waiting.entry((self.process, peer.process, channel, peer.lane)).or_default().push_back(message);
+        }
+        self.post.changed.notify_all();
+        let mut received = Vec::with_capacity(incoming.len());
+        for peer in incoming {
+            let way = (peer.process, self.process, channel, peer.lane);
+            let message = loop {
+                if let Some(message) = letters.waiting.get_mut(&way).and_then(VecDeque::pop_front) {
+                    break message;
+                }
+                if let Some(why) = letters.aborted.get(&channel.attempt) {
+                    return Err(why.clone());
+                }
+                letters = self.post.changed.wait(letters).unwrap_or_else(PoisonError::into_inner);
+            };
+            received.push(Message::of(&[message.bytes()]));
+        }
+        Ok(received)
+    }
+
+    fn abort(&self, attempt: u32, why: &str, _: Duration) {
+        locked(&self.post.letters).aborted.entry(attempt).or_insert_with(|| why.to_owned());
+        self.post.changed.notify_all();
+    }
+
+    fn aborted(&self, attempt: u32) -> Option<String> {
+        locked(&self.post.letters).aborted.get(&attempt).cloned()
+    }
 }

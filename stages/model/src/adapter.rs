@@ -85,7 +85,7 @@ pub fn save(
         }
         let shape: Vec<u64> = spec.shape.iter().map(|size| *size as u64).collect();
         let name = if is_factor(&spec.name) { entry_name(info.adapters.len(), &spec.name) } else { spec.name.clone() };
-        builder.put_tensor(&name, Dtype::F32, &shape, &bytes(&model.weight(slot)))?;
+        builder.put_tensor(&name, Dtype::F32, &shape, &bytes(&model.weight(slot)?))?;
     }
     share_adapters(source, builder)?;
     let adapters = [&info.adapters[..], std::slice::from_ref(lora)].concat();

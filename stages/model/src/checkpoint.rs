@@ -124,7 +124,7 @@ pub fn save(model: &Group, head: Head, builder: &mut ArtifactBuilder, info: &Che
     let by_name = model.first().parameters().by_name();
     for spec in specs(model.config(), head).0 {
         let shape: Vec<u64> = spec.shape.iter().map(|size| *size as u64).collect();
-        builder.put_tensor(&spec.name, Dtype::F32, &shape, &bytes(&model.weight(by_name[spec.name.as_str()])))?;
+        builder.put_tensor(&spec.name, Dtype::F32, &shape, &bytes(&model.weight(by_name[spec.name.as_str()])?))?;
     }
     let info = CheckpointInfo { model: model.config().clone(), head, adapters: Vec::new(), ..info.clone() };
     builder.metadata(serde_json::to_value(info).map_err(|error| StageError::invalid(error.to_string()))?);
@@ -158,8 +158,8 @@ pub fn share_under_score_head(source: &Artifact, info: &CheckpointInfo, seed: u6
 pub fn save_state(prefix: &str, model: &Group, builder: &mut ArtifactBuilder) -> StageResult<()> {
     save_weights(prefix, model, builder)?;
     for (part, name) in ["first_moments", "second_moments"].into_iter().enumerate() {
-        let moments = |slot: usize| model.moments(slot).map(|both| bytes(&both[part])).unwrap_or_default();
-        put_elements(builder, &format!("{prefix}.{name}"), &all_slots(model, moments))?;
+        let moments = |slot: usize| StageResult::Ok(bytes(&model.moments(slot)?[part]));
+        put_elements(builder, &format!("{prefix}.{name}"), &all_slots(model, moments)?)?;
     }
     builder.put(&format!("{prefix}.optimizer_step"), &model.steps().to_le_bytes())?;
     Ok(())
@@ -170,8 +170,8 @@ pub fn save_state(prefix: &str, model: &Group, builder: &mut ArtifactBuilder) ->
 /// # Errors
 /// If the store cannot be written.
 pub fn save_weights(prefix: &str, model: &Group, builder: &mut ArtifactBuilder) -> StageResult<()> {
-    let trained = |slot: usize| if model.first().is_frozen(slot) { Vec::new() } else { bytes(&model.weight(slot)) };
-    put_elements(builder, &format!("{prefix}.weights"), &all_slots(model, trained))
+    let trained = |slot: usize| StageResult::Ok(if model.first().is_frozen(slot) { Vec::new() } else { bytes(&model.weight(slot)?) });
+    put_elements(builder, &format!("{prefix}.weights"), &all_slots(model, trained)?)
 }
 
 /// A tensor rather than a file: of a snapshot that a newer one replaces, the store removes tensors at once.
@@ -179,8 +179,12 @@ fn put_elements(builder: &mut ArtifactBuilder, name: &str, content: &[u8]) -> St
     Ok(builder.put_tensor(name, Dtype::F32, &[content.len() as u64 / 4], content)?)
 }
 
-fn all_slots(model: &Group, of: impl Fn(usize) -> Vec<u8>) -> Vec<u8> {
-    (0..model.specs().len()).flat_map(of).collect()
+fn all_slots(model: &Group, of: impl Fn(usize) -> StageResult<Vec<u8>>) -> StageResult<Vec<u8>> {
+    let mut all = Vec::new();
+    for slot in 0..model.specs().len() {
+        all.extend_from_slice(&of(slot)?);
+    }
+    Ok(all)
 }
 
 /// Goes back to a state that [`save_state`] stored. `model` is prepared to be trained ([`Group::train`]).
@@ -192,7 +196,8 @@ pub fn load_state(prefix: &str, state: &Artifact, model: &mut Group) -> StageRes
     let step = u64::from_le_bytes(step[..].try_into().map_err(|_| StageError::invalid("snapshot without a step count"))?);
     let [first, second] = ["first_moments", "second_moments"].map(|name| state.read(&format!("{prefix}.{name}")));
     let (first, second) = (floats(&first?), floats(&second?));
-    let trained: Vec<usize> = (0..model.specs().len()).map(|slot| model.moments(slot).map_or(0, |[first, _]| first.len())).collect();
+    let len = |(slot, spec): (usize, &ParameterSpec)| if model.first().is_frozen(slot) { 0 } else { spec.len() };
+    let trained: Vec<usize> = model.specs().iter().enumerate().map(len).collect();
     if [&first, &second].iter().any(|moments| moments.len() != trained.iter().sum::<usize>()) {
         return Err(foreign(state));
     }

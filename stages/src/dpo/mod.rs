@@ -136,6 +136,7 @@ impl StageKind for Dpo {
         ),
     ];
     const DRAWS: bool = true;
+    const ON_RANKS: bool = true;
 
     fn normalise(config: &mut DpoConfig) {
         config.train.normalise();
@@ -181,7 +182,7 @@ impl StageKind for Dpo {
 
     fn run(config: &DpoConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "ref", "data"])?;
-        let memory = Memory::default();
+        let memory = Memory::of(context.processes);
         let loaded = models::load(context, "model", Head::Language, config.execution.precision, config.lora.as_ref(), &memory)?;
         let data = &context.input("data")?.artifact;
         let length = loaded.model.config().context;
@@ -215,7 +216,7 @@ impl StageKind for Dpo {
                     let logps = reference_logps(context, &model, pairs, plan.micro_batch_size)?;
                     builder.put_tensor(name, Dtype::F32, &[logps.len() as u64], &checkpoint::bytes(&logps))?;
                 }
-                Ok(builder.publish()?)
+                context.publish(builder)
             })?;
             let logps = |name: &str| StageResult::Ok(checkpoint::floats(&stored.read(name)?));
             (with_reference(train.pairs, &logps("train")?), with_reference(heldout.pairs, &logps("heldout")?))
@@ -239,7 +240,7 @@ impl StageKind for Dpo {
         let LoadedModel { mut model, info, artifact } = loaded;
         context.phase("training");
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
-        memory.report(context);
+        memory.report(context)?;
         let artifact = models::publish(context, ArtifactType::Policy, &model, Head::Language, &info, &artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }
@@ -250,7 +251,7 @@ fn reference_logps(context: &RunContext<'_>, model: &Group, pairs: &[Pair], micr
     let mut logps = Vec::with_capacity(2 * pairs.len());
     let batches: Vec<&[Pair]> = pairs.chunks(micro_batch_size).collect();
     // In portions, so that an interrupt is not waited for long.
-    for portion in batches.chunks(8 * model.ranks().len()) {
+    for portion in batches.chunks(8 * model.world_size()) {
         context.check_cancelled()?;
         let sums = model.map(portion, |decoder, pairs| frozen_logps(decoder, &answered_batch(pairs.iter(), false)))?;
         for sums in sums {

@@ -131,6 +131,7 @@ impl StageKind for Eval {
         ),
     ];
     const DRAWS: bool = true;
+    const ON_RANKS: bool = true;
 
     fn check(config: &EvalConfig) -> Vec<Problem> {
         let problems = config.rule.iter().flat_map(|rule| rule.check("rule"));
@@ -203,7 +204,7 @@ struct Evaluation<'a> {
 impl<'a> Evaluation<'a> {
     fn load(config: &'a EvalConfig, context: &'a RunContext<'a>) -> StageResult<Self> {
         models::check_same_tokenizer(context, &["models", "prompts", "judge", "baseline", "ref"])?;
-        let memory = Memory::default();
+        let memory = Memory::of(context.processes);
         let layout = memory.layout(context.placement)?;
         let load = |artifact, head| models::load_artifact(artifact, head, context.seed, &layout, Precision::Fp32, Use::Frozen);
         let prompts = &context.input("prompts")?.artifact;
@@ -274,7 +275,7 @@ impl<'a> Evaluation<'a> {
         };
         let numbers: Vec<Vec<(&str, f64)>> = results.iter().map(|result| result.numbers(&baseline_rewards)).collect();
         self.report(&results, &numbers, &baseline.name());
-        self.memory.report(context);
+        self.memory.report(context)?;
 
         let mut builder = context.output(ArtifactType::Evaluation);
         // By position, not by name: a renamed stage gives the same evaluation.
@@ -293,7 +294,7 @@ impl<'a> Evaluation<'a> {
         builder.put("results.json", &to_json(&models)?)?;
         builder.put("answers.json", &to_json(&answers)?)?;
         builder.metadata(json!({ "models": models.len(), "prompts": self.rows.len() }));
-        Ok(BTreeMap::from([("evaluation".into(), builder.publish()?)]))
+        Ok(BTreeMap::from([("evaluation".into(), context.publish(builder)?)]))
     }
 
     fn evaluate(&self, name: &str, artifact: &Artifact) -> StageResult<ModelResult> {

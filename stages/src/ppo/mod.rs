@@ -94,6 +94,7 @@ impl StageKind for Ppo {
         ),
     ];
     const DRAWS: bool = true;
+    const ON_RANKS: bool = true;
 
     fn normalise(config: &mut PpoConfig) {
         config.normalise();
@@ -157,7 +158,7 @@ impl StageKind for Ppo {
     fn run(config: &PpoConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         let mut ppo = Run::load(config, context)?;
         ppo.train()?;
-        ppo.memory.report(context);
+        ppo.memory.report(context)?;
         ppo.publish()
     }
 }
@@ -238,7 +239,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn load(config: &'a PpoConfig, context: &'a RunContext<'a>) -> StageResult<Self> {
         models::check_same_tokenizer(context, &["prompts", "actor", "critic", "ref", "reward"])?;
-        let memory = Memory::default();
+        let memory = Memory::of(context.processes);
         let load = |port: &str, head: Head, is_trained: bool| -> StageResult<LoadedModel> {
             let role = context.input(port)?;
             let training = RoleTraining::of(&CheckpointInfo::of(&role.artifact)?)?;
@@ -260,7 +261,7 @@ impl<'a> Run<'a> {
         let dropout = lora::Dropout::of(adapters.into_iter().flatten().find(|lora| lora.dropout > 0.0), context.seed);
         let (actor, critic) = if config.share_backbone {
             let mut shared = actor;
-            share_score_head(&mut shared.model, &critic.model);
+            share_score_head(&mut shared.model, &critic.model)?;
             (shared, None)
         } else {
             (actor, Some(critic))
@@ -343,7 +344,7 @@ impl<'a> Run<'a> {
             let kl_coef = self.kl_coef;
             let updated = self.update(&experience, step)?;
             if let (Some(average), Some(decay)) = (&mut self.average, config.ema_decay) {
-                average.blend(&self.actor.model, decay);
+                average.blend(&self.actor.model, decay)?;
             }
             self.report(step, &experience, &updated, kl_coef)?;
             self.kl_coef = config.kl_controller.next(kl_coef, experience.mean_kl(), experience.samples.len());
@@ -359,8 +360,8 @@ impl<'a> Run<'a> {
                 detail: format!("score {:.3}, KL {:.2}", experience.mean_score(), experience.mean_kl()),
             });
             let last = done == config.steps;
-            if last || context.cancel.is_cancelled() || context.snapshots.is_due(done) {
-                let mut state = context.snapshots.builder();
+            if last || context.is_snapshot_due(done)? {
+                let mut state = context.state();
                 checkpoint::save_state("actor", &self.actor.model, &mut state)?;
                 if let Some(critic) = &self.critic {
                     checkpoint::save_state("critic", &critic.model, &mut state)?;
@@ -425,8 +426,9 @@ impl<'a> Run<'a> {
 }
 
 /// Puts the critic's scalar head on the actor's trunk.
-fn share_score_head(actor: &mut Group, critic: &Group) {
+fn share_score_head(actor: &mut Group, critic: &Group) -> StageResult<()> {
     if let (Some(to), Some(from)) = (actor.first().slots().score, critic.first().slots().score) {
-        actor.set_weight(to, &critic.weight(from));
+        actor.set_weight(to, &critic.weight(from)?);
     }
+    Ok(())
 }

@@ -1,5 +1,5 @@
 use burn::tensor::{Device, Tensor, TensorData};
-use rlflow_api::{CounterRng, StageError, StageResult};
+use rlflow_api::{CounterRng, Portable, StageError, StageResult};
 use rlflow_model::{HeadView, PackedBatch, parameters::host};
 
 use super::{
@@ -66,6 +66,18 @@ struct PolicySums {
     kl: f64,
 }
 
+impl Portable for PolicySums {
+    fn put(&self, out: &mut Vec<u8>) {
+        let Self { loss, entropy, squared_logratio, clipped, ratio, ratio_error, kl } = *self;
+        f64::put_all(&[loss, entropy, squared_logratio, clipped, ratio, ratio_error, kl], out);
+    }
+
+    fn take(from: &mut &[u8]) -> Option<Self> {
+        let [loss, entropy, squared_logratio, clipped, ratio, ratio_error, kl] = f64::take_all(7, from)?.try_into().ok()?;
+        Some(Self { loss, entropy, squared_logratio, clipped, ratio, ratio_error, kl })
+    }
+}
+
 impl PolicySums {
     fn add(&mut self, more: &Self) {
         self.loss += more.loss;
@@ -82,6 +94,17 @@ impl PolicySums {
 struct ValueSums {
     loss: f64,
     clipped: f64,
+}
+
+impl Portable for ValueSums {
+    fn put(&self, out: &mut Vec<u8>) {
+        (self.loss, self.clipped).put(out);
+    }
+
+    fn take(from: &mut &[u8]) -> Option<Self> {
+        let (loss, clipped) = Portable::take(from)?;
+        Some(Self { loss, clipped })
+    }
 }
 
 impl ValueSums {

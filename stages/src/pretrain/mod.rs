@@ -81,6 +81,7 @@ impl StageKind for Pretrain {
         ),
     ];
     const DRAWS: bool = true;
+    const ON_RANKS: bool = true;
 
     fn normalise(config: &mut PretrainConfig) {
         config.train.normalise();
@@ -145,7 +146,7 @@ impl StageKind for Pretrain {
         let tokenizer = ChatTokenizer::load(tokenizer_artifact)?;
         models::check_same_tokenizer(context, &["tokenizer", "model"])?;
         let tokens = tokenize_corpus(context, &context.input("corpus")?.artifact, &tokenizer)?;
-        let (precision, memory) = (config.execution.precision, Memory::default());
+        let (precision, memory) = (config.execution.precision, Memory::of(context.processes));
         let mut model = match (&config.model, context.optional_input("model")) {
             (_, Some(_)) => models::load(context, "model", Head::Language, precision, None, &memory)?.model,
             (Some(settings), None) => {
@@ -168,7 +169,7 @@ impl StageKind for Pretrain {
         let plan = config.train.plan(windows.rows());
         let mut task = PretrainTask { windows, heldout, plan: plan.clone() };
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
-        memory.report(context);
+        memory.report(context)?;
         let digest = tokenizer.digest().to_string();
         let info =
             CheckpointInfo { model: model.config().clone(), head: Head::Language, tokenizer: digest, adapters: Vec::new(), role: None };

@@ -84,6 +84,7 @@ impl StageKind for RewardModel {
         ),
     ];
     const DRAWS: bool = true;
+    const ON_RANKS: bool = true;
 
     fn normalise(config: &mut RewardModelConfig) {
         config.train.normalise();
@@ -119,7 +120,7 @@ impl StageKind for RewardModel {
 
     fn run(config: &RewardModelConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "data"])?;
-        let memory = Memory::default();
+        let memory = Memory::of(context.processes);
         let LoadedModel { mut model, info, artifact } =
             models::load(context, "model", Head::Score, config.execution.precision, config.lora.as_ref(), &memory)?;
         let data = &context.input("data")?.artifact;
@@ -135,7 +136,7 @@ impl StageKind for RewardModel {
         let mut task = RewardTask { pairs, heldout, order, plan: plan.clone(), config: config.clone(), dropout };
         context.phase("training");
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
-        memory.report(context);
+        memory.report(context)?;
         let artifact = models::publish(context, ArtifactType::Reward, &model, Head::Score, &info, &artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }

@@ -74,6 +74,7 @@ impl StageKind for Sft {
         ),
     ];
     const DRAWS: bool = true;
+    const ON_RANKS: bool = true;
 
     fn normalise(config: &mut SftConfig) {
         config.train.normalise();
@@ -109,7 +110,7 @@ impl StageKind for Sft {
 
     fn run(config: &SftConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         models::check_same_tokenizer(context, &["model", "data"])?;
-        let memory = Memory::default();
+        let memory = Memory::of(context.processes);
         let LoadedModel { mut model, info, artifact } =
             models::load(context, "model", Head::Language, config.execution.precision, config.lora.as_ref(), &memory)?;
         let data = &context.input("data")?.artifact;
@@ -143,7 +144,7 @@ impl StageKind for Sft {
         let mut task = SftTask { rows: rows.rows, heldout, order, plan: plan.clone(), dropout };
         context.phase("training");
         train::train(context, &plan, &config.execution, &mut model, &mut task)?;
-        memory.report(context);
+        memory.report(context)?;
         let artifact = models::publish(context, ArtifactType::Policy, &model, Head::Language, &info, &artifact)?;
         Ok(BTreeMap::from([("model".into(), artifact)]))
     }

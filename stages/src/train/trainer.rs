@@ -78,7 +78,7 @@ pub fn train<T: Task>(
     }
     let stable_until = plan.learning_rate.stable_until();
     let snapshot = |done: u64, retain: Retain, model: &Group| {
-        let mut state = context.snapshots.builder();
+        let mut state = context.state();
         checkpoint::save_state(STATE, model, &mut state)?;
         context.save_snapshot(done, retain, json!({ "total_steps": plan.steps, "stable_until": stable_until }), state)
     };
@@ -133,7 +133,7 @@ pub fn train<T: Task>(
         }
         if last || done == stable_until {
             snapshot(done, Retain::Keep, model)?;
-        } else if context.cancel.is_cancelled() || context.snapshots.is_due(done) {
+        } else if context.is_snapshot_due(done)? {
             snapshot(done, Retain::Latest, model)?;
         }
         context.check_cancelled()?;
@@ -150,7 +150,7 @@ fn check_finite(step: u64, metrics: &[(&'static str, f64)], norm: f64, model: &G
         return Err(StageError::NonFinite { step, tensor: (*name).into(), value: *value as f32, last_snapshot });
     }
     if !norm.is_finite() {
-        let found = model.first_non_finite().map(|(spec, value)| (format!("the gradient of {}", spec.name), value));
+        let found = model.first_non_finite()?.map(|(spec, value)| (format!("the gradient of {}", spec.name), value));
         let (tensor, value) = found.unwrap_or_else(|| ("the gradient norm".into(), norm as f32));
         return Err(StageError::NonFinite { step, tensor, value, last_snapshot });
     }

@@ -62,11 +62,11 @@ impl TokenDataset {
 }
 
 /// The ids of both splits of `corpus`, each document as [`ChatTokenizer::encode_document`] gives it. Kept through
-/// [`RunContext::memo`], so that a change of training settings does not encode again. Documents are encoded in
+/// [`RunContext::memo_of_leader`], so that a change of training settings does not encode again. Documents are encoded in
 /// parallel and written in order, in bounded memory.
 pub fn tokenize_corpus(context: &RunContext<'_>, corpus: &Artifact, tokenizer: &ChatTokenizer) -> StageResult<Artifact> {
     let key = json!({ "memo": "tokens", "version": VERSION, "corpus": corpus.digest(), "tokenizer": tokenizer.digest() });
-    context.memo(&key, || encode_documents(context, corpus, tokenizer))
+    context.memo_of_leader(&key, |context| encode_documents(context, corpus, tokenizer))
 }
 
 fn encode_documents(context: &RunContext<'_>, corpus: &Artifact, tokenizer: &ChatTokenizer) -> StageResult<Artifact> {

@@ -38,8 +38,13 @@ pub trait Collective: Debug + Send + Sync {
     /// Waits for all.
     fn barrier(&self);
 
-    /// This rank cannot go on: ends the calls of all others, now and from now on.
-    fn abort(&self);
+    /// This rank cannot go on, and says why: ends the calls of all others, now and from now on.
+    fn abort(&self, why: &str);
+
+    /// Why a rank of another process could not go on, if that is known.
+    fn aborted(&self) -> Option<String> {
+        None
+    }
 }
 
 /// Pieces that may still be on their way.

@@ -132,7 +132,7 @@ impl Collective for InProcess {
         self.board.exchange(self.rank, Part::Nothing);
     }
 
-    fn abort(&self) {
+    fn abort(&self, _: &str) {
         self.board.round.lock().unwrap_or_else(PoisonError::into_inner).aborted = true;
         self.board.changed.notify_all();
     }
@@ -198,7 +198,7 @@ mod tests {
     fn a_rank_that_fails_frees_those_that_wait() {
         let results = on_ranks(3, |end| {
             if end.rank() == 1 {
-                end.abort();
+                end.abort("");
             } else {
                 end.barrier();
             }

@@ -96,8 +96,12 @@ impl Collective for Ordered {
         self.call(|inner| inner.barrier());
     }
 
-    fn abort(&self) {
-        self.inner.abort();
+    fn abort(&self, why: &str) {
+        self.inner.abort(why);
+    }
+
+    fn aborted(&self) -> Option<String> {
+        self.inner.aborted()
     }
 }
 
@@ -125,7 +129,7 @@ mod tests {
         let ends: Vec<_> = in_process(2).into_iter().map(Ordered::around).collect();
         let end = ends[0].clone();
         let waiting = thread::spawn(move || end.barrier());
-        ends[1].abort();
+        ends[1].abort("");
         assert!(waiting.join().is_err_and(|payload| payload.is::<Aborted>()));
     }
 }
