@@ -320,7 +320,37 @@ fn a_plan_counts_the_memory_of_devices_that_are_not_here() {
     assert!((1..3).contains(&lowest), "{auto}");
     assert!(of("pretrain")["hint"].as_str().unwrap().starts_with(&format!("zero = {lowest} on 8 devices")), "{}", of("pretrain"));
 
+    // What a rank of PPO holds is what its roles hold there.
+    let parts = &ppo["rank_bytes"];
+    assert!(
+        ["parameters", "gradients", "optimizer", "activations", "buffers"].iter().all(|part| parts[part].as_u64() > Some(0)),
+        "{parts}"
+    );
+
     let output = world.rlflow(&["run", workflow, "--store", "store"]);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains("`cuda:0` is declared in `[devices]`, but this machine has none"), "{}", stderr(&output));
+}
+
+/// Who leaves the device to rlflow plans with what is declared, and runs on what is here.
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn what_leaves_its_device_open_runs_here() {
+    let world = World::new();
+    let more = r#"
+[stage.base]
+kind = "pretrain"
+inputs = { corpus = "corpus", tokenizer = "tokenizer" }
+model = { hidden_size = 8, layers = 1, heads = 1, context = 16 }
+train = { steps = 1, batch_size = 1 }
+
+[devices]
+cuda = { count = 2, memory = "80 GB" }
+"#;
+    fs::write(world.path("flow.toml"), format!("{WORKFLOW}{more}")).unwrap();
+    let planned = world.json(&["plan", "flow.toml", "--json"]);
+    assert_eq!(planned["stages"][2]["devices"][0], "cuda:0", "{planned}");
+    let output = world.rlflow(&["run", "flow.toml"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stderr(&output).contains("`device = \"auto\"` runs on what it has"), "{}", stderr(&output));
 }

@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use rlflow_api::{DataFile, DeviceSpec, Needs, Placement, Problem, ZeroSetting, data_format};
+use rlflow_api::{DataFile, DeviceChoice, DeviceSpec, Needs, Placement, Problem, ZeroSetting, data_format};
 use rlflow_store::{ActionRecord, Digest, FileDigest, Snapshot, Store, StoreError};
 
 use crate::{
@@ -195,6 +195,30 @@ impl<'a> Actions<'a> {
         };
         actions.settle_levels();
         Ok(actions)
+    }
+
+    /// Places stages that leave the choice of a device (`"auto"`) where this machine can run them, if planning chose a device that the
+    /// workflow only declares. Whether there were any.
+    pub(crate) fn fall_back(&mut self) -> bool {
+        let is_here = |spec: &DeviceSpec| self.host.device(*spec).is_some();
+        let here =
+            Host { devices: self.planned.devices.iter().filter(|device| is_here(&device.spec)).cloned().collect(), ..self.host.clone() };
+        let mut moved = Vec::new();
+        for (index, stage) in self.workflow.stages.iter().enumerate() {
+            let Some(execution) = stage.kind.execution(&stage.config) else { continue };
+            let is_auto = matches!(&execution.device, DeviceChoice::One(name) if name == "auto");
+            if !is_auto || self.placements[index].devices.iter().all(is_here) {
+                continue;
+            }
+            let peak = |ranks, zero| Some(self.workflow.describe(index, ranks, zero).ok()?.needs.peak_bytes()).filter(|peak| *peak > 0);
+            moved.extend(here.place(Some(&execution), peak).ok().map(|placement| (index, placement)));
+        }
+        let any = moved.iter().any(|(index, _)| self.selected[*index]);
+        moved.into_iter().for_each(|(index, placement)| self.placements[index] = placement);
+        if any {
+            self.settle_levels();
+        }
+        any
     }
 
     /// Puts a stage one ZeRO level higher.

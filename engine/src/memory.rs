@@ -91,6 +91,17 @@ impl Actions<'_> {
         held.beside(Parts::of(&self.needs(stage), &Placement { devices, ..Placement::default() })).total()
     }
 
+    /// Memory of a rank of the stage with the models of others that it holds: they stay side by side, and work in turn.
+    pub fn rank_needs(&self, stage: usize) -> Needs {
+        let own = self.needs(stage);
+        self.roles(stage).into_iter().fold(own, |all, (_, role)| Needs {
+            parameter_bytes: all.parameter_bytes + role.parameter_bytes,
+            optimizer_bytes: all.optimizer_bytes + role.optimizer_bytes,
+            tokens: own.tokens,
+            ..if role.passing_bytes() > all.passing_bytes() { role } else { all }
+        })
+    }
+
     /// Raises ZeRO levels that were left to planning until the stages that hold such models fit their devices.
     pub(crate) fn settle_levels(&mut self) {
         for stage in 0..self.workflow.stages.len() {

@@ -272,7 +272,7 @@ impl PlannedStage {
             peak_bytes: usage.values().copied().max().unwrap_or(0),
             usage,
             holds_others: !actions.workflow.stages[stage].described.holds().is_empty(),
-            needs: actions.needs(stage),
+            needs: actions.rank_needs(stage),
             estimated_seconds: None,
             holder: None,
             error: None,

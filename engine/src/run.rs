@@ -85,7 +85,10 @@ pub fn run(
     cancel: &CancelToken,
 ) -> Result<Summary> {
     let started = Instant::now();
-    let actions = Actions::new(workflow, store, host, &options.request)?;
+    let mut actions = Actions::new(workflow, store, host, &options.request)?;
+    if actions.fall_back() {
+        tracing::warn!("`[devices]` declares devices that this machine does not have: `device = \"auto\"` runs on what it has");
+    }
     if !actions.misplaced().is_empty() {
         Plan::of(&actions)?.check_places(&actions, true)?;
     }

@@ -137,3 +137,17 @@ fn wrong_adapters_are_told_when_planning() {
     let told = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(told.contains("the model has no `gate_proj`") && told.contains("up_proj"), "{told}");
 }
+
+/// An empty table asks for an adapter with all defaults, wherever it stands.
+#[test]
+fn an_empty_table_is_an_adapter() {
+    let fixture = Fixture::new();
+    let optimizer = |sets: &[&str]| {
+        let plan = fixture.json("store", &["plan"], sets);
+        let stage = plan["stages"].as_array().unwrap().iter().find(|stage| stage["name"] == "sft").unwrap().clone();
+        stage["rank_bytes"]["optimizer"].as_u64().unwrap()
+    };
+    let adapter = optimizer(&["stage.sft.lora={}"]);
+    assert_eq!(optimizer(&["defaults.lora={}"]), adapter);
+    assert!(adapter > 0 && adapter < optimizer(&[]), "{adapter}");
+}

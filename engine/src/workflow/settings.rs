@@ -64,7 +64,8 @@ fn applicable(shape: &SettingsShape, id: ShapeId, defaults: &Table, used: &mut H
     let mut found = Table::default();
     for (key, entry) in defaults {
         let Some(field) = shape[id].fields.get(key) else { continue };
-        match entry.node.as_table().filter(|_| !shape[*field].fields.is_empty()) {
+        // An empty table says that the setting is there (`lora = {}`): there is nothing in it to choose from.
+        match entry.node.as_table().filter(|table| !table.is_empty() && !shape[*field].fields.is_empty()) {
             Some(inner) => {
                 let inner = applicable(shape, *field, inner, used);
                 if !inner.is_empty() {

@@ -1,3 +1,5 @@
+use std::cmp::Ordering;
+
 use serde_json::Value;
 
 use super::{
@@ -176,7 +178,9 @@ impl Checker<'_> {
             || shape.maximum.is_some_and(|maximum| number > maximum)
             || shape.exclusive_maximum.is_some_and(|maximum| number >= maximum);
         if outside {
-            let range = range_text(shape).unwrap_or_default();
+            // A bound of the machine type is noise, unless it is the one that was passed.
+            let is_above = shape.maximum.is_some_and(|maximum| number > maximum);
+            let range = if is_above { range_with(shape, shape.maximum) } else { range_text(shape) }.unwrap_or_default();
             let finding = self.finding("out_of_range", span, format!("must be {range}, found {}", long_number(text)));
             out.push(Finding { nearest: nearest(shape, number), ..finding });
         }
@@ -362,6 +366,8 @@ impl Checker<'_> {
             return out.push(self.silent("wrong_type", span));
         }
         let mut best: Option<Vec<Finding>> = None;
+        // Branches between which nothing decides: `{ cuda = 2, cpu = 2 }` is as good, or bad, for one as for the other.
+        let mut tied: Vec<ShapeId> = Vec::new();
         for &branch in group {
             let mut findings = Vec::new();
             self.table(branch, table, span, open, &mut findings);
@@ -371,11 +377,24 @@ impl Checker<'_> {
                 let wrong_kind = findings.iter().any(|finding| finding.path == self.path && finding.code == "wrong_type");
                 (wrong_kind, wrong_tag, findings.len())
             };
-            if best.as_ref().is_none_or(|best| score(&findings) < score(best)) {
-                best = Some(findings);
+            match best.as_ref().map(|best| score(&findings).cmp(&score(best))) {
+                None | Some(Ordering::Less) => (best, tied) = (Some(findings), vec![branch]),
+                Some(Ordering::Equal) => tied.push(branch),
+                Some(Ordering::Greater) => {}
             }
         }
         let Some(mut best) = best else { return };
+        let required =
+            |branch: &ShapeId| self.shape[*branch].required.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" with ");
+        let names: Vec<String> = tied.iter().map(required).collect();
+        let about_keys = best.iter().all(|finding| matches!(finding.code, "missing_setting" | "unknown_key"));
+        let known = |name: &&String| tied.iter().any(|branch| self.shape[*branch].fields.contains_key(*name));
+        if tied.len() > 1 && about_keys && !names.contains(&String::new()) && table.keys().all(|name| known(&name)) {
+            let found: Vec<String> = table.keys().map(|name| format!("`{name}`")).collect();
+            let found = if found.is_empty() { "neither".to_owned() } else { found.join(" and ") };
+            let message = format!("must have {}, and only one of them; found {found}", names.join(" or "));
+            return out.push(self.finding("wrong_type", span, message));
+        }
         let none_takes_tables = group.iter().all(|branch| !self.takes(*branch, &Data::Table(Table::default())));
         if none_takes_tables {
             return out.push(self.wrong_type(id, &Node::table(Table::default(), span)));
@@ -497,7 +516,10 @@ pub(crate) fn range_text(shape: &Shape) -> Option<String> {
     // Bounds that only say which machine type holds the value would be noise.
     let is_type_bound =
         |bound: &f64| bound.abs() >= 65535.0 && (bound.abs().log2().fract() == 0.0 || (bound.abs() + 1.0).log2().fract() == 0.0);
-    let upper_bound = shape.maximum.filter(|bound| !is_type_bound(bound));
+    range_with(shape, shape.maximum.filter(|bound| !is_type_bound(bound)))
+}
+
+fn range_with(shape: &Shape, upper_bound: Option<f64>) -> Option<String> {
     if let (None, Some(lower), None, Some(upper)) = (shape.exclusive_minimum, shape.minimum, shape.exclusive_maximum, upper_bound) {
         return Some(format!("from {lower} to {upper}"));
     }
