@@ -61,12 +61,18 @@ fn outputs(summary: &Summary) -> BTreeMap<String, String> {
     summary.stages.iter().map(|stage| (stage.name.clone(), format!("{:?} {:?}", stage.outputs, stage.error))).collect()
 }
 
-/// Three processes of one rank (some have nothing to do in a round, shares are uneven), and two of two; at every level; with adapters
-/// and a moving average, whose weights are read and written whole.
+/// Three processes of one rank (some have nothing to do in a round, shares are uneven), and two of two; at every level; with bfloat16
+/// weights, adapters and a moving average, which are read and written whole.
 #[test]
 fn processes_give_the_digests_of_one() {
     let fixture = Fixture::new();
-    let more = ["stage.dpo.lora={ rank = 2 }", "stage.dpo.loss=\"kto\"", "stage.ppo.ema_decay=0.9", "stage.ppo.share_backbone=true"];
+    let more = [
+        "stage.sft.precision=\"bf16\"",
+        "stage.dpo.lora={ rank = 2 }",
+        "stage.dpo.loss=\"kto\"",
+        "stage.ppo.ema_decay=0.9",
+        "stage.ppo.share_backbone=true",
+    ];
     let expected = [&[][..], &more[..]].map(|sets| outputs(&lead(&fixture, &fixture.path("one"), sets, None, false)));
     for (workers, ranks, zero, is_more) in [(2, 1, 0, 0), (2, 1, 3, 1), (1, 2, 2, 0), (1, 1, 1, 1)] {
         let sets = [format!("defaults.device={{ cpu = {ranks} }}"), format!("defaults.zero={zero}")];
