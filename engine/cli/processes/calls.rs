@@ -17,15 +17,27 @@ const PIECE_BYTES: usize = 1 << 30;
 /// A message is on its way out.
 pub struct Sending {
     request: ffi::MPI_Request,
-    /// MPI reads it until the request is done.
-    message: Arc<Message>,
+    /// MPI reads it until the request is done; what is dropped before is left to MPI.
+    message: Option<Arc<Message>>,
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        std::mem::forget(self.message.take());
+    }
 }
 
 /// A message, or a piece of one, is on its way in.
 pub struct Receiving {
     request: ffi::MPI_Request,
-    /// MPI writes to it until the request is done.
-    piece: Message,
+    /// MPI writes to it until the request is done; what is dropped before is left to MPI.
+    piece: Option<Message>,
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        std::mem::forget(self.piece.take());
+    }
 }
 
 // SAFETY: a request is a handle; MPI is initialised for calls from any thread, one at a time, and `Calls` makes them so.
@@ -70,8 +82,8 @@ impl Calls {
             let piece = &bytes[start..bytes.len().min(start + PIECE_BYTES)];
             let mut request = MaybeUninit::uninit();
             let guard = self.open()?;
-            // SAFETY: the piece stays where it is, unchanged, until the request is done: `Sending` holds its message, and is
-            // leaked rather than dropped before.
+            // SAFETY: the piece stays where it is, unchanged, until the request is done: `Sending` holds its message, and leaks it
+            // rather than let go of it before.
             let code = unsafe {
                 let buffer = piece.as_ptr().cast::<c_void>();
                 let (kind, world) = (ffi::RSMPI_UINT8_T, ffi::RSMPI_COMM_WORLD);
@@ -80,14 +92,18 @@ impl Calls {
             drop(guard);
             checked("send", code)?;
             // SAFETY: the call succeeded.
-            started.push(Sending { request: unsafe { request.assume_init() }, message: message.clone() });
+            started.push(Sending { request: unsafe { request.assume_init() }, message: Some(message.clone()) });
         }
         Ok(started)
     }
 
     /// Whether it was sent.
     pub fn is_sent(&self, sending: &mut Sending) -> Result<bool, String> {
-        self.test(&mut sending.request)
+        let done = self.test(&mut sending.request)?;
+        if done {
+            sending.message = None;
+        }
+        Ok(done)
     }
 
     /// Starts to receive a message, or a piece, if one has come.
@@ -108,13 +124,14 @@ impl Calls {
             let code = ffi::MPI_Imrecv(buffer, count, ffi::RSMPI_UINT8_T, handle.as_mut_ptr(), request.as_mut_ptr());
             drop(guard);
             checked("receive", code)?;
-            Ok(Some(Receiving { request: request.assume_init(), piece }))
+            Ok(Some(Receiving { request: request.assume_init(), piece: Some(piece) }))
         }
     }
 
-    /// Whether it was received.
-    pub fn is_received(&self, receiving: &mut Receiving) -> Result<bool, String> {
-        self.test(&mut receiving.request)
+    /// What was received, once all of it was.
+    pub fn received(&self, receiving: &mut Receiving) -> Result<Option<Message>, String> {
+        let done = self.test(&mut receiving.request)?;
+        Ok(if done { receiving.piece.take() } else { None })
     }
 
     fn test(&self, request: &mut ffi::MPI_Request) -> Result<bool, String> {
@@ -133,22 +150,7 @@ impl Calls {
     }
 }
 
-impl Receiving {
-    /// What was received.
-    pub fn into_piece(self) -> Message {
-        self.piece
-    }
-}
-
 /// Whether another piece of the same message follows.
 pub fn is_continued(piece: &Message) -> bool {
     piece.bytes().len() == PIECE_BYTES
-}
-
-/// Lets MPI keep what it may still read or write: nobody waits for it any longer.
-pub fn abandon(sending: Vec<Sending>, receiving: impl IntoIterator<Item = Receiving>) {
-    for sending in sending {
-        std::mem::forget(sending.message);
-    }
-    receiving.into_iter().for_each(std::mem::forget);
 }

@@ -8,7 +8,7 @@ use std::{
 
 use rlflow_api::{Channel, Message, Peer, Portable, Wire};
 
-use super::calls::{Calls, Receiving, Sending, abandon, is_continued};
+use super::calls::{Calls, Receiving, Sending, is_continued};
 
 /// What is said about attempts that ended before their time.
 pub const CONTROL: Channel = Channel { attempt: 0, number: 1 };
@@ -82,10 +82,12 @@ impl MpiWire {
     pub fn control(&self) -> Result<(), String> {
         for from in (0..self.processes).filter(|process| *process != self.process) {
             let Some(mut receiving) = self.calls.receive(from, tag(CONTROL, 0)?)? else { continue };
-            while !self.calls.is_received(&mut receiving)? {
-                thread::yield_now();
-            }
-            let said = receiving.into_piece();
+            let said = loop {
+                match self.calls.received(&mut receiving)? {
+                    Some(said) => break said,
+                    None => thread::yield_now(),
+                }
+            };
             if let Some((attempt, why, patience)) = Portable::take(&mut said.bytes()) {
                 self.end(attempt, why, Duration::from_millis(patience));
             }
@@ -134,23 +136,19 @@ impl MpiWire {
         let mut waited = Instant::now();
         let until = limit.map(|limit| waited + limit);
         loop {
-            match self.advance(&mut sending, &mut receiving) {
-                Ok(_) if sending.is_empty() && receiving.iter().all(|incoming| incoming.is_done) => break,
-                Ok(true) => waited = Instant::now(),
-                Ok(false) => {
-                    let is_late = until.is_some_and(|until| Instant::now() >= until);
-                    let ended = self.check(channel).err().or_else(|| is_late.then(|| "another process does not answer".into()));
-                    if let Some(why) = ended {
-                        abandon(sending, receiving.into_iter().filter_map(|incoming| incoming.under_way));
-                        return Err(why);
-                    }
-                    wait(waited.elapsed());
-                }
-                Err(why) => {
-                    abandon(sending, receiving.into_iter().filter_map(|incoming| incoming.under_way));
-                    return Err(why);
-                }
+            let advanced = self.advance(&mut sending, &mut receiving)?;
+            if sending.is_empty() && receiving.iter().all(|incoming| incoming.is_done) {
+                break;
             }
+            if advanced {
+                waited = Instant::now();
+                continue;
+            }
+            self.check(channel)?;
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Err("another process does not answer".into());
+            }
+            wait(waited.elapsed());
         }
         let whole = |mut incoming: Incoming| match incoming.pieces.len() {
             1 => incoming.pieces.swap_remove(0),
@@ -176,10 +174,8 @@ impl MpiWire {
                 incoming.under_way = self.calls.receive(incoming.from, incoming.tag)?;
             }
             let Some(under_way) = &mut incoming.under_way else { continue };
-            if !self.calls.is_received(under_way)? {
-                continue;
-            }
-            let piece = incoming.under_way.take().map(Receiving::into_piece).unwrap_or_default();
+            let Some(piece) = self.calls.received(under_way)? else { continue };
+            incoming.under_way = None;
             incoming.is_done = !is_continued(&piece);
             incoming.pieces.push(piece);
             advanced = true;
@@ -217,10 +213,9 @@ impl Wire for MpiWire {
         let message = Arc::new(Message::of(&[&said]));
         for to in (0..self.processes).filter(|process| *process != self.process) {
             let sent = tag(CONTROL, 0).and_then(|tag| self.calls.send(to, tag, &message));
-            match sent {
-                // So short a message is on its way when this returns; nobody waits for it here.
-                Ok(sending) => abandon(sending, None),
-                Err(error) => tracing::debug!(%error, to, "a process is not told of an end"),
+            // So short a message is on its way by now; nobody waits for it here.
+            if let Err(error) = sent {
+                tracing::debug!(%error, to, "a process is not told of an end");
             }
         }
     }
