@@ -320,12 +320,9 @@ fn a_plan_counts_the_memory_of_devices_that_are_not_here() {
     assert!((1..3).contains(&lowest), "{auto}");
     assert!(of("pretrain")["hint"].as_str().unwrap().starts_with(&format!("zero = {lowest} on 8 devices")), "{}", of("pretrain"));
 
-    // What a rank of PPO holds is what its roles hold there.
+    // What a rank of PPO holds is what its roles hold there; most while it samples, when there are no gradients.
     let parts = &ppo["rank_bytes"];
-    assert!(
-        ["parameters", "gradients", "optimizer", "activations", "buffers"].iter().all(|part| parts[part].as_u64() > Some(0)),
-        "{parts}"
-    );
+    assert!(["parameters", "optimizer", "buffers"].iter().all(|part| parts[part].as_u64() > Some(0)), "{parts}");
 
     let output = world.rlflow(&["run", workflow, "--store", "store"]);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));

@@ -333,8 +333,11 @@ fn cached_decoding_agrees_with_transformers_and_with_the_full_pass() {
         let weights = SafeTensors::deserialize(&weights).unwrap();
         let view = SafeTensors::deserialize(&case.tensors).unwrap();
         let decoder = load(&weights, case.config.clone());
-        // Prompts of different lengths in one batch; the short one must not notice the long one.
-        let prompts = [case.sequences[0].as_slice(), &case.sequences[1][..5], case.sequences[1].as_slice()];
+        // Prompts of different lengths in one batch; the short one must not notice the long one. Two stand twice: their answers
+        // share the prompt's keys and values, which for the long one fill more than a block of the cache.
+        let long: Vec<u32> = case.sequences.concat().into_iter().take(case.config.context - 16).collect();
+        let [first, second] = [case.sequences[0].as_slice(), case.sequences[1].as_slice()];
+        let prompts = [first, &second[..5], second, first, &long, &long];
         let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 16, stop_ids: vec![] };
         let draws = Draws { seed: 0, purpose: "test", step: 0 };
         let completions = generate(&decoder, &prompts, &sampling, draws, |_, _| true);
@@ -347,6 +350,7 @@ fn cached_decoding_agrees_with_transformers_and_with_the_full_pass() {
                 assert_eq!(completion.ids, expected, "{name} row {row}");
             }
         }
+        assert!(long.len() > 16 && completions[3] == completions[0] && completions[5] == completions[4]);
         for (prompt, completion) in prompts.iter().zip(&completions) {
             let whole = [prompt, completion.ids.as_slice()].concat();
             let batch = PackedBatch::new([whole.as_slice()]);
