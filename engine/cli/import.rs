@@ -13,7 +13,7 @@ use crate::{
     run::Run,
 };
 
-/// Take a Hugging Face checkpoint directory into a workflow
+/// Take a Hugging Face checkpoint directory, or an adapter of PEFT, into a workflow
 ///
 /// Adds a stage of kind `import` to the workflow file, which is made if there is none, and runs it.
 #[derive(Args)]
@@ -24,12 +24,16 @@ pub struct Import {
     /// Name of the stage
     #[arg(value_name = "STAGE")]
     pub stage: String,
-    /// The checkpoint: a directory with config.json, model.safetensors and tokenizer.json
+    /// The checkpoint: a directory with config.json, model.safetensors and tokenizer.json; or with adapter_config.json and
+    /// adapter_model.safetensors
     #[arg(value_name = "DIR")]
     pub folder: PathBuf,
     /// Longest sequence, in tokens [default: the checkpoint's]
     #[arg(long)]
     pub context: Option<u64>,
+    /// For an adapter: the stage with the model that it was trained on
+    #[arg(long, value_name = "STAGE", conflicts_with = "context")]
+    pub model: Option<String>,
 }
 
 impl Import {
@@ -93,6 +97,9 @@ impl Import {
         }
         // A JSON string is a TOML string.
         text.push_str(&format!("[stage.{}]\nkind = \"import\"\npath = {}\n", self.stage, serde_json::Value::from(path)));
+        if let Some(model) = &self.model {
+            text.push_str(&format!("inputs = {{ model = {} }}\n", serde_json::Value::from(model.as_str())));
+        }
         if let Some(context) = self.context {
             text.push_str(&format!("context = {context}\n"));
         }

@@ -2,10 +2,10 @@
 
 use std::{fs, path::Path};
 
-use rlflow_api::{Architecture, Artifact, StageError, StageResult};
+use rlflow_api::{Artifact, StageError, StageResult};
 use rlflow_hf::{
     Role,
-    peft::{ADAPTER_CONFIG, ADAPTER_MODEL, AdapterConfig, tensor_name},
+    peft::{ADAPTER_CONFIG, ADAPTER_MODEL, AdapterConfig, is_alike, tensor_name},
     safetensors::{Header, TensorInfo},
 };
 use rlflow_kernels::LowRank;
@@ -36,7 +36,7 @@ pub fn write(model: &Artifact, role: Role, folder: &Path) -> StageResult<Exporte
             "export it without `--adapter`, or train it with `lora`",
         ));
     }
-    if info.model.architecture == Architecture::Gpt2 {
+    if !is_alike(&info.model) {
         return Err(StageError::invalid_with_hint(
             "GPT-2's files hold queries, keys and values in one projection, for which PEFT has one adapter and rlflow three",
             "export it without `--adapter`: the weights with the adapter merged into them",
@@ -61,7 +61,7 @@ pub fn write(model: &Artifact, role: Role, folder: &Path) -> StageResult<Exporte
 
     let only = if let [lora] = &info.adapters[..] { Some(lora) } else { None };
     let rank = info.adapters.iter().map(|lora| lora.rank).sum();
-    let mut target_modules: Vec<&str> = modules.into_iter().map(TargetModule::name).collect();
+    let mut target_modules: Vec<String> = modules.into_iter().map(|module| module.name().to_owned()).collect();
     target_modules.sort();
     let config = AdapterConfig {
         role,
@@ -69,6 +69,7 @@ pub fn write(model: &Artifact, role: Role, folder: &Path) -> StageResult<Exporte
         alpha: only.map_or(rank as f64, |lora| lora.alpha),
         dropout: only.map_or(0.0, |lora| lora.dropout),
         target_modules,
+        base_model: None,
     };
     let mut start = 0;
     let infos: Vec<TensorInfo> = tensors

@@ -169,22 +169,23 @@ fn logits_agree_with_transformers() {
     }
 }
 
-/// YaRN with its defaults, bounds between pairs, and each way to say how much attention is sharpened (`tests/fixtures/make/yarn.py`).
+/// YaRN with its defaults, bounds between pairs, and each way to say how much attention is sharpened; dynamic scaling, which does nothing
+/// within the context (`tests/fixtures/make/rope_scaling.py`).
 #[test]
-fn yarn_is_that_of_transformers() {
+fn rotary_scaling_is_that_of_transformers() {
     let world = World::new();
-    let fixture = Fixture::open("hf_models/qwen3.yarn");
+    let fixture = Fixture::open("hf_models/qwen3.rope_scaling");
     let width = fixture.width("input_ids");
     let ids: Vec<u32> = fixture.integers("input_ids").into_iter().map(|id| id as u32).collect();
     let sequences: Vec<Vec<u32>> = ids.chunks(width).map(<[u32]>::to_vec).collect();
     let rows: Vec<u32> = (1..=sequences.len()).flat_map(|row| [row * width - 2, row * width - 1]).map(|row| row as u32).collect();
     let cases = fixture.json["cases"].as_object().unwrap();
-    assert_eq!(cases.len(), 5);
+    assert_eq!(cases.len(), 6);
     for (name, case) in cases {
         let directory = world.copy("qwen3", name);
         let path = directory.join("config.json");
         let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        config["rope_parameters"] = case["rope_parameters"].clone();
+        config.as_object_mut().unwrap().extend(case["config"].as_object().unwrap().clone());
         fs::write(&path, config.to_string()).unwrap();
         let model = world.import(&directory, json!({})).unwrap()["model"].clone();
         let decoder = checkpoint::load(&model, Head::Language, 1, &Device::flex()).unwrap().0;
@@ -192,6 +193,7 @@ fn yarn_is_that_of_transformers() {
         let largest = logits.iter().fold(0.0, |max: f64, logit| max.max(logit.abs()));
         let expected: Vec<f64> = logits.chunks(600).flat_map(log_softmax).collect();
         close(name, &distributions(&decoder, &batch(&sequences), &rows), &expected, 0.0, 1e-4 * largest);
+        assert!(world.describe(&directory, json!({ "context": decoder.config().context + 1 })).is_err(), "{name}");
         // What is written says the same, also where nothing is carried through.
         let written = world.path(&format!("{name}-out"));
         export(&model, &written, &AS_STORED).unwrap();

@@ -1,8 +1,11 @@
-//! What ranks hold: counted by the ledger, predicted by planning, said by the literature, and seen by the allocator.
+//! What ranks hold: counted by the ledger, predicted by planning, said by the literature, and seen by the allocator. And what checkpoints take
+//! on their way in and out.
 
 use std::{
     alloc::{GlobalAlloc, Layout as Block, System},
     collections::BTreeMap,
+    fs,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -10,9 +13,14 @@ use std::{
 };
 
 use burn::tensor::Device;
-use rlflow_api::{Architecture, BlockStyle, CounterRng, ModelConfig, Needs, Positions};
-use rlflow_model::{Bytes, Group, Head, Layout, OptimizerSettings, PackedBatch, TokenTargets, Use, parameters::initial};
+use rlflow_api::{Architecture, BlockStyle, CounterRng, Dtype, ModelConfig, Needs, Positions, testing};
+use rlflow_hf::{FileTensor, Role, WantedTensor, Writer, config, names::file_tensors};
+use rlflow_model::{
+    Bytes, Group, Head, Layout, OptimizerSettings, PackedBatch, TokenTargets, Use,
+    parameters::{initial, specs},
+};
 use rlflow_stages::{
+    export::{ExportOptions, export},
     language::{self, LanguageBatch},
     train::{Pass, Precision, Sharding, training_needs},
 };
@@ -201,9 +209,57 @@ fn the_allocator_sees_what_the_ledger_counts() {
     }
 }
 
+/// Bytes that the allocator gives out at most during `work`, beyond what was there before.
+fn peak<T>(work: impl FnOnce() -> T) -> (u64, T) {
+    let before = LIVE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    let result = work();
+    ((PEAK.load(Relaxed) - before) as u64, result)
+}
+
+/// However large a checkpoint is, its largest tensor and a little more are in memory.
+fn a_checkpoint_comes_in_and_goes_out_tensor_by_tensor() {
+    const LITTLE: u64 = 4 << 20;
+    let config = ModelConfig { vocab_size: 600, hidden_size: 512, intermediate_size: 1024, head_dim: 128, ..model(true) };
+    let wanted: Vec<WantedTensor> = specs(&config, Head::Language)
+        .0
+        .into_iter()
+        .map(|spec| WantedTensor { name: spec.name, shape: spec.shape.into_iter().map(|size| size as u64).collect() })
+        .collect();
+    let elements = |tensor: &WantedTensor| tensor.shape.iter().product::<u64>();
+    let (largest, all) = (4 * wanted.iter().map(elements).max().unwrap(), 4 * wanted.iter().map(elements).sum::<u64>());
+    assert!(all > 8 * (largest + LITTLE), "{largest} of {all}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = folder.path().join("checkpoint");
+    fs::create_dir(&checkpoint).unwrap();
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/hf_models/llama3");
+    for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+        fs::copy(fixture.join(name), checkpoint.join(name)).unwrap();
+    }
+    fs::write(checkpoint.join("config.json"), config::write(&config, Role::Policy, Dtype::F32, &Default::default(), None).unwrap()).unwrap();
+    let tensors: Vec<(FileTensor, Dtype)> =
+        file_tensors(config.architecture, &wanted).into_iter().map(|tensor| (tensor, Dtype::F32)).collect();
+    let writer = Writer { folder: &checkpoint, max_shard_bytes: u64::MAX };
+    writer.write(&tensors, |tensor, _| Ok(vec![0; 4 * elements(tensor) as usize])).unwrap();
+
+    let bench = testing::Bench::new(folder.path()).unwrap();
+    let kind = rlflow_stages::kinds().into_iter().find(|kind| kind.name() == "import").unwrap();
+    let stage = kind.parse(&serde_json::json!({ "path": checkpoint.display().to_string() })).unwrap();
+    let mut files: Vec<_> = fs::read_dir(&checkpoint).unwrap().map(|entry| testing::data_file(&entry.unwrap().path())).collect();
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    let import = || bench.with_context("import", 1, &[], &[files], |context| kind.run(&stage, context)).unwrap();
+    let (taken, outputs) = peak(import);
+    assert!(taken < largest + LITTLE, "importing {all} bytes took {taken}; the largest tensor has {largest}");
+    let options = ExportOptions { dtype: None, max_shard_bytes: u64::MAX, adapter: false };
+    let (taken, _) = peak(|| export(&outputs["model"], &folder.path().join("out"), &options).unwrap());
+    assert!(taken < 2 * largest + LITTLE, "exporting {all} bytes took {taken}; the largest tensor has {largest}");
+}
+
 /// One test: what another allocates meanwhile would be counted too.
 #[test]
 fn memory_is_what_it_is_said_to_be() {
     the_allocator_sees_what_the_ledger_counts();
     what_is_held_is_what_was_planned_and_what_the_formulas_say();
+    a_checkpoint_comes_in_and_goes_out_tensor_by_tensor();
 }

@@ -187,7 +187,7 @@ fn fifty_steps_of_dpo_are_those_of_trl() {
     let model = bench.model(ArtifactType::Policy, Head::Language, |name| (&initial, format!("final.{name}")));
     let data = bench.preferences();
     let settings = json!({ "beta": bench.fixture.json["beta"], "label_smoothing": bench.fixture.json["label_smoothing"] });
-    let logged = ["rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"];
+    let logged = ["rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "entropy"];
     let metrics = [&COMMON[..], &logged.map(|name| (name, name))].concat();
     for micro_batch_size in [4, 1] {
         let trained = bench.train("dpo", &[("model", &model), ("ref", &model), ("data", &data)], micro_batch_size, settings.clone());
@@ -275,15 +275,11 @@ fn update(
     losses.iter().sum::<f64>() / count
 }
 
-/// One iteration of TRL's PPO on recorded responses, with its four models. TRL gives the critic one position more than the
-/// response has tokens, and the score stands there; this follows it, so that everything else can be compared.
-#[test]
-fn one_iteration_of_ppo_is_that_of_trl() {
-    let bench = Bench::new("training_parity_ppo");
-    let (initial, sft, reward_model) =
-        (Fixture::open("llama_tiny_gqa"), Fixture::open("training_parity_sft"), Fixture::open("training_parity_reward_model"));
-    let mut policy = bench.decoder(Head::Language, |name| (&initial, name.into()));
-    let reference = bench.decoder(Head::Language, |name| (&sft, format!("final.{name}")));
+/// One iteration of TRL's PPO on recorded responses, from the fixture's four models. TRL gives the critic one position more than the
+/// response has tokens, and the score stands there; this follows it, so that everything else can be compared. Returns policy and
+/// critic after the updates.
+fn ppo_iteration(bench: &Bench, mut policy: Decoder, reference: Decoder) -> [Decoder; 2] {
+    let (initial, reward_model) = (Fixture::open("llama_tiny_gqa"), Fixture::open("training_parity_reward_model"));
     let reward = bench.decoder(Head::Score, |name| (&reward_model, format!("final.{name}")));
     let score_of = |name: &str| if name == parameters::SCORE_WEIGHT { &reward_model } else { &initial };
     let mut critic = bench.decoder(Head::Score, |name| (score_of(name), name.into()));
@@ -385,6 +381,16 @@ fn one_iteration_of_ppo_is_that_of_trl() {
         });
         close("value loss", &[value_loss], &numbers(&expected["loss/value"]), RELATIVE, ABSOLUTE);
     }
+    [policy, critic]
+}
+
+#[test]
+fn one_iteration_of_ppo_is_that_of_trl() {
+    let bench = Bench::new("training_parity_ppo");
+    let (initial, sft) = (Fixture::open("llama_tiny_gqa"), Fixture::open("training_parity_sft"));
+    let policy = bench.decoder(Head::Language, |name| (&initial, name.into()));
+    let reference = bench.decoder(Head::Language, |name| (&sft, format!("final.{name}")));
+    let [policy, critic] = ppo_iteration(&bench, policy, reference);
     bench.check_weights("final.policy.", &policy);
     bench.check_weights("final.value.", &critic);
 }

@@ -19,6 +19,12 @@ sources = [{ path = "rows.jsonl" }]
 kind = "sft"
 inputs = { model = "base", data = "data" }
 train = { steps = 1, batch_size = 2, lr = 1e-3 }
+
+[stage.tuned]
+kind = "sft"
+inputs = { model = "base", data = "data" }
+train = { steps = 4, batch_size = 2, lr = 3e-2, schedule = "constant" }
+lora = { rank = 2, alpha = 16 }
 "#;
 
 struct World(TempDir);
@@ -104,6 +110,17 @@ fn a_checkpoint_comes_in_is_trained_and_goes_out() {
         world.succeeds(&["generate", "flow.toml", stage, "--prompt", "Say 3.", "--max-new-tokens", "6", "--temperature", "0"])
     };
     assert_eq!(answer("back"), answer("sft"));
+
+    // An adapter goes out by itself, and comes back in on the model that it was trained on.
+    world.succeeds(&["export", "flow.toml", "tuned", "out/adapter", "--adapter"]);
+    let alone = world.rlflow(&["import", "flow.toml", "alone", "out/adapter"]);
+    assert!(alone.status.code() == Some(2) && String::from_utf8_lossy(&alone.stderr).contains("inputs = { model ="), "{alone:?}");
+    world.succeeds(&["import", "flow.toml", "peft", "out/adapter", "--model", "base"]);
+    assert_eq!(answer("peft"), answer("tuned"));
+    assert_ne!(answer("peft"), answer("base"));
+    world.succeeds(&["export", "flow.toml", "peft", "out/adapter-again", "--adapter"]);
+    assert_eq!(world.read("out/adapter-again/adapter_model.safetensors"), world.read("out/adapter/adapter_model.safetensors"));
+    world.succeeds(&["export", "flow.toml", "peft", "out/merged"]);
 }
 
 /// bf16 weights, a window, GPT-2's parts and a reward model: everything that trains, trains on imports.

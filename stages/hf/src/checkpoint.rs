@@ -49,7 +49,8 @@ pub struct Piece {
 }
 
 impl Checkpoint {
-    /// Reads the headers of `files` and checks them. With `tied` embeddings a file may repeat them as output projection.
+    /// Reads the headers of `files` and checks them against `tensors`, which `config` (the file's name) asks for. With `tied` embeddings a
+    /// file may repeat them as output projection.
     ///
     /// # Errors
     /// One, naming all tensors that are missing, too many, misshapen or of a type that weights cannot have.
@@ -59,6 +60,7 @@ impl Checkpoint {
         architecture: Architecture,
         tensors: Vec<FileTensor>,
         tied: bool,
+        config: &str,
         shown: &str,
     ) -> StageResult<Self> {
         let mut found: HashMap<String, (usize, usize)> = HashMap::new();
@@ -121,8 +123,8 @@ impl Checkpoint {
             problems.extend((more > 0).then(|| format!("and {more} more")));
         }
         if !problems.is_empty() {
-            let error = HfError::new(shown, format!("its tensors are not those that config.json describes; {}", problems.join("; ")));
-            return Err(error.hint("config.json and the weights must come from one checkpoint").into());
+            let error = HfError::new(shown, format!("its tensors are not those that {config} describes; {}", problems.join("; ")));
+            return Err(error.hint(format!("{config} and the weights must come from one checkpoint")).into());
         }
         let embedding = repeated.then(|| name_in_file(&embedding_name));
         Ok(Self { files: headers, wanted, embedding })

@@ -338,6 +338,11 @@ impl Reader<'_> {
             }
             "yarn" => Some(self.yarn(&settings, theta)),
             "default" => None,
+            // Stretches the base for what is longer than `max_position_embeddings` only, and no sequence here is.
+            "dynamic" => {
+                self.positive(&settings, "factor", None);
+                None
+            }
             "linear" => Some(RopeScaling::Linear { factor: self.positive(&settings, "factor", None) }),
             "llama3" => {
                 let [factor, low_freq_factor, high_freq_factor, original] =
@@ -352,7 +357,9 @@ impl Reader<'_> {
                 Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: original as u64 })
             }
             other => {
-                self.problem(format!("rotary scaling of type `{other}` is unknown; rlflow knows `default`, `linear`, `llama3` and `yarn`"));
+                self.problem(format!(
+                    "rotary scaling of type `{other}` is unknown; rlflow knows `default`, `linear`, `dynamic`, `llama3` and `yarn`"
+                ));
                 None
             }
         };

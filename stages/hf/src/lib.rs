@@ -21,5 +21,5 @@ pub use checkpoint::{Checkpoint, Piece, WeightFile};
 pub use config::{HfConfig, Role};
 pub use error::HfError;
 pub use names::{FileTensor, WantedTensor};
-pub use weight_files::{WeightFiles, is_pickle};
+pub use weight_files::{WeightFiles, is_pickle, lone_adapter, pickled};
 pub use writer::{Writer, converted};

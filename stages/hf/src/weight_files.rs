@@ -2,7 +2,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 
-use crate::{HfError, error::listed};
+use crate::{
+    HfError,
+    error::listed,
+    peft::{ADAPTER_CONFIG, ADAPTER_MODEL},
+};
 
 /// One file with all weights.
 pub const SINGLE: &str = "model.safetensors";
@@ -31,9 +35,8 @@ impl WeightFiles {
         if there(INDEX) {
             return Ok(Self::indexed(&read(INDEX)?, names)?);
         }
-        if there("adapter_model.safetensors") || there("adapter_config.json") {
-            let error = HfError::new(shown, "this is an adapter (LoRA) without the model it belongs to");
-            return Err(error.hint("merge it into its base (`merge_and_unload()` in PEFT) and import the result").into());
+        if there(ADAPTER_MODEL) || there(ADAPTER_CONFIG) {
+            return Err(lone_adapter(shown).into());
         }
         let single: Vec<&String> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
         if let [file] = single[..] {
@@ -51,12 +54,8 @@ impl WeightFiles {
         if pickles.is_empty() {
             return Err(HfError::new(shown, format!("there are no weights: neither `{SINGLE}` nor `{INDEX}`")).into());
         }
-        let message = format!(
-            "its weights are pickles ({}), which can run any code when they are opened; only safetensors are read",
-            listed(pickles)
-        );
         let convert = "convert them where you trust them: `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)` in Python";
-        Err(HfError::new(shown, message).hint(convert).into())
+        Err(pickled(shown, pickles, convert).into())
     }
 
     fn indexed(content: &[u8], names: &[String]) -> Result<Self, HfError> {
@@ -78,6 +77,19 @@ impl WeightFiles {
         }
         Ok(Self { files: files.into_iter().cloned().collect(), index: Some(weight_map) })
     }
+}
+
+/// An adapter where a model was looked for.
+pub fn lone_adapter(shown: &str) -> HfError {
+    HfError::new(shown, "this is an adapter (LoRA), which needs the model that it was trained on")
+        .hint("import that model too, and give this stage `inputs = { model = \"...\" }`")
+}
+
+/// Weights that are in pickles only; `convert` says what to do about it.
+pub fn pickled<'a>(shown: &str, pickles: impl IntoIterator<Item = &'a str>, convert: &str) -> HfError {
+    let message =
+        format!("its weights are pickles ({}), which can run any code when they are opened; only safetensors are read", listed(pickles));
+    HfError::new(shown, message).hint(convert)
 }
 
 /// Whether a file of this name is one that `torch.load` or `pickle.load` opens.

@@ -5,7 +5,11 @@ use std::{
 
 use rlflow_api::{DataFile, Digest, StageError, StageResult};
 use rlflow_hf::{
-    Checkpoint, HfConfig, HfError, Role, WantedTensor, WeightFile, WeightFiles, config::CONFIG, is_pickle, names::file_tensors,
+    Checkpoint, HfConfig, HfError, Role, WantedTensor, WeightFile, WeightFiles,
+    config::CONFIG,
+    is_pickle, lone_adapter,
+    names::file_tensors,
+    peft::{ADAPTER_CONFIG, ADAPTER_MODEL},
 };
 use rlflow_model::{Head, parameters::specs};
 use rlflow_text::read_file;
@@ -38,14 +42,14 @@ pub struct Directory {
 
 /// A file of the directory, with its digest once it is hashed.
 #[derive(Debug, Clone)]
-struct Source {
-    name: String,
-    path: PathBuf,
-    hashed: Option<DataFile>,
+pub(super) struct Source {
+    pub name: String,
+    pub path: PathBuf,
+    pub hashed: Option<DataFile>,
 }
 
 impl Source {
-    fn of(path: &Path, hashed: Option<&DataFile>) -> Self {
+    pub fn of(path: &Path, hashed: Option<&DataFile>) -> Self {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         Self { name, path: path.to_owned(), hashed: hashed.cloned() }
     }
@@ -72,6 +76,10 @@ impl Directory {
         let one = |error: StageError| vec![error];
         let in_directory =
             |error: HfError| StageError::from(HfError { file: format!("{}/{}", shown.trim_end_matches('/'), error.file), ..error });
+        let there = |name: &str| files.iter().any(|file| file.name == name);
+        if !there(CONFIG) && there(ADAPTER_CONFIG) {
+            return Err(one(lone_adapter(shown).into()));
+        }
         let config = read(&files, CONFIG, shown).map_err(one)?;
         let config = HfConfig::parse(&config, context).map_err(|errors| errors.into_iter().map(in_directory).collect::<Vec<_>>())?;
         let mut names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
@@ -94,8 +102,8 @@ impl Directory {
             })
             .collect();
         let model = &config.model;
-        let checkpoint = Checkpoint::open(sources, weight_files.index.as_ref(), model.architecture, tensors, model.tie_embeddings, shown)
-            .map_err(one)?;
+        let (index, tied) = (weight_files.index.as_ref(), model.tie_embeddings);
+        let checkpoint = Checkpoint::open(sources, index, model.architecture, tensors, tied, CONFIG, shown).map_err(one)?;
         Ok(Self { checkpoint, config, weights, digests, files, shown: shown.to_owned() })
     }
 
@@ -134,11 +142,14 @@ pub(crate) const fn head_of(role: Role) -> Head {
     }
 }
 
-fn find<'a>(files: &'a [Source], name: &str, shown: &str) -> StageResult<&'a Source> {
+pub(super) fn find<'a>(files: &'a [Source], name: &str, shown: &str) -> StageResult<&'a Source> {
     files.iter().find(|file| file.name == name).ok_or_else(|| {
         let hint = match name {
             "tokenizer.json" => {
                 "a tokenizer without it is converted by `AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW)` in Python"
+            }
+            ADAPTER_CONFIG | ADAPTER_MODEL => {
+                "with `inputs.model` the directory is that of an adapter as PEFT saves it; without it that of a whole model"
             }
             _ => "a checkpoint directory holds config.json, model.safetensors and tokenizer.json",
         };
@@ -146,7 +157,7 @@ fn find<'a>(files: &'a [Source], name: &str, shown: &str) -> StageResult<&'a Sou
     })
 }
 
-fn read(files: &[Source], name: &str, shown: &str) -> StageResult<Vec<u8>> {
+pub(super) fn read(files: &[Source], name: &str, shown: &str) -> StageResult<Vec<u8>> {
     let file = find(files, name, shown)?;
     match &file.hashed {
         Some(hashed) => read_file(hashed),
@@ -155,7 +166,7 @@ fn read(files: &[Source], name: &str, shown: &str) -> StageResult<Vec<u8>> {
 }
 
 /// Names of pickles in the directory: they are never read, but it must be said why.
-fn pickles_beside(files: &[Source]) -> Vec<String> {
+pub(super) fn pickles_beside(files: &[Source]) -> Vec<String> {
     let entries = files.first().and_then(|file| fs::read_dir(file.path.parent()?).ok());
     let names = entries.into_iter().flatten().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
     let mut names: Vec<String> = names.filter(|name| is_pickle(name)).collect();

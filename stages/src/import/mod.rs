@@ -1,16 +1,18 @@
-//! `import`: a Hugging Face checkpoint directory as a model and a tokenizer.
+//! `import`: a Hugging Face checkpoint directory as a model and a tokenizer; or an adapter in PEFT's format on a model that another stage
+//! gives.
 //!
 //! Weights keep the element type of their files, so that exporting gives the same bytes back; training widens them to fp32.
 //! Tensors stream from the files into the store one by one.
 
+mod adapter;
 mod directory;
 mod tokenizer_files;
 
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, Needs, Origin, OutputPort, Problem, RunContext,
-    StageError, StageEvent, StageKind, StageResult,
+    Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, Needs, Origin, OutputPort, Problem,
+    RunContext, StageError, StageEvent, StageKind, StageResult,
 };
 use rlflow_hf::{Piece, config::CONFIG};
 use rlflow_model::CheckpointInfo;
@@ -34,6 +36,7 @@ pub struct Import;
 #[serde(deny_unknown_fields)]
 pub struct ImportConfig {
     /// Directory with `config.json`, `model.safetensors` (or several and their index) and `tokenizer.json`, relative to the workflow file.
+    /// With `inputs.model`: with PEFT's `adapter_config.json` and `adapter_model.safetensors`.
     #[schemars(extend("x-setting" = "path"))]
     pub path: String,
     /// Longest sequence. Default: the checkpoint's `max_position_embeddings`. What training needs grows with it.
@@ -51,8 +54,15 @@ impl StageKind for Import {
     const NAME: &'static str = "import";
     const VERSION: u32 = 1;
     const SUMMARY: &'static str =
-        "Takes a Hugging Face checkpoint: Llama 2 and 3, Mistral, Qwen2, Qwen3, GPT-2; language models, and reward models with one label.";
-    const INPUTS: &'static [rlflow_api::InputPort] = &[];
+        "Takes a Hugging Face checkpoint: Llama 2 and 3, Mistral, Qwen2, Qwen3, GPT-2; language models, and reward models with one label. Or an adapter (LoRA) of PEFT.";
+    const INPUTS: &'static [InputPort] = &[
+        InputPort::one(
+            "model",
+            &[ArtifactType::Policy, ArtifactType::Reward, ArtifactType::Critic],
+            "The model that the adapter in the directory was trained on; without it the directory holds a whole model.",
+        )
+        .optional(),
+    ];
     const OUTPUTS: &'static [OutputPort] = &[
         OutputPort {
             name: "model",
@@ -77,6 +87,9 @@ impl StageKind for Import {
 
     fn describe(config: &ImportConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
         let Some(files) = context.files.first().filter(|files| !files.is_empty()) else { return Ok(Description::default()) };
+        if let Some(below) = context.input("model") {
+            return adapter::describe(config, files, below);
+        }
         let directory =
             Directory::at(files, &config.path, config.context).map_err(|errors| errors.iter().map(problem).collect::<Vec<_>>())?;
         let model = &directory.config.model;
@@ -99,6 +112,9 @@ impl StageKind for Import {
 
     fn run(config: &ImportConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         let files = context.files.first().map(Vec::as_slice).unwrap_or_default();
+        if let Some(below) = context.optional_input("model") {
+            return adapter::run(config, files, &below.artifact, context);
+        }
         let directory = Directory::of(files, &config.path, config.context).map_err(first)?;
         let model = directory.config.model.clone();
         let (tokenizer_json, tokenizer_config) = tokenizer_files::complete(&directory, config.chat_template.as_deref(), context)?;

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
-use rlflow_api::Dtype;
+use rlflow_api::StageResult;
 use rlflow_kernels::{Projection, SequenceLayout};
 use rlflow_model::{
     BlockDropout, DropoutDraws, Layout, LoraSettings, ParameterSpec, TokenTargets, Use, adapter, lora, parameters::flex_view,
@@ -147,23 +147,45 @@ fn fifty_steps_of_dpo_with_adapters_are_those_of_trl_with_peft() {
     bench.train("dpo", &[("model", &base), ("data", &data)], 2, json!({ "lora": lora, "loss": "kto" }));
 }
 
-/// Adapters as PEFT wrote them, as an artifact on `base`.
-fn artifact_of(bench: &Bench, base: &Artifact, directory: &Path, lora: &LoraSettings) -> Artifact {
-    let content = fs::read(directory.join("adapter_model.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&content).unwrap();
-    let mut info = CheckpointInfo::of(base).unwrap();
+/// The reference is the model below the adapter, with the same tensors.
+#[test]
+fn one_iteration_of_ppo_with_an_adapter_is_that_of_trl_with_peft() {
+    let bench = Bench::new("lora_training_ppo");
+    let initial = Fixture::open("llama_tiny_gqa");
+    let mut policy = bench.decoder(Head::Language, |name| (&initial, name.into()));
+    policy.adapt(&settings(&bench.fixture), |spec| {
+        bench.fixture.floats(&format!("start.{}", spec.name)).into_iter().map(|value| value as f32).collect()
+    });
+    let reference = policy.without_adapter();
+    let [policy, critic] = ppo_iteration(&bench, policy, reference);
+    let mut compared = 0;
+    for (slot, spec) in policy.parameters().specs().iter().enumerate() {
+        let weights: Vec<f64> = policy.parameters().host(slot).into_iter().map(f64::from).collect();
+        let factor = lora::is_factor(&spec.name);
+        let expected = if factor { bench.fixture.floats(&format!("final.policy.{}", spec.name)) } else { initial.floats(&spec.name) };
+        close(&spec.name, &weights, &expected, 0.0, if factor { WEIGHTS } else { 0.0 });
+        compared += usize::from(factor);
+    }
+    assert_eq!(compared, 2 * 3 * 2);
+    bench.check_weights("final.value.", &critic);
+}
+
+/// Imports a directory; an adapter goes onto the model `below`.
+fn import(bench: &Bench, directory: &Path, below: Option<&Artifact>) -> StageResult<BTreeMap<String, Artifact>> {
+    let kind = rlflow_stages::kinds().into_iter().find(|known| known.name() == "import").unwrap();
+    let stage = kind.parse(&json!({ "path": directory.display().to_string() })).unwrap();
+    let mut files: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| testing::data_file(&entry.unwrap().path())).collect();
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    let inputs: Vec<(&str, &Artifact)> = below.into_iter().map(|below| ("model", below)).collect();
+    bench.stage.with_context("import", 1, &inputs, &[files], |context| kind.run(&stage, context))
+}
+
+/// `base` with the files of some tokenizer, which models have outside of tests of trainers.
+fn with_tokenizer(bench: &Bench, base: &Artifact) -> Artifact {
+    let tokenizer = &import(bench, &fixtures("hf_models/llama3"), None).unwrap()["tokenizer"];
     let mut builder = bench.stage.store.artifact(&base.manifest().artifact_type);
-    for entry in base.manifest().entries.iter().filter(|entry| entry.name != parameters::SCORE_WEIGHT) {
-        builder.share(entry).unwrap();
-    }
-    for (name, view) in file.tensors() {
-        let name = name.strip_prefix("base_model.model.").unwrap();
-        let shape: Vec<u64> = view.shape().iter().map(|size| *size as u64).collect();
-        let name = if lora::is_factor(name) { adapter::entry_name(0, name) } else { name.to_owned() };
-        builder.put_tensor(&name, Dtype::F32, &shape, view.data()).unwrap();
-    }
-    info.adapters = vec![lora.clone()];
-    builder.metadata(serde_json::to_value(info).unwrap());
+    base.manifest().entries.iter().chain(&tokenizer.manifest().entries).for_each(|entry| builder.share(entry).unwrap());
+    builder.metadata(base.manifest().metadata.clone());
     builder.publish().unwrap()
 }
 
@@ -206,7 +228,12 @@ fn adapters_of_peft_give_its_logits_and_gradients_and_go_out_as_they_were() {
     let initial = Fixture::open("llama_tiny_gqa");
     let base = bench.model(ArtifactType::Policy, Head::Language, |name| (&initial, name.into()));
     let lora = LoraSettings { rank: 3, alpha: 6.0, target_modules: lora::TargetModules::ALL, ..LoraSettings::default() };
-    let model = artifact_of(&bench, &base, &fixtures("lora_policy"), &lora);
+    let base = with_tokenizer(&bench, &base);
+    let imported = import(&bench, &fixtures("lora_policy"), Some(&base)).unwrap();
+    let model = imported["model"].clone();
+    assert_eq!(CheckpointInfo::of(&model).unwrap().adapters, std::slice::from_ref(&lora));
+    assert_eq!(model.manifest().artifact_type, ArtifactType::Policy.name());
+    check_base_is_shared(&base, &model, &[]);
 
     let width = bench.fixture.width("input_ids");
     let ids: Vec<u32> = bench.fixture.integers("input_ids").into_iter().map(|id| id as u32).collect();
@@ -250,13 +277,88 @@ fn adapters_of_peft_give_its_logits_and_gradients_and_go_out_as_they_were() {
     bench.config.tie_embeddings = true;
     check_export(&bench, &model, "lora_policy");
     let weight = |name: &str| (&initial, if name == parameters::SCORE_WEIGHT { "model.norm.weight".into() } else { name.to_owned() });
-    let base = bench.model(ArtifactType::Reward, Head::Score, weight);
+    let reward = with_tokenizer(&bench, &bench.model(ArtifactType::Reward, Head::Score, weight));
     let modules = serde_json::from_value(json!(["v_proj", "down_proj"])).unwrap();
-    let model = artifact_of(&bench, &base, &fixtures("lora_reward"), &LoraSettings { target_modules: modules, ..lora });
-    check_export(&bench, &model, "lora_reward");
-    let (decoder, _) = checkpoint::load(&model, Head::Score, 1, &Device::flex()).unwrap();
-    let ends: Arc<[u32]> = (0..2).map(|row| batch.layout.range(row).end as u32 - 1).collect();
-    close("scores", &wide(&decoder.evaluate(&batch, |head| head.scores(ends))), &bench.fixture.floats("scores"), 1e-4, 1e-6);
+    let lora = LoraSettings { target_modules: modules, ..lora };
+    // The adapter brings the head: a policy below it is as good.
+    for below in [&reward, &base] {
+        let model = import(&bench, &fixtures("lora_reward"), Some(below)).unwrap()["model"].clone();
+        assert_eq!(CheckpointInfo::of(&model).unwrap().adapters, std::slice::from_ref(&lora));
+        assert_eq!(model.manifest().artifact_type, ArtifactType::Reward.name());
+        let (decoder, _) = checkpoint::load(&model, Head::Score, 1, &Device::flex()).unwrap();
+        let ends: Arc<[u32]> = (0..2).map(|row| batch.layout.range(row).end as u32 - 1).collect();
+        close("scores", &wide(&decoder.evaluate(&batch, |head| head.scores(ends))), &bench.fixture.floats("scores"), 1e-4, 1e-6);
+        if below.digest() == reward.digest() {
+            check_export(&bench, &model, "lora_reward");
+        }
+    }
+}
+
+/// What PEFT can do and rlflow cannot is told; what is another spelling is understood.
+#[test]
+fn adapters_of_peft_that_cannot_be_used_are_told() {
+    let bench = Bench::new("lora_adapter");
+    let initial = Fixture::open("llama_tiny_gqa");
+    let base = with_tokenizer(&bench, &bench.model(ArtifactType::Policy, Head::Language, |name| (&initial, name.into())));
+    let mut copies = 0;
+    let mut copy = |change: &dyn Fn(&mut Value)| {
+        copies += 1;
+        let directory = bench.stage.path(&format!("adapter-{copies}"));
+        fs::create_dir(&directory).unwrap();
+        let mut config = serde_json::from_slice(&fs::read(fixtures("lora_policy").join("adapter_config.json")).unwrap()).unwrap();
+        change(&mut config);
+        fs::write(directory.join("adapter_config.json"), config.to_string()).unwrap();
+        fs::copy(fixtures("lora_policy").join("adapter_model.safetensors"), directory.join("adapter_model.safetensors")).unwrap();
+        directory
+    };
+    let lora = |directory: &Path| {
+        let model = import(&bench, directory, Some(&base)).unwrap()["model"].clone();
+        CheckpointInfo::of(&model).unwrap().adapters[0].clone()
+    };
+    assert_eq!(lora(&copy(&|config| config["target_modules"] = "all-linear".into())).target_modules, lora::TargetModules::ALL);
+    // A regular expression, as PEFT takes one; the file of tensors shows what it means.
+    assert_eq!(lora(&copy(&|config| config["target_modules"] = ".*proj".into())).target_modules, lora::TargetModules::ALL);
+    // arXiv:2312.03732: alpha over the root of the rank, 6 / sqrt(3).
+    assert!((lora(&copy(&|config| config["use_rslora"] = true.into())).scale() - 3.464_101_615_137_754_4).abs() < 1e-12);
+
+    let refused = |directory: &Path, below: Option<&Artifact>, expected: &str| {
+        let error = import(&bench, directory, below).map(|_| ()).unwrap_err();
+        let told = format!("{error} {}", error.hint().unwrap_or_default());
+        assert!(told.contains(expected), "`{expected}` is not in: {told}");
+    };
+    type Change<'a> = &'a dyn Fn(&mut Value);
+    let wrong: &[(Change<'_>, &str)] = &[
+        (&|config| config["use_dora"] = true.into(), "`use_dora` is true, which rlflow cannot compute"),
+        (&|config| config["peft_type"] = "IA3".into(), "`peft_type` is \"IA3\""),
+        (&|config| config["rank_pattern"] = json!({ "q_proj": 4 }), "`rank_pattern` is {\"q_proj\":4}"),
+        (&|config| config["init_lora_weights"] = "pissa".into(), "`init_lora_weights` is \"pissa\""),
+        (&|config| config["a_new_thing"] = 1.into(), "`a_new_thing` is 1, which rlflow cannot compute"),
+        (&|config| config["modules_to_save"] = json!(["embed_tokens"]), "it replaces `embed_tokens` of the model below"),
+        (&|config| config["target_modules"] = json!(["q_proj", "lm_head"]), "it has adapters on `lm_head`; rlflow's are on q_proj"),
+        (&|config| config["r"] = 0.into(), "`r` is 0"),
+        (&|config| config["r"] = 4.into(), "has shape [3, 32], and [4, 32] is expected"),
+        (&|config| config["task_type"] = "SEQ_CLS".into(), "not those that adapter_config.json describes; missing: `base_model.model.score.weight`"),
+    ];
+    for (change, expected) in wrong {
+        refused(&copy(change), Some(&base), expected);
+    }
+    let plain = fixtures("lora_policy");
+    refused(&plain, None, "give this stage `inputs = { model = ");
+    refused(&fixtures("hf_models/llama3"), Some(&base), "there is no `adapter_config.json`");
+    let reward = bench.model(ArtifactType::Reward, Head::Score, |name| {
+        (&initial, if name == parameters::SCORE_WEIGHT { "model.norm.weight".into() } else { name.to_owned() })
+    });
+    refused(&plain, Some(&with_tokenizer(&bench, &reward)), "an adapter of a language model, and the model below is a reward");
+    let pickled = copy(&|_| {});
+    fs::rename(pickled.join("adapter_model.safetensors"), pickled.join("adapter_model.bin")).unwrap();
+    refused(&pickled, Some(&base), "run any code when they are opened");
+    // A tensor too many, and one too few.
+    let short = copy(&|_| {});
+    let path = short.join("adapter_model.safetensors");
+    let content = fs::read(&path).unwrap();
+    let at = content.windows(6).position(|bytes| bytes == b"q_proj").unwrap();
+    fs::write(&path, [&content[..at], b"r_proj", &content[at + 6..]].concat()).unwrap();
+    refused(&short, Some(&base), "missing: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`");
 }
 
 fn check_export(bench: &Bench, model: &Artifact, name: &str) {

@@ -1,0 +1,193 @@
+use std::{collections::BTreeMap, fs::File, path::PathBuf};
+
+use rlflow_api::{
+    Artifact, ArtifactMeta, ArtifactType, DataFile, Description, Digest, Dtype, InputMeta, ModelConfig, Needs, Problem,
+    RunContext, StageError, StageResult,
+};
+use rlflow_hf::{
+    Checkpoint, FileTensor, HfError, Piece, Role, WantedTensor, WeightFile, converted,
+    peft::{ADAPTER_CONFIG, ADAPTER_MODEL, AdapterConfig, is_alike, tensor_name},
+    safetensors::Header,
+    pickled,
+};
+use rlflow_model::{
+    CheckpointInfo, LoraSettings, ParameterSpec, adapter,
+    lora::{self, TargetModule, TargetModules},
+    parameters::{SCORE_WEIGHT, specs},
+};
+
+use super::{
+    ImportConfig,
+    directory::{Source, find, head_of, pickles_beside, read},
+    problem,
+};
+use crate::models;
+
+/// An adapter in PEFT's format, checked against the model that it is put on.
+struct AdapterFiles {
+    config: AdapterConfig,
+    lora: LoraSettings,
+    tensors: Checkpoint,
+    digest: Option<Digest>,
+}
+
+impl AdapterFiles {
+    /// `shown` names the directory in messages.
+    fn open(files: &[Source], shown: &str, model: &ModelConfig) -> Result<Self, Vec<StageError>> {
+        let one = |error: StageError| vec![error];
+        let shown = shown.trim_end_matches('/');
+        let in_directory = |error: HfError| StageError::from(HfError { file: format!("{shown}/{}", error.file), ..error });
+        let config = read(files, ADAPTER_CONFIG, shown).map_err(one)?;
+        let config = AdapterConfig::parse(&config).map_err(|errors| errors.into_iter().map(in_directory).collect::<Vec<_>>())?;
+        let pickles = pickles_beside(files);
+        if find(files, ADAPTER_MODEL, shown).is_err() && !pickles.is_empty() {
+            let convert = "convert it where you trust it: `PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW)` in Python";
+            return Err(one(pickled(shown, pickles.iter().map(String::as_str), convert).into()));
+        }
+        let file = find(files, ADAPTER_MODEL, shown).map_err(one)?;
+        if !is_alike(model) {
+            let message = "GPT-2's adapters in PEFT are on queries, keys and values in one projection, and rlflow's on three";
+            let error = HfError::new(shown, message).hint("merge it into its base (`merge_and_unload()` in PEFT) and import the result");
+            return Err(one(error.into()));
+        }
+        let digest = file.hashed.as_ref().map(|file| file.digest);
+        let file = WeightFile { name: file.name.clone(), shown: format!("{shown}/{}", file.name), path: file.path.clone() };
+        let modules = modules(&config, &file).map_err(one)?;
+        let mut lora = LoraSettings {
+            rank: config.rank,
+            alpha: config.alpha,
+            dropout: config.dropout,
+            target_modules: TargetModules::Named(modules),
+        };
+        lora.normalise();
+        let (specs, _) = specs(model, head_of(config.role));
+        let wanted = specs.iter().flat_map(|spec| {
+            let factors = lora.factors(spec).into_iter().flat_map(|factors| [factors.a, factors.b]);
+            factors.chain((spec.name == SCORE_WEIGHT).then(|| spec.clone()))
+        });
+        let wanted: Vec<FileTensor> = wanted.map(file_tensor).collect();
+        let tensors = Checkpoint::open(vec![file], None, model.architecture, wanted, false, ADAPTER_CONFIG, shown).map_err(one)?;
+        Ok(Self { config, lora, tensors, digest })
+    }
+
+    /// The type of the model with it, given that of the model below.
+    fn artifact_type(&self, below: &str, shown: &str) -> StageResult<ArtifactType> {
+        match (self.config.role, Role::of(below)) {
+            (Role::Policy, Some(Role::Policy)) => Ok(ArtifactType::Policy),
+            (Role::Policy, _) => Err(HfError::new(shown, format!("this is an adapter of a language model, and the model below is a {below}"))
+                .hint("put it on the policy that it was trained on")
+                .into()),
+            (_, Some(Role::Critic)) => Ok(ArtifactType::Critic),
+            _ => Ok(ArtifactType::Reward),
+        }
+    }
+}
+
+/// A tensor that stands in the file as it is in rlflow.
+fn file_tensor(spec: ParameterSpec) -> FileTensor {
+    let shape: Vec<u64> = spec.shape.iter().map(|size| *size as u64).collect();
+    let name = tensor_name(&spec.name);
+    FileTensor { name, shape: shape.clone(), transposed: false, parts: vec![WantedTensor { name: spec.name, shape }] }
+}
+
+/// The projections that have an adapter: those that the config lists, and those that the file has factors of.
+fn modules(config: &AdapterConfig, file: &WeightFile) -> StageResult<Vec<TargetModule>> {
+    let failed = |source| StageError::Io { operation: format!("read {}", file.shown), source };
+    let mut input = File::open(&file.path).map_err(failed)?;
+    let size_bytes = input.metadata().map_err(failed)?.len();
+    let (header, _) = Header::read(&mut input, size_bytes, &file.shown)?;
+    let mut modules: Vec<TargetModule> = header
+        .tensors
+        .iter()
+        .filter_map(|tensor| tensor.name.strip_suffix(".lora_A.weight"))
+        .filter_map(|weight| TargetModule::of(&format!("{weight}.weight")))
+        .collect();
+    for name in &config.target_modules {
+        let known = TargetModule::ALL.into_iter().find(|module| module.name() == name);
+        modules.push(known.ok_or_else(|| {
+            let names = TargetModule::ALL.map(TargetModule::name).join(", ");
+            HfError::new(&file.shown, format!("it has adapters on `{name}`; rlflow's are on {names}"))
+                .hint("merge it into its base (`merge_and_unload()` in PEFT) and import the result")
+        })?);
+    }
+    if modules.is_empty() {
+        return Err(HfError::new(&file.shown, "it holds no adapter: no tensor is called `...lora_A.weight`").into());
+    }
+    Ok(modules)
+}
+
+/// What planning knows of the model on `below` with the adapter in a directory.
+pub fn describe(
+    config: &ImportConfig,
+    files: &[PathBuf],
+    below: &InputMeta,
+) -> Result<Description, Vec<Problem>> {
+    let given = [("context", config.context.is_some()), ("chat_template", config.chat_template.is_some())];
+    let problems: Vec<Problem> = given
+        .into_iter()
+        .filter(|(_, given)| *given)
+        .map(|(setting, _)| {
+            let message = format!("with `inputs.model` the stage takes an adapter, whose `{setting}` is that of the model below");
+            Problem::new("conflicting_settings", setting, message).hint("set it on the stage of that model")
+        })
+        .collect();
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    let meta = &below.meta;
+    let Some(model) = &meta.model else { return Ok(Description::default()) };
+    let sources: Vec<Source> = files.iter().map(|path| Source::of(path, None)).collect();
+    let adapter =
+        AdapterFiles::open(&sources, &config.path, model).map_err(|errors| errors.iter().map(problem).collect::<Vec<_>>())?;
+    let artifact_type =
+        adapter.artifact_type(meta.artifact_type.name(), &config.path).map_err(|error| vec![problem(&error)])?;
+    let bytes = 4 * adapter.lora.parameter_count(model);
+    let described = ArtifactMeta { artifact_type, size_bytes: meta.size_bytes.map(|size| size + bytes), ..meta.clone() };
+    let tokenizer = ArtifactMeta {
+        tokenizer: meta.tokenizer.clone(),
+        vocab_size: meta.vocab_size,
+        ..ArtifactMeta::new(ArtifactType::Tokenizer)
+    };
+    let outputs = BTreeMap::from([("model".to_owned(), described), ("tokenizer".to_owned(), tokenizer)]);
+    Ok(Description::new(outputs, Needs::default()))
+}
+
+/// Puts the adapter in `files` on the model `below`, whose tensors it shares.
+pub fn run(config: &ImportConfig, files: &[DataFile], below: &Artifact, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
+    let info = CheckpointInfo::of(below)?;
+    let sources: Vec<Source> = files.iter().map(|file| Source::of(&file.path, Some(file))).collect();
+    let adapter = AdapterFiles::open(&sources, &config.path, &info.model).map_err(super::first)?;
+    let artifact_type = adapter.artifact_type(&below.manifest().artifact_type, &config.path)?;
+    if let Some(name) = &adapter.config.base_model {
+        context.note(format!("the adapter says that it was trained on {name}: the model below must be that one"));
+    }
+    context.phase("reading the adapter");
+    let mut builder = context.output(artifact_type);
+    models::share_files(&mut builder, below)?;
+    let head = head_of(adapter.config.role);
+    for spec in specs(&info.model, head).0.iter().filter(|spec| spec.name != SCORE_WEIGHT) {
+        let entry = below.manifest().entry(&spec.name);
+        builder.share(entry.ok_or_else(|| {
+            StageError::invalid(format!("checkpoint {} has no tensor `{}`", below.digest().short(), spec.name))
+        })?)?;
+    }
+    adapter::share_adapters(below, &mut builder)?;
+    let (mut elements, mut size_bytes) = (0, 0);
+    adapter.tensors.read(adapter.digest.as_slice(), |Piece { weight, dtype, content }| {
+        context.check_cancelled()?;
+        let name = if lora::is_factor(&weight.name) { adapter::entry_name(info.adapters.len(), &weight.name) } else { weight.name };
+        let content = converted(content, dtype, Dtype::F32);
+        builder.put_tensor(&name, Dtype::F32, &weight.shape, &content)?;
+        elements += content.len() / 4;
+        size_bytes += content.len();
+        Ok(())
+    })?;
+    let adapters = [info.adapters, vec![adapter.lora]].concat();
+    let info = CheckpointInfo { head, adapters, role: None, ..info };
+    builder.metadata(serde_json::to_value(&info).map_err(|error| StageError::invalid(error.to_string()))?);
+    let tokenizer = models::tokenizer(below)?;
+    let values = [("parameters", elements as f64), ("size_bytes", size_bytes as f64), ("vocab_size", tokenizer.vocab_size() as f64)];
+    context.metrics(0, &values);
+    let tokenizer = models::publish_tokenizer(context, &tokenizer)?;
+    Ok(BTreeMap::from([("model".into(), builder.publish()?), ("tokenizer".into(), tokenizer)]))
+}
