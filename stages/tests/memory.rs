@@ -237,7 +237,8 @@ fn a_checkpoint_comes_in_and_goes_out_tensor_by_tensor() {
     for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
         fs::copy(fixture.join(name), checkpoint.join(name)).unwrap();
     }
-    fs::write(checkpoint.join("config.json"), config::write(&config, Role::Policy, Dtype::F32, &Default::default(), None).unwrap()).unwrap();
+    fs::write(checkpoint.join("config.json"), config::write(&config, Role::Policy, Dtype::F32, &Default::default(), None).unwrap())
+        .unwrap();
     let tensors: Vec<(FileTensor, Dtype)> =
         file_tensors(config.architecture, &wanted).into_iter().map(|tensor| (tensor, Dtype::F32)).collect();
     let writer = Writer { folder: &checkpoint, max_shard_bytes: u64::MAX };

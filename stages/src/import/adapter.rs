@@ -1,14 +1,14 @@
 use std::{collections::BTreeMap, fs::File, path::PathBuf};
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DataFile, Description, Digest, Dtype, InputMeta, ModelConfig, Needs, Problem,
-    RunContext, StageError, StageResult,
+    Artifact, ArtifactMeta, ArtifactType, DataFile, Description, Digest, Dtype, InputMeta, ModelConfig, Needs, Problem, RunContext,
+    StageError, StageResult,
 };
 use rlflow_hf::{
     Checkpoint, FileTensor, HfError, Piece, Role, WantedTensor, WeightFile, converted,
     peft::{ADAPTER_CONFIG, ADAPTER_MODEL, AdapterConfig, is_alike, tensor_name},
-    safetensors::Header,
     pickled,
+    safetensors::Header,
 };
 use rlflow_model::{
     CheckpointInfo, LoraSettings, ParameterSpec, adapter,
@@ -53,12 +53,8 @@ impl AdapterFiles {
         let digest = file.hashed.as_ref().map(|file| file.digest);
         let file = WeightFile { name: file.name.clone(), shown: format!("{shown}/{}", file.name), path: file.path.clone() };
         let modules = modules(&config, &file).map_err(one)?;
-        let mut lora = LoraSettings {
-            rank: config.rank,
-            alpha: config.alpha,
-            dropout: config.dropout,
-            target_modules: TargetModules::Named(modules),
-        };
+        let mut lora =
+            LoraSettings { rank: config.rank, alpha: config.alpha, dropout: config.dropout, target_modules: TargetModules::Named(modules) };
         lora.normalise();
         let (specs, _) = specs(model, head_of(config.role));
         let wanted = specs.iter().flat_map(|spec| {
@@ -74,9 +70,11 @@ impl AdapterFiles {
     fn artifact_type(&self, below: &str, shown: &str) -> StageResult<ArtifactType> {
         match (self.config.role, Role::of(below)) {
             (Role::Policy, Some(Role::Policy)) => Ok(ArtifactType::Policy),
-            (Role::Policy, _) => Err(HfError::new(shown, format!("this is an adapter of a language model, and the model below is a {below}"))
-                .hint("put it on the policy that it was trained on")
-                .into()),
+            (Role::Policy, _) => {
+                Err(HfError::new(shown, format!("this is an adapter of a language model, and the model below is a {below}"))
+                    .hint("put it on the policy that it was trained on")
+                    .into())
+            }
             (_, Some(Role::Critic)) => Ok(ArtifactType::Critic),
             _ => Ok(ArtifactType::Reward),
         }
@@ -117,11 +115,7 @@ fn modules(config: &AdapterConfig, file: &WeightFile) -> StageResult<Vec<TargetM
 }
 
 /// What planning knows of the model on `below` with the adapter in a directory.
-pub fn describe(
-    config: &ImportConfig,
-    files: &[PathBuf],
-    below: &InputMeta,
-) -> Result<Description, Vec<Problem>> {
+pub fn describe(config: &ImportConfig, files: &[PathBuf], below: &InputMeta) -> Result<Description, Vec<Problem>> {
     let given = [("context", config.context.is_some()), ("chat_template", config.chat_template.is_some())];
     let problems: Vec<Problem> = given
         .into_iter()
@@ -137,23 +131,23 @@ pub fn describe(
     let meta = &below.meta;
     let Some(model) = &meta.model else { return Ok(Description::default()) };
     let sources: Vec<Source> = files.iter().map(|path| Source::of(path, None)).collect();
-    let adapter =
-        AdapterFiles::open(&sources, &config.path, model).map_err(|errors| errors.iter().map(problem).collect::<Vec<_>>())?;
-    let artifact_type =
-        adapter.artifact_type(meta.artifact_type.name(), &config.path).map_err(|error| vec![problem(&error)])?;
+    let adapter = AdapterFiles::open(&sources, &config.path, model).map_err(|errors| errors.iter().map(problem).collect::<Vec<_>>())?;
+    let artifact_type = adapter.artifact_type(meta.artifact_type.name(), &config.path).map_err(|error| vec![problem(&error)])?;
     let bytes = 4 * adapter.lora.parameter_count(model);
     let described = ArtifactMeta { artifact_type, size_bytes: meta.size_bytes.map(|size| size + bytes), ..meta.clone() };
-    let tokenizer = ArtifactMeta {
-        tokenizer: meta.tokenizer.clone(),
-        vocab_size: meta.vocab_size,
-        ..ArtifactMeta::new(ArtifactType::Tokenizer)
-    };
+    let tokenizer =
+        ArtifactMeta { tokenizer: meta.tokenizer.clone(), vocab_size: meta.vocab_size, ..ArtifactMeta::new(ArtifactType::Tokenizer) };
     let outputs = BTreeMap::from([("model".to_owned(), described), ("tokenizer".to_owned(), tokenizer)]);
     Ok(Description::new(outputs, Needs::default()))
 }
 
 /// Puts the adapter in `files` on the model `below`, whose tensors it shares.
-pub fn run(config: &ImportConfig, files: &[DataFile], below: &Artifact, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
+pub fn run(
+    config: &ImportConfig,
+    files: &[DataFile],
+    below: &Artifact,
+    context: &RunContext<'_>,
+) -> StageResult<BTreeMap<String, Artifact>> {
     let info = CheckpointInfo::of(below)?;
     let sources: Vec<Source> = files.iter().map(|file| Source::of(&file.path, Some(file))).collect();
     let adapter = AdapterFiles::open(&sources, &config.path, &info.model).map_err(super::first)?;
@@ -167,9 +161,9 @@ pub fn run(config: &ImportConfig, files: &[DataFile], below: &Artifact, context:
     let head = head_of(adapter.config.role);
     for spec in specs(&info.model, head).0.iter().filter(|spec| spec.name != SCORE_WEIGHT) {
         let entry = below.manifest().entry(&spec.name);
-        builder.share(entry.ok_or_else(|| {
-            StageError::invalid(format!("checkpoint {} has no tensor `{}`", below.digest().short(), spec.name))
-        })?)?;
+        builder.share(
+            entry.ok_or_else(|| StageError::invalid(format!("checkpoint {} has no tensor `{}`", below.digest().short(), spec.name)))?,
+        )?;
     }
     adapter::share_adapters(below, &mut builder)?;
     let (mut elements, mut size_bytes) = (0, 0);

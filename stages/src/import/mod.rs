@@ -53,16 +53,13 @@ impl StageKind for Import {
 
     const NAME: &'static str = "import";
     const VERSION: u32 = 1;
-    const SUMMARY: &'static str =
-        "Takes a Hugging Face checkpoint: Llama 2 and 3, Mistral, Qwen2, Qwen3, GPT-2; language models, and reward models with one label. Or an adapter (LoRA) of PEFT.";
-    const INPUTS: &'static [InputPort] = &[
-        InputPort::one(
-            "model",
-            &[ArtifactType::Policy, ArtifactType::Reward, ArtifactType::Critic],
-            "The model that the adapter in the directory was trained on; without it the directory holds a whole model.",
-        )
-        .optional(),
-    ];
+    const SUMMARY: &'static str = "Takes a Hugging Face checkpoint: Llama 2 and 3, Mistral, Qwen2, Qwen3, GPT-2; language models, and reward models with one label. Or an adapter (LoRA) of PEFT.";
+    const INPUTS: &'static [InputPort] = &[InputPort::one(
+        "model",
+        &[ArtifactType::Policy, ArtifactType::Reward, ArtifactType::Critic],
+        "The model that the adapter in the directory was trained on; without it the directory holds a whole model.",
+    )
+    .optional()];
     const OUTPUTS: &'static [OutputPort] = &[
         OutputPort {
             name: "model",

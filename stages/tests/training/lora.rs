@@ -337,7 +337,10 @@ fn adapters_of_peft_that_cannot_be_used_are_told() {
         (&|config| config["target_modules"] = json!(["q_proj", "lm_head"]), "it has adapters on `lm_head`; rlflow's are on q_proj"),
         (&|config| config["r"] = 0.into(), "`r` is 0"),
         (&|config| config["r"] = 4.into(), "has shape [3, 32], and [4, 32] is expected"),
-        (&|config| config["task_type"] = "SEQ_CLS".into(), "not those that adapter_config.json describes; missing: `base_model.model.score.weight`"),
+        (
+            &|config| config["task_type"] = "SEQ_CLS".into(),
+            "not those that adapter_config.json describes; missing: `base_model.model.score.weight`",
+        ),
     ];
     for (change, expected) in wrong {
         refused(&copy(change), Some(&base), expected);
