@@ -1,9 +1,11 @@
 //! A weight with the bias that some families give it, and the weights of a block's two halves.
 
+use std::ops::Range;
+
 use crate::{
     low_rank::{self, Dropout, LowRank, Projection},
     matmul::{Arithmetic, Into, MatrixRef},
-    memory::zeros,
+    operand::{Blocks, Keep, Kept, Left, Right, Role},
 };
 
 /// Rows per partial sum of a bias's gradient.
@@ -150,72 +152,179 @@ impl<T> MlpParts<T> {
 
 /// How a projection computes.
 #[derive(Clone, Copy)]
-pub struct Projecting<'a> {
+pub(crate) struct Projecting<'a> {
+    /// How rows are cut.
+    pub(crate) blocks: Blocks,
+    rows: usize,
     /// Format of the operands.
-    pub arithmetic: Arithmetic,
-    /// Which projection it is, for `dropout`.
-    pub projection: Projection,
-    /// What is dropped of the input of its low-rank addition.
-    pub dropout: Dropout<'a>,
+    pub(crate) arithmetic: Arithmetic,
+    /// What is dropped of the input of low-rank additions.
+    pub(crate) dropout: Dropout<'a>,
+    /// Whether gradients of other parts than weights need rows.
+    keeps_rows: bool,
 }
 
-impl Projecting<'_> {
-    /// `out = x weight^T + bias` (or `out += ..`) and the low-rank addition.
-    ///
-    /// # Shapes
-    /// - x: `[rows, columns]`; out: `[rows, width]`; weight: `[width, columns]`; bias: `[width]`
-    pub fn forward(self, out: &mut [f32], into: Into, x: &[f32], part: Affine<&[f32]>, rows: usize) {
-        let Self { arithmetic, projection, dropout } = self;
-        let (width, columns) = (out.len() / rows.max(1), x.len() / rows.max(1));
-        let (input, weight) = (MatrixRef::new(x, rows, columns), MatrixRef::new(part.weight, width, columns).t());
-        match into {
-            Into::Overwrite => arithmetic.matmul(out, input, weight),
-            Into::Add => arithmetic.matmul_add(out, input, weight),
-        }
-        add_bias(out, part.bias);
-        if let Some(part) = part.low_rank {
-            low_rank::add(out, x, part, rows, arithmetic, projection, dropout);
-        }
+impl<'a> Projecting<'a> {
+    /// For `rows` rows and these projections.
+    pub(crate) fn new<const N: usize>(
+        rows: usize,
+        arithmetic: Arithmetic,
+        dropout: Dropout<'a>,
+        parts: [Option<&Affine<&[f32]>>; N],
+    ) -> Self {
+        let keeps_rows = parts.into_iter().flatten().any(|part| part.low_rank.is_some() || part.bias.is_some());
+        Self { blocks: Blocks::new(rows, arithmetic), rows, arithmetic, dropout, keeps_rows }
     }
 
-    /// The gradient of `x` for the gradient `dout` of [`Self::forward`]'s result, written or added to `dx`.
+    /// Rows that gradients of parts need; none do where all parts are frozen.
+    pub(crate) fn keep<'r>(self, role: Role, width: usize, given: Option<&'r [f32]>, frozen: bool) -> Option<Keep<'r>> {
+        (self.keeps_rows || !frozen).then(|| self.blocks.keep(role, width, given, self.keeps_rows))
+    }
+
+    /// `x weight^T + bias` and the low-rank addition, of rows with this many columns.
+    pub(crate) fn forward<'w>(self, projection: Projection, part: Affine<&'w [f32]>, columns: usize) -> Forward<'w> {
+        let weight = MatrixRef::new(part.weight, part.weight.len() / columns.max(1), columns);
+        Forward { right: self.blocks.right(weight.t()), bias: part.bias, addition: self.addition(projection, part, columns) }
+    }
+
+    /// The gradient of the projection's input.
+    pub(crate) fn backward<'w>(self, projection: Projection, part: Affine<&'w [f32]>, columns: usize) -> Backward<'w> {
+        let weight = MatrixRef::new(part.weight, part.weight.len() / columns.max(1), columns);
+        Backward { right: self.blocks.right(weight), addition: self.addition(projection, part, columns) }
+    }
+
+    fn addition<'w>(self, projection: Projection, part: Affine<&'w [f32]>, columns: usize) -> Option<Addition<'w>> {
+        let factors = part.low_rank?;
+        let mask = low_rank::mask(self.rows * columns, projection, self.dropout);
+        Some(Addition { factors, columns, mask, how: self.blocks.small_products() })
+    }
+
+    /// Gradients of a projection's parts for the gradient `dout` of its result, where `x` is its input. With `frozen` the weight
+    /// gets none, but an empty vector: that product is the largest.
+    pub(crate) fn parts(
+        self,
+        projection: Projection,
+        dout: Option<&Kept<'_>>,
+        x: Option<&Kept<'_>>,
+        part: Affine<&[f32]>,
+        rows: usize,
+        frozen: bool,
+    ) -> Affine<Vec<f32>> {
+        let Self { arithmetic, dropout, .. } = self;
+        let (Some(dout), Some(x)) = (dout, x) else { return Affine::plain(Vec::new()) };
+        let weight = if frozen { Vec::new() } else { dout.product(x, arithmetic) };
+        let (mut low_rank, mut bias) = (None, None);
+        if let (Some(dout), Some(x)) = (dout.rows(), x.rows()) {
+            low_rank = part.low_rank.map(|part| low_rank::backward_factors(dout, x, part, rows, arithmetic, projection, dropout));
+            bias = part.bias.map(|bias| column_sums(dout, bias.len()));
+        }
+        Affine { weight, bias, low_rank }
+    }
+}
+
+/// The low-rank addition to a projection.
+struct Addition<'w> {
+    factors: LowRank<&'w [f32]>,
+    /// Of the projection's input.
+    columns: usize,
+    /// What dropout multiplies the input by, `[rows, columns]`.
+    mask: Option<Vec<f32>>,
+    how: low_rank::How,
+}
+
+impl<'w> Addition<'w> {
+    /// The factors for some columns of the input and some of the result.
+    fn part(&self, input: &Range<usize>, result: &Range<usize>) -> LowRank<MatrixRef<'w>> {
+        let LowRank { a, b, scale } = self.factors;
+        let rank = a.len() / self.columns.max(1);
+        let a = MatrixRef::strided(&a[input.start..], rank, input.len(), self.columns);
+        LowRank { a, b: MatrixRef::of_rows(b, result, rank), scale }
+    }
+
+    /// Rows of the input, dense, with dropout.
+    fn drop(&self, rows: &mut [f32], first_row: usize, input: &Range<usize>) {
+        if let Some(mask) = &self.mask {
+            for (row, values) in rows.chunks_exact_mut(input.len().max(1)).enumerate() {
+                let mask = &mask[(first_row + row) * self.columns..][input.clone()];
+                values.iter_mut().zip(mask).for_each(|(value, mask)| *value *= mask);
+            }
+        }
+    }
+}
+
+/// A projection of blocks of rows.
+pub(crate) struct Forward<'w> {
+    right: Right<'w>,
+    bias: Option<&'w [f32]>,
+    addition: Option<Addition<'w>>,
+}
+
+impl Forward<'_> {
+    /// `out = x weight^T + bias` (or `out += ..`) and the low-rank addition, all columns of it.
+    ///
+    /// # Shapes
+    /// - x: `[rows, columns]`; out: `[rows, width]`
+    pub(crate) fn run(&self, out: &mut [f32], into: Into, x: &Left<'_>) {
+        let width = out.len() / x.rows.rows().max(1);
+        self.columns(out, width, into, x, 0..width, 0..x.rows.columns());
+    }
+
+    /// [`Self::run`] for some columns of the result and some terms of its sums, where `x` has those terms only. The bias comes
+    /// with the first terms.
+    pub(crate) fn columns(
+        &self,
+        out: &mut [f32],
+        out_row_stride: usize,
+        into: Into,
+        x: &Left<'_>,
+        columns: Range<usize>,
+        terms: Range<usize>,
+    ) {
+        self.right.multiply(out, out_row_stride, x, columns.clone(), terms.clone(), into);
+        if terms.start == 0
+            && let Some(bias) = self.bias
+        {
+            for row in out.chunks_mut(out_row_stride.max(1)) {
+                row.iter_mut().zip(&bias[columns.clone()]).for_each(|(value, bias)| *value += bias);
+            }
+        }
+        if let Some(addition) = &self.addition {
+            let factors = addition.part(&terms, &columns);
+            if addition.mask.is_none() {
+                return low_rank::add(out, out_row_stride, x.rows, factors, addition.how);
+            }
+            let mut rows: Vec<f32> = (0..x.rows.rows()).flat_map(|row| x.rows.row(row)).copied().collect();
+            addition.drop(&mut rows, x.first_row, &terms);
+            low_rank::add(out, out_row_stride, MatrixRef::new(&rows, x.rows.rows(), terms.len()), factors, addition.how);
+        }
+    }
+}
+
+/// The gradient of a projection's input, block by block.
+pub(crate) struct Backward<'w> {
+    right: Right<'w>,
+    addition: Option<Addition<'w>>,
+}
+
+impl Backward<'_> {
+    /// The gradient of the input for the gradient `dout` of the result, written or added to `dx`.
     ///
     /// # Shapes
     /// - dx: `[rows, columns]`; dout: `[rows, width]`
-    pub fn backward_input(self, dx: &mut [f32], into: Into, dout: &[f32], part: Affine<&[f32]>, rows: usize) {
-        let Self { arithmetic, projection, dropout } = self;
-        let (width, columns) = (dout.len() / rows.max(1), dx.len() / rows.max(1));
-        let (upstream, weight) = (MatrixRef::new(dout, rows, width), MatrixRef::new(part.weight, width, columns));
-        match into {
-            Into::Overwrite => arithmetic.matmul(dx, upstream, weight),
-            Into::Add => arithmetic.matmul_add(dx, upstream, weight),
-        }
-        if let Some(part) = part.low_rank {
-            low_rank::backward_input(dx, dout, part, rows, arithmetic, projection, dropout);
-        }
+    pub(crate) fn run(&self, dx: &mut [f32], into: Into, dout: &Left<'_>) {
+        let columns = dx.len() / dout.rows.rows().max(1);
+        self.columns(dx, into, dout, 0..columns, 0..dout.rows.columns());
     }
 
-    /// Gradients of a projection's parts for the gradient `dout` of [`Self::forward`]'s result. With `frozen` the weight gets
-    /// none, but an empty vector: that product is the largest.
-    ///
-    /// # Shapes
-    /// - x: `[rows, columns]`; dout: `[rows, width]`
-    pub fn backward_parts(self, dout: &[f32], x: &[f32], part: Affine<&[f32]>, rows: usize, frozen: bool) -> Affine<Vec<f32>> {
-        let Self { arithmetic, projection, dropout } = self;
-        let (width, columns) = (dout.len() / rows.max(1), x.len() / rows.max(1));
-        let mut weight = zeros(if frozen { 0 } else { width * columns });
-        if !frozen {
-            arithmetic.matmul(&mut weight, MatrixRef::new(dout, rows, width).t(), MatrixRef::new(x, rows, columns));
+    /// [`Self::run`] for some columns of the input, which are all that `dx` has, and some terms of its sums, where `dout` has
+    /// those terms only.
+    pub(crate) fn columns(&self, dx: &mut [f32], into: Into, dout: &Left<'_>, columns: Range<usize>, terms: Range<usize>) {
+        self.right.multiply(dx, columns.len(), dout, columns.clone(), terms.clone(), into);
+        if let Some(addition) = &self.addition {
+            let mut more = low_rank::backward_input(dout.rows, addition.part(&columns, &terms), addition.how);
+            addition.drop(&mut more, dout.first_row, &columns);
+            dx.iter_mut().zip(more).for_each(|(sum, value)| *sum += value);
         }
-        let low_rank = part.low_rank.map(|part| low_rank::backward_factors(dout, x, part, rows, arithmetic, projection, dropout));
-        Affine { weight, bias: part.bias.map(|_| column_sums(dout, width)), low_rank }
-    }
-}
-
-fn add_bias(rows: &mut [f32], bias: Option<&[f32]>) {
-    let Some(bias) = bias else { return };
-    for row in rows.chunks_exact_mut(bias.len().max(1)) {
-        row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
     }
 }
 

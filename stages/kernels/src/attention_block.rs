@@ -5,9 +5,10 @@ use crate::{
     attention::{Heads, attention, attention_backward},
     layout::SequenceLayout,
     low_rank::{Dropout, Projection},
-    matmul::{Arithmetic, Into},
-    memory::{copied, zeros},
-    norm::{norm, norm_backward, rms_norm, rms_norm_backward},
+    matmul::{Arithmetic, Into, MatrixRef},
+    memory::{Parts, copied, zeros},
+    norm::{norm, norm_backward, rms_norm, rms_norm_backward, sum_of_norms},
+    operand::{Blocks, Kept, Role, finish, put},
     rope::RopeTable,
 };
 
@@ -65,7 +66,6 @@ pub struct AttentionGrads {
 /// What the backward pass needs.
 #[derive(Debug, Clone)]
 pub struct AttentionSaved {
-    inverse: Vec<f32>,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -118,8 +118,18 @@ impl AttentionSaved {
     /// Bytes held.
     pub fn size_bytes(&self) -> usize {
         let norms = [&self.q_norm, &self.k_norm].into_iter().flatten().map(HeadNormSaved::size_bytes).sum::<usize>();
-        4 * (self.inverse.len() + self.q.len() + self.k.len() + self.v.len() + self.out.len() + self.log_sum_exp.len()) + norms
+        4 * (self.q.len() + self.k.len() + self.v.len() + self.out.len() + self.log_sum_exp.len()) + norms
     }
+}
+
+/// Elements of f32 that [`forward`] and [`backward`] hold while they run, beside what they get and give.
+pub fn workspace(tokens: usize, shape: AttentionShape, as_rows: bool) -> [usize; 2] {
+    let blocks = Blocks::new(tokens, shape.arithmetic);
+    let (hidden, query, kv) = (shape.hidden, shape.heads.query_width(), shape.heads.kv_width());
+    let packed = blocks.packed_size(2 * hidden * (query + kv));
+    let kept = blocks.kept_size(hidden, hidden + 2 * (query + kv), as_rows);
+    let gradients = tokens * 2 * (query + kv);
+    [packed + blocks.working_size(hidden), packed + kept + gradients + blocks.working_size(2 * hidden)]
 }
 
 /// `x + attention(norm(x))`, `[tokens, hidden]`.
@@ -133,26 +143,55 @@ pub fn forward(
 ) -> (Vec<f32>, AttentionSaved) {
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
-    let (mut normed, mut inverse) = (zeros(tokens * hidden), zeros(tokens));
-    norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
-    let arithmetic = shape.arithmetic;
-    let projected = |projection: Projection, part: Affine<&[f32]>, width: usize| {
-        let mut out = zeros(tokens * width);
-        Projecting { arithmetic, projection, dropout }.forward(&mut out, Into::Overwrite, &normed, part, tokens);
-        out
-    };
-    let mut q = projected(Projection::Query, weights.q, query_width);
-    let mut k = projected(Projection::Key, weights.k, kv_width);
-    let v = projected(Projection::Value, weights.v, kv_width);
-    let q_norm = head_norm(&mut q, weights.q_norm, shape.eps);
-    let k_norm = head_norm(&mut k, weights.k_norm, shape.eps);
-    positional.rotate(&mut q, layout.positions(), false);
-    positional.rotate(&mut k, layout.positions(), false);
+    let how = projecting(&weights, shape, tokens, dropout);
+    let of = [
+        how.forward(Projection::Query, weights.q, hidden),
+        how.forward(Projection::Key, weights.k, hidden),
+        how.forward(Projection::Value, weights.v, hidden),
+    ];
+    let widths = [query_width, kv_width, kv_width];
+    let results = widths.map(|width| Parts::new(tokens * width));
+    let has_head_norms = weights.q_norm.is_some() || weights.k_norm.is_some();
+    how.blocks.each(|rows| {
+        let x = &x[rows.start * hidden..rows.end * hidden];
+        let (mut normed, mut inverse) = (zeros(x.len()), zeros(rows.len()));
+        norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
+        let normed = how.blocks.left(MatrixRef::new(&normed, rows.len(), hidden), rows.start);
+        for (index, ((of, result), width)) in of.iter().zip(&results).zip(widths).enumerate() {
+            // SAFETY: each block has its own rows.
+            let result = unsafe { result.zeroed(rows.start * width..rows.end * width) };
+            of.run(result, Into::Overwrite, &normed);
+            // Heads are normed before they are rotated.
+            if index < 2 && !has_head_norms {
+                positional.rotate(result, &layout.positions()[rows.clone()], false);
+            }
+        }
+    });
+    // SAFETY: the blocks are all rows.
+    let [mut q, mut k, v] = results.map(|result| unsafe { result.finish() });
+    let (mut q_norm, mut k_norm) = (None, None);
+    if has_head_norms {
+        q_norm = head_norm(&mut q, weights.q_norm, shape.eps);
+        k_norm = head_norm(&mut k, weights.k_norm, shape.eps);
+        positional.rotate(&mut q, layout.positions(), false);
+        positional.rotate(&mut k, layout.positions(), false);
+    }
     let (mut out, mut log_sum_exp) = (zeros(tokens * query_width), zeros(shape.heads.heads * tokens));
     attention(&mut out, &mut log_sum_exp, &q, &k, &v, positional.slopes(), shape.heads, shape.window, layout);
-    let mut y = copied(x);
-    Projecting { arithmetic, projection: Projection::Output, dropout }.forward(&mut y, Into::Add, &out, weights.o, tokens);
-    (y, AttentionSaved { inverse, q, k, v, out, log_sum_exp, q_norm, k_norm })
+    let (output, y) = (how.forward(Projection::Output, weights.o, query_width), Parts::new(tokens * hidden));
+    how.blocks.each(|rows| {
+        // SAFETY: each block has its own rows.
+        let y = unsafe { y.zeroed(rows.start * hidden..rows.end * hidden) };
+        y.copy_from_slice(&x[rows.start * hidden..rows.end * hidden]);
+        output.run(y, Into::Add, &how.blocks.left(MatrixRef::of_rows(&out, &rows, query_width), rows.start));
+    });
+    // SAFETY: the blocks are all rows.
+    let y = unsafe { y.finish() };
+    (y, AttentionSaved { q, k, v, out, log_sum_exp, q_norm, k_norm })
+}
+
+fn projecting<'a>(weights: &AttentionWeights<'_>, shape: AttentionShape, tokens: usize, dropout: Dropout<'a>) -> Projecting<'a> {
+    Projecting::new(tokens, shape.arithmetic, dropout, [&weights.q, &weights.k, &weights.v, &weights.o].map(Some))
 }
 
 /// Gradients of [`forward`] for the gradient `dy` of its result; with `frozen` none of the projections' weights.
@@ -169,14 +208,26 @@ pub fn backward(
 ) -> AttentionGrads {
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
-    let mut dout = zeros(tokens * query_width);
-    let projecting = |projection: Projection| Projecting { arithmetic: shape.arithmetic, projection, dropout };
-    let output = projecting(Projection::Output);
-    output.backward_input(&mut dout, Into::Overwrite, dy, weights.o, tokens);
-    let o = output.backward_parts(dy, &saved.out, weights.o, tokens, frozen);
+    let how = projecting(&weights, shape, tokens, dropout);
+    let (output, dout) = (how.backward(Projection::Output, weights.o, query_width), Parts::new(tokens * query_width));
+    let upstream = how.keep(Role::Gradient, hidden, Some(dy), frozen);
+    let heads = how.keep(Role::Input, query_width, Some(&saved.out[..]), frozen);
+    how.blocks.each(|rows| {
+        // SAFETY: each block has its own rows.
+        let dout = unsafe { dout.zeroed(rows.start * query_width..rows.end * query_width) };
+        let dy = MatrixRef::of_rows(dy, &rows, hidden);
+        output.run(dout, Into::Overwrite, &how.blocks.left(dy, rows.start));
+        // SAFETY: as above.
+        unsafe {
+            put(&upstream, dy, rows.start);
+            put(&heads, MatrixRef::of_rows(&saved.out, &rows, query_width), rows.start);
+        }
+    });
+    // SAFETY: the blocks are all rows.
+    let (dout, upstream, heads) = unsafe { (dout.finish(), finish(upstream), finish(heads)) };
 
     let (mut dq, mut dk, mut dv) = (zeros(tokens * query_width), zeros(tokens * kv_width), zeros(tokens * kv_width));
-    let AttentionSaved { inverse, q, k, v, out, log_sum_exp, .. } = saved;
+    let AttentionSaved { q, k, v, out, log_sum_exp, .. } = saved;
     let slopes = positional.slopes();
     attention_backward(&mut dq, &mut dk, &mut dv, &dout, out, log_sum_exp, q, k, v, slopes, shape.heads, shape.window, layout);
     positional.rotate(&mut dq, layout.positions(), true);
@@ -184,18 +235,39 @@ pub fn backward(
     let q_norm = head_norm_backward(&mut dq, saved.q_norm.as_ref(), weights.q_norm);
     let k_norm = head_norm_backward(&mut dk, saved.k_norm.as_ref(), weights.k_norm);
 
-    // The normalised input is cheaper to compute again than to keep.
-    let (mut normed, mut unused) = (zeros(tokens * hidden), zeros(tokens));
-    norm(&mut normed, &mut unused, x, weights.norm, shape.eps);
-    let mut dnormed = zeros(tokens * hidden);
-    let mut projected = |projection: Projection, dout: &[f32], part: Affine<&[f32]>| {
-        projecting(projection).backward_input(&mut dnormed, Into::Add, dout, part, tokens);
-        projecting(projection).backward_parts(dout, &normed, part, tokens, frozen)
+    let projections = [(Projection::Query, weights.q, &dq), (Projection::Key, weights.k, &dk), (Projection::Value, weights.v, &dv)];
+    let of = projections.map(|(projection, part, _)| how.backward(projection, part, hidden));
+    let (dx, inputs) = (Parts::new(tokens * hidden), how.keep(Role::Input, hidden, None, frozen));
+    let kept = projections.map(|(.., gradients)| how.keep(Role::Gradient, gradients.len() / tokens.max(1), Some(&gradients[..]), frozen));
+    let norms = how.blocks.map(|rows| {
+        let all = rows.start * hidden..rows.end * hidden;
+        let (x, dy) = (&x[all.clone()], &dy[all.clone()]);
+        let mut dnormed = zeros(x.len());
+        for ((of, (.., gradients)), kept) in of.iter().zip(projections).zip(&kept) {
+            let width = gradients.len() / tokens.max(1);
+            let gradients = MatrixRef::of_rows(gradients, &rows, width);
+            of.run(&mut dnormed, Into::Add, &how.blocks.left(gradients, rows.start));
+            // SAFETY: each block has its own rows.
+            unsafe { put(kept, gradients, rows.start) };
+        }
+        // The normalised input is cheaper to compute again than to keep.
+        let (mut normed, mut inverse) = (zeros(x.len()), zeros(rows.len()));
+        norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
+        // SAFETY: as above.
+        let dx = unsafe {
+            put(&inputs, MatrixRef::new(&normed, rows.len(), hidden), rows.start);
+            dx.zeroed(all)
+        };
+        dx.copy_from_slice(dy);
+        norm_backward(dx, &dnormed, x, &inverse, weights.norm)
+    });
+    // SAFETY: the blocks are all rows.
+    let (dx, inputs, kept) = unsafe { (dx.finish(), finish(inputs), kept.map(|keep| finish(keep))) };
+    let parts = |(projection, part, _): (Projection, Affine<&[f32]>, _), dout: &Option<Kept<'_>>, x: &Option<Kept<'_>>| {
+        how.parts(projection, dout.as_ref(), x.as_ref(), part, tokens, frozen)
     };
-    let q = projected(Projection::Query, &dq, weights.q);
-    let k = projected(Projection::Key, &dk, weights.k);
-    let v = projected(Projection::Value, &dv, weights.v);
-    let mut dx = copied(dy);
-    let norm = norm_backward(&mut dx, &dnormed, x, inverse, weights.norm);
-    AttentionGrads { x: dx, weights: AttentionParts { norm, q, k, v, o, q_norm, k_norm } }
+    let [query, key, value] = projections;
+    let [q, k, v] = [(query, &kept[0]), (key, &kept[1]), (value, &kept[2])].map(|(projection, dout)| parts(projection, dout, &inputs));
+    let o = parts((Projection::Output, weights.o, &dq), &upstream, &heads);
+    AttentionGrads { x: dx, weights: AttentionParts { norm: sum_of_norms(norms), q, k, v, o, q_norm, k_norm } }
 }

@@ -10,8 +10,8 @@ use crate::{
     attention::Heads,
     attention_block::norm_heads,
     few_rows::{Output, Weight, project},
-    low_rank::{self, LowRank, Projection},
-    matmul::{Arithmetic, Into},
+    low_rank::{self, How, LowRank},
+    matmul::{Arithmetic, Into, MatrixRef},
     mlp_block::{gelu, swiglu},
     norm::norm,
     simd::{LANES, exp, fmadd, max, multiversion, sum},
@@ -119,9 +119,9 @@ pub fn attention_step(
     k.resize(rows * kv_width, 0.0);
     v.resize(rows * kv_width, 0.0);
     project(normed, rows, [(&mut *q, weights.q), (&mut *k, weights.k), (&mut *v, weights.v)].map(|(out, part)| written(out, part)));
-    add_rest(q, normed, weights.q, rows, Projection::Query);
-    add_rest(k, normed, weights.k, rows, Projection::Key);
-    add_rest(v, normed, weights.v, rows, Projection::Value);
+    add_rest(q, normed, weights.q, rows);
+    add_rest(k, normed, weights.k, rows);
+    add_rest(v, normed, weights.v, rows);
     norm_heads(q, weights.q_norm.map(Weight::wide).as_deref(), shape.eps);
     norm_heads(k, weights.k_norm.map(Weight::wide).as_deref(), shape.eps);
     positional.rotate(q, positions, false);
@@ -136,7 +136,7 @@ pub fn attention_step(
             attend(out, q, cache, positional.slopes(), shape);
         });
     project(out, rows, [Output { out: x, into: Into::Add, weight: weights.o.weight }]);
-    add_rest(x, out, weights.o, rows, Projection::Output);
+    add_rest(x, out, weights.o, rows);
 }
 
 /// `x += mlp(norm(x))`.
@@ -144,27 +144,26 @@ pub fn attention_step(
 /// # Shapes
 /// - x: `[sequences, hidden]`
 pub fn mlp_step(x: &mut [f32], weights: DecodeMlp<'_>, rows: usize, eps: f32, scratch: &mut DecodeScratch) {
-    let DecodeScratch { normed, inverse, q: gated, k: up, out: activated, .. } = scratch;
+    let DecodeScratch { normed, inverse, q: gated, k: activated, .. } = scratch;
     norm_rows(normed, inverse, x, weights.norm, rows, eps);
     let intermediate = weights.up.weight.len() / (normed.len() / rows.max(1)).max(1);
-    up.resize(rows * intermediate, 0.0);
     activated.resize(rows * intermediate, 0.0);
     match weights.gate {
         Some(gate) => {
             gated.resize(rows * intermediate, 0.0);
-            project(normed, rows, [written(gated, gate), written(up, weights.up)]);
-            add_rest(gated, normed, gate, rows, Projection::Gate);
-            add_rest(up, normed, weights.up, rows, Projection::Up);
-            swiglu(activated, gated, up);
+            project(normed, rows, [written(gated, gate), written(activated, weights.up)]);
+            add_rest(gated, normed, gate, rows);
+            add_rest(activated, normed, weights.up, rows);
+            swiglu(activated, gated);
         }
         None => {
-            project(normed, rows, [written(up, weights.up)]);
-            add_rest(up, normed, weights.up, rows, Projection::Up);
-            gelu(activated, up);
+            project(normed, rows, [written(activated, weights.up)]);
+            add_rest(activated, normed, weights.up, rows);
+            gelu(activated);
         }
     }
     project(activated, rows, [Output { out: x, into: Into::Add, weight: weights.down.weight }]);
-    add_rest(x, activated, weights.down, rows, Projection::Down);
+    add_rest(x, activated, weights.down, rows);
 }
 
 fn norm_rows(normed: &mut Vec<f32>, inverse: &mut Vec<f32>, x: &[f32], part: Affine<Weight<'_>>, rows: usize, eps: f32) {
@@ -179,14 +178,18 @@ fn written<'a>(out: &'a mut [f32], part: Affine<Weight<'a>>) -> Output<'a> {
 }
 
 /// The bias and the low-rank addition of a projection.
-fn add_rest(out: &mut [f32], x: &[f32], part: Affine<Weight<'_>>, rows: usize, projection: Projection) {
+fn add_rest(out: &mut [f32], x: &[f32], part: Affine<Weight<'_>>, rows: usize) {
     if let Some(bias) = part.bias {
         let bias = bias.wide();
         out.chunks_exact_mut(bias.len()).for_each(|row| row.iter_mut().zip(&*bias).for_each(|(value, bias)| *value += bias));
     }
     if let Some(LowRank { a, b, scale }) = part.low_rank {
         let (a, b) = (a.wide(), b.wide());
-        low_rank::add(out, x, LowRank { a: &a, b: &b, scale }, rows, Arithmetic::F32, projection, None);
+        let (width, columns) = (out.len() / rows.max(1), x.len() / rows.max(1));
+        let rank = a.len() / columns.max(1);
+        let factors = LowRank { a: MatrixRef::new(&a, rank, columns), b: MatrixRef::new(&b, width, rank), scale };
+        let how = How { arithmetic: Arithmetic::F32, parallel: true };
+        low_rank::add(out, width, MatrixRef::new(x, rows, columns), factors, how);
     }
 }
 

@@ -5,7 +5,7 @@
 use std::borrow::Cow;
 
 use crate::{
-    matmul::{Arithmetic, MatrixRef},
+    matmul::{Arithmetic, Into, MatrixRef},
     memory::zeros,
 };
 
@@ -44,6 +44,15 @@ pub enum Projection {
 /// `1 / (1 - p)`, the same ones each time it is asked. Without it nothing is dropped.
 pub type Dropout<'a> = Option<&'a (dyn Fn(Projection, &mut [f32]) + Sync)>;
 
+/// What dropout multiplies `len` elements of a projection's input by.
+pub(crate) fn mask(len: usize, projection: Projection, dropout: Dropout<'_>) -> Option<Vec<f32>> {
+    dropout.map(|drop| {
+        let mut mask = vec![1.0; len];
+        drop(projection, &mut mask);
+        mask
+    })
+}
+
 fn dropped<'a>(x: &'a [f32], projection: Projection, dropout: Dropout<'_>) -> Cow<'a, [f32]> {
     let mut x = Cow::Borrowed(x);
     if let Some(drop) = dropout {
@@ -52,73 +61,50 @@ fn dropped<'a>(x: &'a [f32], projection: Projection, dropout: Dropout<'_>) -> Co
     x
 }
 
-/// `scale * x a^T`, `[rows, rank]`.
-fn down(x: &[f32], part: LowRank<&[f32]>, rows: usize, columns: usize, arithmetic: Arithmetic) -> Vec<f32> {
-    let rank = part.a.len() / columns.max(1);
-    let mut down = zeros(rows * rank);
-    arithmetic.matmul(&mut down, MatrixRef::new(x, rows, columns), MatrixRef::new(part.a, rank, columns).t());
-    down.iter_mut().for_each(|value| *value *= part.scale);
-    down
+/// How the small products of an addition are computed.
+#[derive(Clone, Copy)]
+pub(crate) struct How {
+    /// Format of the operands.
+    pub(crate) arithmetic: Arithmetic,
+    /// On all threads, or on the calling one.
+    pub(crate) parallel: bool,
 }
 
-/// `out += scale * (dropout(x) a^T) b^T`.
+impl How {
+    /// `scale * a b`, dense.
+    fn scaled(self, a: MatrixRef<'_>, b: MatrixRef<'_>, scale: f32) -> Vec<f32> {
+        let mut out = zeros(a.rows() * b.columns());
+        self.arithmetic.multiply(&mut out, b.columns(), a, b, Into::Overwrite, self.parallel);
+        out.iter_mut().for_each(|value| *value *= scale);
+        out
+    }
+}
+
+/// `out += scale * (x a^T) b^T`, where dropout has been applied to `x`. The factors may be parts: some columns of `a` with as many
+/// of `x`, some rows of `b` with as many columns of `out`.
 ///
 /// # Shapes
-/// - x: `[rows, columns]`; out: `[rows, width]`
-pub fn add(
-    out: &mut [f32],
-    x: &[f32],
-    part: LowRank<&[f32]>,
-    rows: usize,
-    arithmetic: Arithmetic,
-    projection: Projection,
-    dropout: Dropout<'_>,
-) {
-    let (width, columns) = (out.len() / rows.max(1), x.len() / rows.max(1));
-    let down = down(&dropped(x, projection, dropout), part, rows, columns, arithmetic);
-    let rank = down.len() / rows.max(1);
-    arithmetic.matmul_add(out, MatrixRef::new(&down, rows, rank), MatrixRef::new(part.b, width, rank).t());
+/// - x: `[rows, columns]`; out: `[rows, width]`, rows `out_row_stride` apart
+pub(crate) fn add(out: &mut [f32], out_row_stride: usize, x: MatrixRef<'_>, part: LowRank<MatrixRef<'_>>, how: How) {
+    let down = how.scaled(x, part.a.t(), part.scale);
+    let down = MatrixRef::new(&down, x.rows(), part.a.rows());
+    how.arithmetic.multiply(out, out_row_stride, down, part.b.t(), Into::Add, how.parallel);
 }
 
-/// `scale * dout b`, `[rows, rank]`: the gradient of what the down projection gives.
-fn down_gradient(dout: &[f32], part: LowRank<&[f32]>, rows: usize, arithmetic: Arithmetic) -> Vec<f32> {
-    let width = dout.len() / rows.max(1);
-    let rank = part.b.len() / width.max(1);
-    let mut ddown = zeros(rows * rank);
-    arithmetic.matmul(&mut ddown, MatrixRef::new(dout, rows, width), MatrixRef::new(part.b, width, rank));
-    ddown.iter_mut().for_each(|value| *value *= part.scale);
-    ddown
-}
-
-/// Adds to `dx` the gradient of the input of [`add`] for the gradient `dout` of its result.
+/// The gradient of the input of [`add`] (after dropout) for the gradient `dout` of its result, dense.
 ///
 /// # Shapes
-/// - dx: `[rows, columns]`; dout: `[rows, width]`
-pub fn backward_input(
-    dx: &mut [f32],
-    dout: &[f32],
-    part: LowRank<&[f32]>,
-    rows: usize,
-    arithmetic: Arithmetic,
-    projection: Projection,
-    dropout: Dropout<'_>,
-) {
-    let columns = dx.len() / rows.max(1);
-    let ddown = down_gradient(dout, part, rows, arithmetic);
-    let rank = ddown.len() / rows.max(1);
-    let (ddown, factor) = (MatrixRef::new(&ddown, rows, rank), MatrixRef::new(part.a, rank, columns));
-    let Some(drop) = dropout else { return arithmetic.matmul_add(dx, ddown, factor) };
-    let mut more = zeros(rows * columns);
-    arithmetic.matmul(&mut more, ddown, factor);
-    drop(projection, &mut more);
-    dx.iter_mut().zip(more).for_each(|(sum, value)| *sum += value);
+/// - dout: `[rows, width]`; result: `[rows, columns]`
+pub(crate) fn backward_input(dout: MatrixRef<'_>, part: LowRank<MatrixRef<'_>>, how: How) -> Vec<f32> {
+    let ddown = how.scaled(dout, part.b, part.scale);
+    how.scaled(MatrixRef::new(&ddown, dout.rows(), part.a.rows()), part.a, 1.0)
 }
 
 /// Gradients of the factors of [`add`] for the gradient `dout` of its result.
 ///
 /// # Shapes
 /// - x: `[rows, columns]`; dout: `[rows, width]`
-pub fn backward_factors(
+pub(crate) fn backward_factors(
     dout: &[f32],
     x: &[f32],
     part: LowRank<&[f32]>,
@@ -128,12 +114,13 @@ pub fn backward_factors(
     dropout: Dropout<'_>,
 ) -> LowRank<Vec<f32>> {
     let (width, columns) = (dout.len() / rows.max(1), x.len() / rows.max(1));
-    let x = dropped(x, projection, dropout);
+    let rank = part.a.len() / columns.max(1);
+    let (x, how) = (dropped(x, projection, dropout), How { arithmetic, parallel: true });
+    let (x, dout) = (MatrixRef::new(&x, rows, columns), MatrixRef::new(dout, rows, width));
     // Both products are of the rank's width: cheaper to compute again than to keep.
-    let (down, ddown) = (down(&x, part, rows, columns, arithmetic), down_gradient(dout, part, rows, arithmetic));
-    let rank = down.len() / rows.max(1);
-    let (mut a, mut b) = (zeros(rank * columns), zeros(width * rank));
-    arithmetic.matmul(&mut a, MatrixRef::new(&ddown, rows, rank).t(), MatrixRef::new(&x, rows, columns));
-    arithmetic.matmul(&mut b, MatrixRef::new(dout, rows, width).t(), MatrixRef::new(&down, rows, rank));
+    let down = how.scaled(x, MatrixRef::new(part.a, rank, columns).t(), part.scale);
+    let ddown = how.scaled(dout, MatrixRef::new(part.b, width, rank), part.scale);
+    let a = how.scaled(MatrixRef::new(&ddown, rows, rank).t(), x, 1.0);
+    let b = how.scaled(dout.t(), MatrixRef::new(&down, rows, rank), 1.0);
     LowRank { a, b, scale: part.scale }
 }

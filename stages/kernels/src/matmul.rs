@@ -3,6 +3,8 @@
 //! `gemm` splits work over threads by rows and columns of the result and never along the summed dimension, and its
 //! blocking of that dimension depends on shapes alone, so results do not depend on the number of threads.
 
+use std::ops::Range;
+
 use gemm::Parallelism;
 
 /// A matrix in memory: element `(i, j)` is `data[i * row_stride + j * column_stride]`.
@@ -42,6 +44,17 @@ impl<'a> MatrixRef<'a> {
         self.data[row * self.row_stride + column * self.column_stride]
     }
 
+    /// Some rows of a row-major matrix of this width.
+    pub(crate) fn of_rows(data: &'a [f32], rows: &Range<usize>, width: usize) -> Self {
+        Self::new(&data[rows.start * width..rows.end * width], rows.len(), width)
+    }
+
+    /// A row, of elements side by side.
+    pub(crate) fn row(&self, row: usize) -> &'a [f32] {
+        assert!(self.column_stride == 1, "rows lie across");
+        &self.data[row * self.row_stride..][..self.columns]
+    }
+
     /// Its slice, and the elements from row to row and from column to column.
     pub(crate) fn parts(&self) -> (&'a [f32], usize, usize) {
         (self.data, self.row_stride, self.column_stride)
@@ -66,18 +79,20 @@ pub enum Arithmetic {
 impl Arithmetic {
     /// `out = a b`, `out` dense row-major, on all threads.
     pub fn matmul(self, out: &mut [f32], a: MatrixRef<'_>, b: MatrixRef<'_>) {
-        self.multiply(out, a, b, Into::Overwrite);
+        self.multiply(out, b.columns, a, b, Into::Overwrite, true);
     }
 
     /// `out += a b`, `out` dense row-major, on all threads.
     pub fn matmul_add(self, out: &mut [f32], a: MatrixRef<'_>, b: MatrixRef<'_>) {
-        self.multiply(out, a, b, Into::Add);
+        self.multiply(out, b.columns, a, b, Into::Add, true);
     }
 
-    fn multiply(self, out: &mut [f32], a: MatrixRef<'_>, b: MatrixRef<'_>, into: Into) {
-        match self {
-            Self::F32 => matmul_scaled(out, b.columns, a, b, 1.0, into),
-            Self::Bf16 => crate::bf16::matmul_scaled(out, b.columns, a, b, 1.0, into, true),
+    /// `out = a b` or `out += a b`, `out` row-major with the given row stride, on all threads or the calling one.
+    pub(crate) fn multiply(self, out: &mut [f32], out_row_stride: usize, a: MatrixRef<'_>, b: MatrixRef<'_>, into: Into, parallel: bool) {
+        match (self, parallel) {
+            (Self::F32, true) => matmul_scaled(out, out_row_stride, a, b, 1.0, into),
+            (Self::F32, false) => matmul_serial(out, out_row_stride, a, b, 1.0, into),
+            (Self::Bf16, _) => crate::bf16::matmul_scaled(out, out_row_stride, a, b, 1.0, into, parallel),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Memory of whole tensors: what the allocator keeps, and how zeros and copies are made.
 
-use std::mem::MaybeUninit;
+use std::{mem::MaybeUninit, ops::Range};
 
 use rayon::prelude::*;
 
@@ -18,6 +18,50 @@ pub fn keep_freed_memory() {
             // SAFETY: two integers; what the library does not know it refuses.
             unsafe { libc::mallopt(parameter, value) };
         }
+    }
+}
+
+/// Numbers that tasks write part by part. A part is zeros first, in the cache of the core that goes on with it: zeros for all
+/// would go through memory twice.
+pub(crate) struct Parts<T = f32> {
+    numbers: Vec<T>,
+    start: *mut T,
+    len: usize,
+}
+
+// SAFETY: tasks write to disjoint parts, as `zeroed` asks of them.
+unsafe impl<T: Send> Sync for Parts<T> {}
+
+impl<T: bytemuck::Zeroable> Parts<T> {
+    /// Room for `len` numbers.
+    pub(crate) fn new(len: usize) -> Self {
+        let mut numbers = Vec::with_capacity(len);
+        Self { start: numbers.as_mut_ptr(), numbers, len }
+    }
+
+    /// A part, of zeros.
+    ///
+    /// # Safety
+    /// Nobody else may have elements of this part while the result lives.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn zeroed(&self, part: Range<usize>) -> &mut [T] {
+        assert!(part.start <= part.end && part.end <= self.len);
+        // SAFETY: the part lies within the vector's room, all of it is written before it is a slice, and the caller has it alone.
+        unsafe {
+            let start = self.start.add(part.start);
+            start.write_bytes(0, part.len());
+            std::slice::from_raw_parts_mut(start, part.len())
+        }
+    }
+
+    /// All of them.
+    ///
+    /// # Safety
+    /// Every element must have been in a part.
+    pub(crate) unsafe fn finish(mut self) -> Vec<T> {
+        // SAFETY: as the caller promises.
+        unsafe { self.numbers.set_len(self.len) };
+        self.numbers
     }
 }
 

@@ -4,16 +4,15 @@
 use rayon::prelude::*;
 
 use crate::{
-    affine::{Affine, MlpParts, Projecting},
+    affine::{Affine, Backward, Forward, MlpParts, Projecting},
     low_rank::{Dropout, Projection},
-    matmul::{Arithmetic, Into},
-    memory::{copied, zeros},
-    norm::{norm, norm_backward},
+    matmul::{Arithmetic, Into, MatrixRef},
+    memory::{Parts, zeros},
+    norm::{norm, norm_backward, sum_of_norms},
+    operand::{Blocks, Keep, Kept, Role, finish},
+    saved::{Saved, Saving},
     simd::{fmadd, multiversion, sigmoid},
 };
-
-/// Elements per parallel task.
-const BLOCK: usize = 8_192;
 
 /// Weights, each projection `[out, in]` row-major.
 pub type MlpWeights<'a> = MlpParts<&'a [f32]>;
@@ -21,15 +20,14 @@ pub type MlpWeights<'a> = MlpParts<&'a [f32]>;
 /// What the backward pass needs.
 #[derive(Debug, Clone)]
 pub struct MlpSaved {
-    inverse: Vec<f32>,
-    gate: Option<Vec<f32>>,
-    up: Vec<f32>,
+    gate: Option<Saved>,
+    up: Saved,
 }
 
 impl MlpSaved {
     /// Bytes held.
     pub fn size_bytes(&self) -> usize {
-        4 * (self.inverse.len() + self.gate.as_ref().map_or(0, Vec::len) + self.up.len())
+        self.gate.as_ref().map_or(0, Saved::size_bytes) + self.up.size_bytes()
     }
 }
 
@@ -40,30 +38,62 @@ pub struct MlpGrads {
     pub weights: MlpParts<Vec<f32>>,
 }
 
+/// Elements of f32 that [`forward`] and [`backward`] hold while they run, beside what they get and give.
+pub fn workspace(tokens: usize, hidden: usize, width: usize, gated: bool, as_rows: bool, arithmetic: Arithmetic) -> [usize; 2] {
+    let blocks = Blocks::new(tokens, arithmetic);
+    let (inner, part) = (if gated { 2 } else { 1 }, blocks.part_size(width));
+    let packed = blocks.packed_size((inner + 1) * hidden * width);
+    let forward = packed + blocks.working_size(hidden + inner * part);
+    let kept = blocks.kept_size(hidden + (inner + 1) * width, hidden, as_rows);
+    [forward, packed + kept + blocks.working_size(2 * hidden + (inner + 3) * part)]
+}
+
 /// The block's result, `[tokens, hidden]`.
 pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32, arithmetic: Arithmetic, dropout: Dropout<'_>) -> (Vec<f32>, MlpSaved) {
     let hidden = weights.norm.weight.len();
-    let (tokens, intermediate) = (x.len() / hidden, weights.up.weight.len() / hidden);
-    let (mut normed, mut inverse) = (zeros(tokens * hidden), zeros(tokens));
-    norm(&mut normed, &mut inverse, x, weights.norm, eps);
-    let projected = |projection: Projection, part: Affine<&[f32]>| {
-        let mut out = zeros(tokens * intermediate);
-        Projecting { arithmetic, projection, dropout }.forward(&mut out, Into::Overwrite, &normed, part, tokens);
-        out
-    };
-    let (gate, up) = (weights.gate.map(|gate| projected(Projection::Gate, gate)), projected(Projection::Up, weights.up));
-    let mut activated = zeros(tokens * intermediate);
-    match &gate {
-        Some(gate) => activated
-            .par_chunks_mut(BLOCK)
-            .zip(gate.par_chunks(BLOCK))
-            .zip(up.par_chunks(BLOCK))
-            .for_each(|((out, gate), up)| swiglu(out, gate, up)),
-        None => activated.par_chunks_mut(BLOCK).zip(up.par_chunks(BLOCK)).for_each(|(out, up)| gelu(out, up)),
-    }
-    let mut y = copied(x);
-    Projecting { arithmetic, projection: Projection::Down, dropout }.forward(&mut y, Into::Add, &activated, weights.down, tokens);
-    (y, MlpSaved { inverse, gate, up })
+    let (tokens, width) = (x.len() / hidden, weights.up.weight.len() / hidden);
+    let how = Projecting::new(tokens, arithmetic, dropout, [weights.gate.as_ref(), Some(&weights.up), Some(&weights.down)]);
+    let gate_of = weights.gate.map(|gate| how.forward(Projection::Gate, gate, hidden));
+    let (up_of, down_of) = (how.forward(Projection::Up, weights.up, hidden), how.forward(Projection::Down, weights.down, width));
+    let saving = || Saving::new(tokens * width, arithmetic);
+    let (y, gate, up) = (Parts::new(tokens * hidden), gate_of.as_ref().map(|_| saving()), saving());
+    how.blocks.each(|rows| {
+        let all = rows.start * hidden..rows.end * hidden;
+        let x = &x[all.clone()];
+        // SAFETY: each block has its own rows.
+        let y = unsafe { y.zeroed(all) };
+        y.copy_from_slice(x);
+        let (mut normed, mut inverse) = (zeros(x.len()), zeros(rows.len()));
+        norm(&mut normed, &mut inverse, x, weights.norm, eps);
+        let normed = how.blocks.left(MatrixRef::new(&normed, rows.len(), hidden), rows.start);
+        for part in how.blocks.parts(width) {
+            let first = rows.start * width + part.start;
+            let project = |of: &Forward<'_>, saving: &Saving| {
+                let mut projected = zeros(rows.len() * part.len());
+                of.columns(&mut projected, part.len(), Into::Overwrite, &normed, part.clone(), 0..hidden);
+                // SAFETY: as above.
+                unsafe { saving.put(&mut projected, part.len(), first, width) };
+                projected
+            };
+            let mut activated = project(&up_of, &up);
+            match gate_of.as_ref().zip(gate.as_ref()) {
+                Some((gate_of, gate)) => {
+                    let gate = project(gate_of, gate);
+                    each_row(&mut activated, part.len()).zip(gate.par_chunks(part.len())).for_each(|(up, gate)| swiglu(up, gate));
+                }
+                None => each_row(&mut activated, part.len()).for_each(gelu),
+            }
+            let activated = how.blocks.left(MatrixRef::new(&activated, rows.len(), part.len()), rows.start);
+            down_of.columns(y, hidden, Into::Add, &activated, 0..hidden, part);
+        }
+    });
+    // SAFETY: the blocks are all rows.
+    unsafe { (y.finish(), MlpSaved { gate: gate.map(|gate| gate.finish()), up: up.finish() }) }
+}
+
+/// Tasks of a block's rows.
+fn each_row(rows: &mut [f32], width: usize) -> impl IndexedParallelIterator<Item = &mut [f32]> {
+    rows.par_chunks_mut(width).with_min_len(32)
 }
 
 /// Gradients of [`forward`] for the gradient `dy` of its result; with `frozen` none of the projections' weights.
@@ -78,71 +108,117 @@ pub fn backward(
     frozen: bool,
 ) -> MlpGrads {
     let hidden = weights.norm.weight.len();
-    let (tokens, intermediate) = (x.len() / hidden, weights.up.weight.len() / hidden);
-    let mut dactivated = zeros(tokens * intermediate);
-    let projecting = |projection: Projection| Projecting { arithmetic, projection, dropout };
-    projecting(Projection::Down).backward_input(&mut dactivated, Into::Overwrite, dy, weights.down, tokens);
-    let mut activated = zeros(tokens * intermediate);
-    let (mut dgate, mut dup) = (saved.gate.as_deref().map(copied), copied(&saved.up));
-    match &mut dgate {
-        Some(dgate) => activated
-            .par_chunks_mut(BLOCK)
-            .zip(dgate.par_chunks_mut(BLOCK))
-            .zip(dup.par_chunks_mut(BLOCK))
-            .zip(dactivated.par_chunks(BLOCK))
-            .for_each(|(((activated, gate), up), dout)| swiglu_backward(activated, gate, up, dout)),
-        None => activated
-            .par_chunks_mut(BLOCK)
-            .zip(dup.par_chunks_mut(BLOCK))
-            .zip(dactivated.par_chunks(BLOCK))
-            .for_each(|((activated, up), dout)| gelu_backward(activated, up, dout)),
-    }
-    let down = projecting(Projection::Down).backward_parts(dy, &activated, weights.down, tokens, frozen);
-
-    let (mut normed, mut unused) = (zeros(tokens * hidden), zeros(tokens));
-    norm(&mut normed, &mut unused, x, weights.norm, eps);
-    let mut dnormed = zeros(tokens * hidden);
-    let mut projected = |projection: Projection, dout: &[f32], part: Affine<&[f32]>| {
-        projecting(projection).backward_input(&mut dnormed, Into::Add, dout, part, tokens);
-        projecting(projection).backward_parts(dout, &normed, part, tokens, frozen)
+    let (tokens, width) = (x.len() / hidden, weights.up.weight.len() / hidden);
+    let how = Projecting::new(tokens, arithmetic, dropout, [weights.gate.as_ref(), Some(&weights.up), Some(&weights.down)]);
+    let gate_of = weights.gate.map(|gate| how.backward(Projection::Gate, gate, hidden));
+    let (up_of, down_of) = (how.backward(Projection::Up, weights.up, hidden), how.backward(Projection::Down, weights.down, width));
+    let keep = |role: Role, width: usize| how.keep(role, width, None, frozen);
+    let upstream = how.keep(Role::Gradient, hidden, Some(dy), frozen);
+    let (dx, inputs) = (Parts::new(tokens * hidden), keep(Role::Input, hidden));
+    let (dgates, dups, activations) = (keep(Role::Gradient, width), keep(Role::Gradient, width), keep(Role::Input, width));
+    let norms = how.blocks.map(|rows| {
+        let all = rows.start * hidden..rows.end * hidden;
+        let (x, dy) = (&x[all.clone()], MatrixRef::new(&dy[all.clone()], rows.len(), hidden));
+        // SAFETY: each block has its own rows.
+        let put = |keep: &Option<Keep<'_>>, values: MatrixRef<'_>, column: usize| unsafe {
+            if let Some(keep) = keep {
+                keep.put(values, rows.start, column);
+            }
+        };
+        put(&upstream, dy, 0);
+        let dout = how.blocks.left(dy, rows.start);
+        let mut dnormed = zeros(x.len());
+        for part in how.blocks.parts(width) {
+            let len = part.len();
+            let mut dactivated = zeros(rows.len() * len);
+            down_of.columns(&mut dactivated, Into::Overwrite, &dout, part.clone(), 0..hidden);
+            let (mut activated, mut dup) = (zeros(rows.len() * len), zeros(rows.len() * len));
+            let read = |saved: &Saved| {
+                let mut values = zeros(rows.len() * len);
+                each_row(&mut values, len).enumerate().for_each(|(row, to)| {
+                    let first = (rows.start + row) * width + part.start;
+                    saved.read(to, first..first + len);
+                });
+                values
+            };
+            let up = read(&saved.up);
+            let results =
+                each_row(&mut activated, len).zip(each_row(&mut dup, len)).zip(up.par_chunks(len).zip(dactivated.par_chunks(len)));
+            let mut dgate = saved.gate.as_ref().map(read);
+            match &mut dgate {
+                Some(dgate) => results
+                    .zip(each_row(dgate, len))
+                    .for_each(|(((activated, dup), (up, dout)), gate)| swiglu_backward(activated, gate, dup, up, dout)),
+                None => results.for_each(|((activated, dup), (up, dout))| gelu_backward(activated, dup, up, dout)),
+            }
+            let mut add = |of: &Backward<'_>, gradients: MatrixRef<'_>| {
+                of.columns(&mut dnormed, Into::Add, &how.blocks.left(gradients, rows.start), 0..hidden, part.clone());
+            };
+            if let (Some(gate_of), Some(dgate)) = (&gate_of, &dgate) {
+                let dgate = MatrixRef::new(dgate, rows.len(), len);
+                add(gate_of, dgate);
+                put(&dgates, dgate, part.start);
+            }
+            let dup = MatrixRef::new(&dup, rows.len(), len);
+            add(&up_of, dup);
+            put(&dups, dup, part.start);
+            put(&activations, MatrixRef::new(&activated, rows.len(), len), part.start);
+        }
+        // The normalised input is cheaper to compute again than to keep.
+        let (mut normed, mut inverse) = (zeros(x.len()), zeros(rows.len()));
+        norm(&mut normed, &mut inverse, x, weights.norm, eps);
+        put(&inputs, MatrixRef::new(&normed, rows.len(), hidden), 0);
+        // SAFETY: as above.
+        let dx = unsafe { dx.zeroed(all) };
+        dx.copy_from_slice(dy.parts().0);
+        norm_backward(dx, &dnormed, x, &inverse, weights.norm)
+    });
+    // SAFETY: the blocks are all rows.
+    let [upstream, inputs, dups, activations] = [upstream, inputs, dups, activations].map(|keep| unsafe { finish(keep) });
+    let dgates = gate_of.and(dgates).map(|keep| unsafe { keep.finish() });
+    let parts = |projection: Projection, dout: &Option<Kept<'_>>, x: &Option<Kept<'_>>, part: Affine<&[f32]>| {
+        how.parts(projection, dout.as_ref(), x.as_ref(), part, tokens, frozen)
     };
-    let gate = dgate.zip(weights.gate).map(|(dgate, gate)| projected(Projection::Gate, &dgate, gate));
-    let up = projected(Projection::Up, &dup, weights.up);
-    let mut dx = copied(dy);
-    let norm = norm_backward(&mut dx, &dnormed, x, &saved.inverse, weights.norm);
-    MlpGrads { x: dx, weights: MlpParts { norm, gate, up, down } }
+    let weights = MlpParts {
+        norm: sum_of_norms(norms),
+        gate: weights.gate.map(|gate| parts(Projection::Gate, &dgates, &inputs, gate)),
+        up: parts(Projection::Up, &dups, &inputs, weights.up),
+        down: parts(Projection::Down, &upstream, &activations, weights.down),
+    };
+    // SAFETY: as above.
+    MlpGrads { x: unsafe { dx.finish() }, weights }
 }
 
 multiversion!(
-    /// `out = silu(gate) * up`, element by element.
-    pub fn swiglu(out: &mut [f32], gate: &[f32], up: &[f32]) = swiglu_inner
+    /// `up` becomes `silu(gate) * up`, element by element.
+    pub fn swiglu(up: &mut [f32], gate: &[f32]) = swiglu_inner
 );
 
 #[inline(always)]
-fn swiglu_inner<const FMA: bool>(out: &mut [f32], gate: &[f32], up: &[f32]) {
-    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate * sigmoid::<FMA>(*gate) * up;
+fn swiglu_inner<const FMA: bool>(up: &mut [f32], gate: &[f32]) {
+    for (up, gate) in up.iter_mut().zip(gate) {
+        *up *= gate * sigmoid::<FMA>(*gate);
     }
 }
 
-multiversion!(fn swiglu_backward(activated: &mut [f32], gate: &mut [f32], up: &mut [f32], dout: &[f32]) = swiglu_backward_inner);
+multiversion!(fn swiglu_backward(activated: &mut [f32], gate: &mut [f32], dup: &mut [f32], up: &[f32], dout: &[f32]) = swiglu_backward_inner);
 
-/// `gate` and `up` become their gradients; `activated` is the forward result again.
+/// `gate` becomes its gradient; `activated` is the forward result again.
 #[inline(always)]
-fn swiglu_backward_inner<const FMA: bool>(activated: &mut [f32], gate: &mut [f32], up: &mut [f32], dout: &[f32]) {
-    for (((activated, gate), up), dout) in activated.iter_mut().zip(gate).zip(up).zip(dout) {
+fn swiglu_backward_inner<const FMA: bool>(activated: &mut [f32], gate: &mut [f32], dup: &mut [f32], up: &[f32], dout: &[f32]) {
+    for (((activated, gate), dup), (up, dout)) in activated.iter_mut().zip(gate).zip(dup).zip(up.iter().zip(dout)) {
         let sigmoid = sigmoid::<FMA>(*gate);
         let silu = *gate * sigmoid;
         *activated = silu * *up;
         let dsilu = fmadd::<FMA>(silu, 1.0 - sigmoid, sigmoid);
         *gate = dout * *up * dsilu;
-        *up = dout * silu;
+        *dup = dout * silu;
     }
 }
 
 multiversion!(
-    /// `out = gelu(x)` in its tanh form (arXiv:1606.08415), element by element.
-    pub fn gelu(out: &mut [f32], x: &[f32]) = gelu_inner
+    /// `x` becomes `gelu(x)` in its tanh form (arXiv:1606.08415), element by element.
+    pub fn gelu(x: &mut [f32]) = gelu_inner
 );
 
 /// `sqrt(2 / pi)`
@@ -156,21 +232,21 @@ fn gelu_gate<const FMA: bool>(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn gelu_inner<const FMA: bool>(out: &mut [f32], x: &[f32]) {
-    for (out, x) in out.iter_mut().zip(x) {
-        *out = x * gelu_gate::<FMA>(*x);
+fn gelu_inner<const FMA: bool>(x: &mut [f32]) {
+    for x in x {
+        *x *= gelu_gate::<FMA>(*x);
     }
 }
 
-multiversion!(fn gelu_backward(activated: &mut [f32], x: &mut [f32], dout: &[f32]) = gelu_backward_inner);
+multiversion!(fn gelu_backward(activated: &mut [f32], dx: &mut [f32], x: &[f32], dout: &[f32]) = gelu_backward_inner);
 
-/// `x` becomes its gradient; `activated` is the forward result again.
+/// `activated` is the forward result again.
 #[inline(always)]
-fn gelu_backward_inner<const FMA: bool>(activated: &mut [f32], x: &mut [f32], dout: &[f32]) {
-    for ((activated, x), dout) in activated.iter_mut().zip(x).zip(dout) {
+fn gelu_backward_inner<const FMA: bool>(activated: &mut [f32], dx: &mut [f32], x: &[f32], dout: &[f32]) {
+    for (((activated, dx), x), dout) in activated.iter_mut().zip(dx).zip(x).zip(dout) {
         let gate = gelu_gate::<FMA>(*x);
         *activated = *x * gate;
         let slope = 2.0 * GELU_SCALE * fmadd::<FMA>(3.0 * GELU_CUBIC * *x, *x, 1.0);
-        *x = dout * fmadd::<FMA>(*activated * (1.0 - gate), slope, gate);
+        *dx = dout * fmadd::<FMA>(*activated * (1.0 - gate), slope, gate);
     }
 }

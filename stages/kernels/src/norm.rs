@@ -35,6 +35,18 @@ pub fn norm_backward(dx: &mut [f32], dout: &[f32], x: &[f32], inverse: &[f32], p
     Affine::new(weight, bias)
 }
 
+/// Gradients of a norm's weight and bias from those of blocks of rows, added in order.
+pub(crate) fn sum_of_norms(blocks: Vec<Affine<Vec<f32>>>) -> Affine<Vec<f32>> {
+    let add = |mut sum: Vec<f32>, more: Vec<f32>| {
+        sum.iter_mut().zip(more).for_each(|(sum, value)| *sum += value);
+        sum
+    };
+    let sum = blocks
+        .into_iter()
+        .reduce(|sum, more| Affine::new(add(sum.weight, more.weight), sum.bias.zip(more.bias).map(|(sum, more)| add(sum, more))));
+    sum.unwrap_or(Affine::new(Vec::new(), None))
+}
+
 /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row; `inverse` keeps each row's `1 / sqrt(..)`.
 ///
 /// # Shapes

@@ -210,6 +210,38 @@ fn softmax_weights_inner<const FMA: bool>(logits: &mut [f32], scale: f32) -> Vec
     sums
 }
 
+/// Transposes 16 by 16 lanes.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(crate) fn transpose(rows: &mut [std::arch::x86_64::__m512i; LANES]) {
+    use std::arch::x86_64::*;
+
+    let mut pairs = [_mm512_setzero_si512(); LANES];
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // Row `4i + j` of `quads` has columns `j, j + 4, j + 8, j + 12` of rows `4i` to `4i + 3`.
+    let mut quads = [_mm512_setzero_si512(); LANES];
+    for i in 0..4 {
+        for j in 0..2 {
+            quads[4 * i + 2 * j] = _mm512_unpacklo_epi64(pairs[4 * i + j], pairs[4 * i + 2 + j]);
+            quads[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[4 * i + j], pairs[4 * i + 2 + j]);
+        }
+    }
+    for j in 0..4 {
+        let low = _mm512_shuffle_i32x4::<0b1000_1000>(quads[j], quads[4 + j]);
+        let low_odd = _mm512_shuffle_i32x4::<0b1101_1101>(quads[j], quads[4 + j]);
+        let high = _mm512_shuffle_i32x4::<0b1000_1000>(quads[8 + j], quads[12 + j]);
+        let high_odd = _mm512_shuffle_i32x4::<0b1101_1101>(quads[8 + j], quads[12 + j]);
+        rows[j] = _mm512_shuffle_i32x4::<0b1000_1000>(low, high);
+        rows[8 + j] = _mm512_shuffle_i32x4::<0b1101_1101>(low, high);
+        rows[4 + j] = _mm512_shuffle_i32x4::<0b1000_1000>(low_odd, high_odd);
+        rows[12 + j] = _mm512_shuffle_i32x4::<0b1101_1101>(low_odd, high_odd);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,17 +6,18 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::{
-    matmul::{Arithmetic, MatrixRef},
-    memory::zeros,
+    matmul::{Arithmetic, Into, MatrixRef},
+    operand::{Blocks, Left, Right, Role, finish, put},
+    scratch::with_scratch,
     simd::{LANES, exp, fmadd, lane_sum, max, multiversion},
 };
 
-/// Rows of logits held at once, at most.
-const ROWS: usize = 1024;
+/// Rows whose logits are held at once, at most.
+const ROWS: usize = 2048;
 /// Tokens of the vocabulary whose logits are held at once; a part of the order of sums.
 const TOKENS: usize = 1024;
 
-/// Elements of logits that are held at once: 4 MiB at most, whatever rows and vocabulary.
+/// Elements of logits that are held at once: 8 MiB at most, whatever rows and vocabulary.
 pub fn held_logits(rows: usize, vocab: usize) -> usize {
     rows.min(ROWS) * vocab.min(TOKENS)
 }
@@ -38,21 +39,32 @@ pub fn forward(
     if targets.is_empty() {
         return;
     }
+    let width = hidden.len() / targets.len();
     let mut statistics = vec![Statistics::NONE; targets.len()];
-    each_chunk(hidden, weight, targets, arithmetic, |chunk, logits| {
-        let targets = &targets[chunk.rows.clone()];
-        logits
-            .par_chunks_mut(chunk.tokens.len())
-            .zip(&mut statistics[chunk.rows.clone()])
-            .zip(targets)
-            .zip(&mut logprobs[chunk.rows])
-            .for_each(|(((logits, statistics), target), logprob)| {
-                if let Some(at) = (*target as usize).checked_sub(chunk.tokens.start).filter(|at| *at < logits.len()) {
-                    *logprob = logits[at] * scale;
-                }
-                add_to_statistics(statistics, logits, scale);
-            });
-    });
+    for rows in ranges(targets.len(), ROWS) {
+        let blocks = Blocks::new(rows.len(), arithmetic);
+        let lefts = lefts(blocks, &hidden[rows.start * width..], width);
+        for tokens in ranges(weight.len() / width, TOKENS) {
+            let right = blocks.right(MatrixRef::of_rows(weight, &tokens, width).t());
+            let size = blocks.block_size();
+            let of_rows = statistics[rows.clone()].par_chunks_mut(size).zip(logprobs[rows.clone()].par_chunks_mut(size));
+            lefts.par_iter().zip(of_rows).zip(targets[rows.clone()].par_chunks(size)).for_each(
+                |((left, (statistics, logprobs)), targets)| {
+                    with_logits(&right, left, tokens.len(), |logits| {
+                        let of_row = statistics.par_iter_mut().zip(logprobs).zip(targets);
+                        logits.par_chunks_mut(tokens.len()).zip(of_row).with_min_len(TASK).for_each(
+                            |(logits, ((statistics, logprob), target))| {
+                                if let Some(at) = (*target as usize).checked_sub(tokens.start).filter(|at| *at < logits.len()) {
+                                    *logprob = logits[at] * scale;
+                                }
+                                add_to_statistics(statistics, logits, scale);
+                            },
+                        );
+                    });
+                },
+            );
+        }
+    }
     for ((statistics, logprob), (entropy, lse)) in statistics.iter().zip(logprobs).zip(entropies.iter_mut().zip(log_sum_exp)) {
         let log_total = statistics.total.ln();
         (*lse, *entropy) = (statistics.largest + log_total, log_total - statistics.weighted / statistics.total);
@@ -60,28 +72,25 @@ pub fn forward(
     }
 }
 
-/// A part of the logits.
-struct Chunk {
-    rows: Range<usize>,
-    tokens: Range<usize>,
+/// Rows per task within a block.
+const TASK: usize = 32;
+
+/// `0..len` in ranges of `size`.
+fn ranges(len: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(size).map(move |start| start..(start + size).min(len))
 }
 
-/// Calls `f` with the logits `hidden weight^T` of each part. Each weight is read once for all rows of a part: a few rows at
-/// a time would wait for memory.
-fn each_chunk(hidden: &[f32], weight: &[f32], targets: &[u32], arithmetic: Arithmetic, mut f: impl FnMut(Chunk, &mut [f32])) {
-    let width = hidden.len() / targets.len();
-    let vocab = weight.len() / width;
-    let mut logits = zeros(held_logits(targets.len(), vocab));
-    for first_row in (0..targets.len()).step_by(ROWS) {
-        let rows = first_row..(first_row + ROWS).min(targets.len());
-        let input = MatrixRef::new(&hidden[rows.start * width..], rows.len(), width);
-        for first_token in (0..vocab).step_by(TOKENS) {
-            let tokens = first_token..(first_token + TOKENS).min(vocab);
-            let logits = &mut logits[..rows.len() * tokens.len()];
-            arithmetic.matmul(logits, input, MatrixRef::new(&weight[tokens.start * width..], tokens.len(), width).t());
-            f(Chunk { rows: rows.clone(), tokens }, logits);
-        }
-    }
+/// Blocks of rows, ready to be multiplied.
+fn lefts<'a>(blocks: Blocks, rows: &'a [f32], width: usize) -> Vec<Left<'a>> {
+    blocks.map(|block| blocks.left(MatrixRef::of_rows(rows, &block, width), block.start))
+}
+
+/// Calls `f` with the logits of a block of rows for some tokens, which stay in a core's cache.
+fn with_logits(right: &Right<'_>, left: &Left<'_>, tokens: usize, f: impl FnOnce(&mut [f32])) {
+    with_scratch(left.rows.rows() * tokens, |logits| {
+        right.multiply(logits, tokens, left, 0..tokens, 0..left.rows.columns(), Into::Overwrite);
+        f(logits);
+    });
 }
 
 /// Of the scaled logits `z` seen so far.
@@ -158,26 +167,48 @@ pub fn backward(
         return;
     }
     let width = hidden.len() / targets.len();
-    each_chunk(hidden, weight, targets, arithmetic, |Chunk { rows, tokens }, logits| {
-        logits.par_chunks_mut(tokens.len()).zip(rows.clone()).for_each(|(logits, row)| {
-            let dentropy = dentropies.get(row).copied().unwrap_or(0.0);
-            logit_gradient(logits, dlogprobs[row], dentropy, entropies[row], log_sum_exp[row], scale);
-            if let Some(at) = (targets[row] as usize).checked_sub(tokens.start).filter(|at| *at < logits.len()) {
-                logits[at] += dlogprobs[row] * scale;
+    for rows in ranges(targets.len(), ROWS) {
+        let blocks = Blocks::new(rows.len(), arithmetic);
+        let size = blocks.block_size();
+        let of_rows = rows.start * width..rows.end * width;
+        let (hidden, dhidden) = (&hidden[of_rows.clone()], &mut dhidden[of_rows]);
+        let lefts = lefts(blocks, hidden, width);
+        let inputs = dweight.is_some().then(|| {
+            let keep = blocks.keep(Role::Input, width, Some(hidden), false);
+            // SAFETY: each block has its own rows, and the blocks are all rows.
+            unsafe {
+                lefts.par_iter().for_each(|left| keep.put(left.rows, left.first_row, 0));
+                keep.finish()
             }
         });
-        let dlogits = MatrixRef::new(logits, rows.len(), tokens.len());
-        let weights = MatrixRef::new(&weight[tokens.start * width..], tokens.len(), width);
-        let dhidden = &mut dhidden[rows.start * width..rows.end * width];
-        match tokens.start {
-            0 => arithmetic.matmul(dhidden, dlogits, weights),
-            _ => arithmetic.matmul_add(dhidden, dlogits, weights),
+        for tokens in ranges(weight.len() / width, TOKENS) {
+            let weights = MatrixRef::of_rows(weight, &tokens, width);
+            let (right, right_back) = (blocks.right(weights.t()), blocks.right(weights));
+            let into = if tokens.start == 0 { Into::Overwrite } else { Into::Add };
+            let keep = dweight.is_some().then(|| blocks.keep(Role::Gradient, tokens.len(), None, false));
+            lefts.par_iter().zip(dhidden.par_chunks_mut(size * width)).for_each(|(left, dhidden)| {
+                with_logits(&right, left, tokens.len(), |logits| {
+                    logits.par_chunks_mut(tokens.len()).enumerate().with_min_len(TASK).for_each(|(row, logits)| {
+                        let row = rows.start + left.first_row + row;
+                        let dentropy = dentropies.get(row).copied().unwrap_or(0.0);
+                        logit_gradient(logits, dlogprobs[row], dentropy, entropies[row], log_sum_exp[row], scale);
+                        if let Some(at) = (targets[row] as usize).checked_sub(tokens.start).filter(|at| *at < logits.len()) {
+                            logits[at] += dlogprobs[row] * scale;
+                        }
+                    });
+                    let dlogits = blocks.left(MatrixRef::new(logits, left.rows.rows(), tokens.len()), left.first_row);
+                    right_back.multiply(dhidden, width, &dlogits, 0..width, 0..tokens.len(), into);
+                    // SAFETY: each block has its own rows.
+                    unsafe { put(&keep, dlogits.rows, left.first_row) };
+                });
+            });
+            // SAFETY: the blocks are all rows.
+            let dlogits = unsafe { finish(keep) };
+            if let (Some(dlogits), Some(inputs), Some(dweight)) = (dlogits, &inputs, &mut dweight) {
+                dlogits.product_into(&mut dweight[tokens.start * width..tokens.end * width], inputs, arithmetic, Into::Add);
+            }
         }
-        if let Some(dweight) = &mut dweight {
-            let input = MatrixRef::new(&hidden[rows.start * width..], rows.len(), width);
-            arithmetic.matmul_add(&mut dweight[tokens.start * width..tokens.end * width], dlogits.t(), input);
-        }
-    });
+    }
 }
 
 multiversion!(fn logit_gradient(logits: &mut [f32], dlogprob: f32, dentropy: f32, entropy: f32, log_sum_exp: f32, scale: f32) = logit_gradient_inner);

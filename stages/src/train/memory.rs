@@ -6,6 +6,7 @@ use std::{
 };
 
 use rlflow_api::{DescribeContext, DeviceSpec, ModelConfig, Needs, Offload, Placement, Processes, RunContext, StageResult};
+use rlflow_kernels::{AttentionShape, attention::Heads, attention_block, mlp_block, token_head};
 use rlflow_model::{Head, Layout, Ledger, ranks::largest_share};
 
 use super::{Precision, burn_device};
@@ -138,25 +139,36 @@ impl Sizes {
     }
 }
 
-/// What each part of a block keeps and needs, per token: see `AttentionSaved`, `MlpSaved` and the workspaces of the fused
-/// operations.
+/// What a block keeps of each pass, per token (see `AttentionSaved`, `MlpSaved`), and what its halves need while they run.
 struct Widths {
     hidden: u64,
     block: u64,
-    attention_workspace: u64,
-    mlp_workspace: u64,
+    /// Forward and backward.
+    attention_workspace: [u64; 2],
+    mlp_workspace: [u64; 2],
 }
 
 impl Widths {
-    fn of(model: &ModelConfig) -> Self {
+    fn of(model: &ModelConfig, tokens: u64, precision: Precision) -> Self {
         let (hidden, intermediate, heads) = (model.hidden_size as u64, model.intermediate_size as u64, model.heads as u64);
         let (query, kv) = ((model.heads * model.head_dim) as u64, (model.kv_heads * model.head_dim) as u64);
         let head_norms = if model.style.qk_norm { query + kv + heads + model.kv_heads as u64 } else { 0 };
-        let inner = if model.style.plain_mlp { 1 } else { 2 };
-        let attention = hidden + 1 + 2 * query + 2 * kv + heads + head_norms;
-        let mlp = hidden + 1 + inner * intermediate;
-        let (attention_workspace, mlp_workspace) = (2 * (hidden + query + kv), 2 * hidden + (inner + 2) * intermediate);
-        Self { hidden, block: attention + mlp, attention_workspace, mlp_workspace }
+        let inner = if model.style.plain_mlp { 1 } else { 2 } * intermediate;
+        let attention = hidden + 2 * query + 2 * kv + heads + head_norms;
+        let mlp = hidden + if precision == Precision::Bf16 { inner / 2 } else { inner };
+        let (gated, arithmetic) = (!model.style.plain_mlp, precision.arithmetic());
+        let attention_rows = model.style.qkv_bias || model.style.output_bias;
+        let heads = Heads { heads: model.heads, kv_heads: model.kv_heads, head_dim: model.head_dim };
+        let shape = AttentionShape { hidden: model.hidden_size, heads, eps: 0.0, window: None, arithmetic };
+        let attention_workspace = attention_block::workspace(tokens as usize, shape, attention_rows);
+        let mlp_workspace =
+            mlp_block::workspace(tokens as usize, model.hidden_size, model.intermediate_size, gated, model.style.mlp_bias, arithmetic);
+        Self {
+            hidden,
+            block: attention + mlp,
+            attention_workspace: attention_workspace.map(|elements| elements as u64),
+            mlp_workspace: mlp_workspace.map(|elements| elements as u64),
+        }
     }
 }
 
@@ -165,7 +177,7 @@ impl Widths {
 pub fn training_needs(model: &ModelConfig, pass: Pass, sharding: Sharding, total_tokens: u64) -> Needs {
     let (ranks, zero) = (sharding.ranks, sharding.level());
     let bf16 = pass.precision == Precision::Bf16;
-    let (sizes, widths) = (Sizes::of(model, pass.head), Widths::of(model));
+    let (sizes, widths) = (Sizes::of(model, pass.head), Widths::of(model, pass.tokens, pass.precision));
     let share = if ranks > 1 { largest_share(model, pass.head, ranks) } else { sizes.all };
     let held = |from: u8| if zero >= from { share } else { sizes.all };
     // With bfloat16 weights the optimizer keeps an f32 master of them.
@@ -180,7 +192,7 @@ pub fn training_needs(model: &ModelConfig, pass: Pass, sharding: Sharding, total
     let kept = |blocks: u64| states + blocks * if checkpointing { states } else { tokens * widths.block };
     let again = if checkpointing { tokens * widths.block } else { 0 };
     let logits = match pass.head.has_language() {
-        true => rlflow_kernels::token_head::held_logits(tokens as usize, model.vocab_size) as u64 + 2 * states,
+        true => token_head::held_logits(tokens as usize, model.vocab_size) as u64 + 2 * states,
         false => 0,
     };
     // Sums of gradients are there from the second micro-batch on; in the first they come block by block.
@@ -190,8 +202,8 @@ pub fn training_needs(model: &ModelConfig, pass: Pass, sharding: Sharding, total
         vec![(sums(0), kept(layers) + states + 5 * tokens, sizes.head + 2 * states + logits + gathered(sizes.head) + widened(sizes.head))];
     for blocks in [layers, 1] {
         let done = sizes.head + (layers - blocks) * sizes.block;
-        let attention = tokens * widths.attention_workspace + widened(sizes.block - sizes.mlp);
-        let working = attention.max(tokens * widths.mlp_workspace + widened(sizes.mlp));
+        let attention = widths.attention_workspace[1] + widened(sizes.block - sizes.mlp);
+        let working = attention.max(widths.mlp_workspace[1] + widened(sizes.mlp));
         // The next block's weights come meanwhile.
         let ahead = if blocks > 1 { gathered(sizes.block) } else { 0 };
         let buffers = sizes.tied + sizes.block + 2 * states + working + gathered(sizes.block) + ahead;
@@ -214,13 +226,14 @@ pub fn training_needs(model: &ModelConfig, pass: Pass, sharding: Sharding, total
 pub fn frozen_needs(model: &ModelConfig, head: Head, tokens: u64, sharding: Sharding, precision: Precision) -> Needs {
     let (ranks, shared) = (sharding.ranks, sharding.level() == 3);
     let bf16 = precision == Precision::Bf16;
-    let (sizes, widths) = (Sizes::of(model, head), Widths::of(model));
+    let (sizes, widths) = (Sizes::of(model, head), Widths::of(model, tokens, precision));
     let logits = match head.has_language() {
-        true => rlflow_kernels::token_head::held_logits(tokens as usize, model.vocab_size) as u64,
+        true => token_head::held_logits(tokens as usize, model.vocab_size) as u64,
         false => 0,
     };
     let gathered = if shared || bf16 { sizes.head.max(2 * sizes.block) } else { 0 };
-    let passing = tokens * (2 * widths.hidden + widths.block.max(widths.hidden)) + logits + gathered;
+    let working = widths.attention_workspace[0].max(widths.mlp_workspace[0]);
+    let passing = tokens * (2 * widths.hidden + widths.block.max(widths.hidden)) + working + logits + gathered;
     Needs {
         parameter_bytes: F32 * if shared { largest_share(model, head, ranks) } else { sizes.all } / if bf16 { 2 } else { 1 },
         buffer_bytes: F32 * passing,

@@ -4,30 +4,37 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{round, widen};
+use crate::memory::Parts;
 
 /// Numbers per parallel task.
-const BLOCK: usize = 1 << 16;
+const BLOCK: usize = 1 << 14;
 
 /// The same numbers as f32: exact.
 pub fn widen_all(narrow: &[bf16]) -> Vec<f32> {
-    let mut wide = vec![0.0; narrow.len()];
-    wide.par_chunks_mut(BLOCK).zip(narrow.par_chunks(BLOCK)).for_each(|(wide, narrow)| {
+    let wide = Parts::new(narrow.len());
+    narrow.par_chunks(BLOCK).enumerate().for_each(|(block, narrow)| {
+        // SAFETY: each task has its own block.
+        let wide = unsafe { wide.zeroed(block * BLOCK..block * BLOCK + narrow.len()) };
         for (wide, narrow) in wide.iter_mut().zip(narrow) {
             *wide = widen(narrow.to_bits());
         }
     });
-    wide
+    // SAFETY: the blocks are all numbers.
+    unsafe { wide.finish() }
 }
 
 /// Rounded as products round their operands.
 pub fn round_all(wide: &[f32]) -> Vec<bf16> {
-    let mut narrow = vec![bf16::ZERO; wide.len()];
-    narrow.par_chunks_mut(BLOCK).zip(wide.par_chunks(BLOCK)).for_each(|(narrow, wide)| {
+    let narrow = Parts::new(wide.len());
+    wide.par_chunks(BLOCK).enumerate().for_each(|(block, wide)| {
+        // SAFETY: each task has its own block.
+        let narrow: &mut [bf16] = unsafe { narrow.zeroed(block * BLOCK..block * BLOCK + wide.len()) };
         for (narrow, wide) in narrow.iter_mut().zip(wide) {
             *narrow = bf16::from_bits(round(*wide));
         }
     });
-    narrow
+    // SAFETY: the blocks are all numbers.
+    unsafe { narrow.finish() }
 }
 
 #[cfg(test)]

@@ -8,7 +8,10 @@ pub(super) struct Buffer(Vec<Line>);
 
 #[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
 #[repr(C, align(64))]
-struct Line([u16; 32]);
+pub(super) struct Line([u16; LINE]);
+
+/// Numbers of a line.
+pub(super) const LINE: usize = 32;
 
 thread_local! {
     pub(super) static LEFT: Cell<Buffer> = const { Cell::new(Buffer(Vec::new())) };
@@ -19,9 +22,9 @@ thread_local! {
 /// memory of its own.
 pub(super) fn with_buffer<T>(buffer: &'static LocalKey<Cell<Buffer>>, len: usize, work: impl FnOnce(&mut [u16]) -> T) -> T {
     let mut memory = buffer.take();
-    let lines = len.div_ceil(32);
+    let lines = len.div_ceil(LINE);
     if memory.0.len() < lines {
-        memory.0.resize(lines, Line([0; 32]));
+        memory.0.resize(lines, Line([0; LINE]));
     }
     let result = work(&mut bytemuck::cast_slice_mut::<Line, u16>(&mut memory.0)[..len]);
     buffer.set(memory);

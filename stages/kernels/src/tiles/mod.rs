@@ -10,6 +10,9 @@ mod amx;
 mod avx512;
 mod buffer;
 mod pack;
+mod packed;
+
+pub(crate) use packed::{Packed, Writer};
 
 use std::sync::OnceLock;
 
@@ -169,31 +172,36 @@ impl Product<'_> {
         let left = &self.left.0[row * self.panel_len..][..self.panel_len];
         let right = &self.right.0[column * self.panel_len..][..self.panel_len];
         let (first_row, first_column) = ((self.left.1 + row) * PANEL, (self.right.1 + column) * PANEL);
-        let (height, width) = ((self.sizes[0] - first_row).min(PANEL), (self.sizes[1] - first_column).min(PANEL));
+        let size = [(self.sizes[0] - first_row).min(PANEL), (self.sizes[1] - first_column).min(PANEL)];
         // SAFETY: panels are disjoint parts of the result, and each is computed by one task.
         let out = unsafe { self.out.from(first_row * self.out_row_stride + first_column) };
-        if (height, width, self.scale) == (PANEL, PANEL, 1.0) {
-            return self.kernel.multiply(left, right, out, self.out_row_stride, self.into);
-        }
-        let mut sums = Sums([0.0; PANEL * PANEL]);
-        // A sum that is added to begins with what is there, here as in whole panels; a scaled one cannot.
-        let begins = self.into == Into::Add && self.scale == 1.0;
-        let rows = || (0..height).map(|row| (row * self.out_row_stride, row * PANEL));
-        if begins {
-            rows().for_each(|(at, from)| sums.0[from..from + width].copy_from_slice(&out[at..at + width]));
-        }
-        self.kernel.multiply(left, right, &mut sums.0, PANEL, if begins { Into::Add } else { Into::Overwrite });
-        for (at, from) in rows() {
-            let (out, sums) = (&mut out[at..at + width], &sums.0[from..from + width]);
-            match self.into {
-                Into::Add if !begins => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum * self.scale),
-                _ => out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * self.scale),
-            }
-        }
+        self.kernel.panel(left, right, out, self.out_row_stride, size, self.scale, self.into);
     }
 }
 
 impl Kernel {
+    /// A panel of rows by a panel of columns, of which the result has `height` and `width`.
+    fn panel(self, left: &[u16], right: &[u16], out: &mut [f32], stride: usize, [height, width]: [usize; 2], scale: f32, into: Into) {
+        if (height, width, scale) == (PANEL, PANEL, 1.0) {
+            return self.multiply(left, right, out, stride, into);
+        }
+        let mut sums = Sums([0.0; PANEL * PANEL]);
+        // A sum that is added to begins with what is there, here as in whole panels; a scaled one cannot.
+        let begins = into == Into::Add && scale == 1.0;
+        let rows = || (0..height).map(|row| (row * stride, row * PANEL));
+        if begins {
+            rows().for_each(|(at, from)| sums.0[from..from + width].copy_from_slice(&out[at..at + width]));
+        }
+        self.multiply(left, right, &mut sums.0, PANEL, if begins { Into::Add } else { Into::Overwrite });
+        for (at, from) in rows() {
+            let (out, sums) = (&mut out[at..at + width], &sums.0[from..from + width]);
+            match into {
+                Into::Add if !begins => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum * scale),
+                _ => out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * scale),
+            }
+        }
+    }
+
     /// A panel of rows by a panel of columns: all of `PANEL` by `PANEL` elements of `out`.
     fn multiply(self, left: &[u16], right: &[u16], out: &mut [f32], out_row_stride: usize, into: Into) {
         assert!((PANEL - 1) * out_row_stride + PANEL <= out.len() && left.len() == right.len());

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{BLOCK, DEPTH, TILE};
-use crate::matmul::MatrixRef;
+use crate::{matmul::MatrixRef, simd::transpose};
 
 /// One side of a product: `lines` (rows of the left, columns of the right operand) along the summed dimension.
 #[derive(Clone, Copy)]
@@ -139,33 +139,4 @@ fn round(low: __m512, high: __m512) -> __m512i {
 fn alternating() -> __m512i {
     let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     _mm512_or_si512(lanes, _mm512_slli_epi32::<16>(_mm512_add_epi32(lanes, _mm512_set1_epi32(TILE as i32))))
-}
-
-/// Transposes 16 by 16 lanes.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn transpose(rows: &mut [__m512i; TILE]) {
-    let mut pairs = [_mm512_setzero_si512(); TILE];
-    for i in 0..8 {
-        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    // Row `4i + j` of `quads` has columns `j, j + 4, j + 8, j + 12` of rows `4i` to `4i + 3`.
-    let mut quads = [_mm512_setzero_si512(); TILE];
-    for i in 0..4 {
-        for j in 0..2 {
-            quads[4 * i + 2 * j] = _mm512_unpacklo_epi64(pairs[4 * i + j], pairs[4 * i + 2 + j]);
-            quads[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[4 * i + j], pairs[4 * i + 2 + j]);
-        }
-    }
-    for j in 0..4 {
-        let low = _mm512_shuffle_i32x4::<0b1000_1000>(quads[j], quads[4 + j]);
-        let low_odd = _mm512_shuffle_i32x4::<0b1101_1101>(quads[j], quads[4 + j]);
-        let high = _mm512_shuffle_i32x4::<0b1000_1000>(quads[8 + j], quads[12 + j]);
-        let high_odd = _mm512_shuffle_i32x4::<0b1101_1101>(quads[8 + j], quads[12 + j]);
-        rows[j] = _mm512_shuffle_i32x4::<0b1000_1000>(low, high);
-        rows[8 + j] = _mm512_shuffle_i32x4::<0b1101_1101>(low, high);
-        rows[4 + j] = _mm512_shuffle_i32x4::<0b1000_1000>(low_odd, high_odd);
-        rows[12 + j] = _mm512_shuffle_i32x4::<0b1101_1101>(low_odd, high_odd);
-    }
 }

@@ -56,12 +56,11 @@ pub struct AttentionOp {
 }
 
 impl AttentionOp {
-    /// Elements of workspace: normed rows; in the backward pass also their gradient and those of queries, keys, values and
-    /// the heads' output.
     fn needs(&self) -> [usize; 2] {
-        let (hidden, heads) = (self.context.shape.hidden, self.context.shape.heads);
-        let tokens = self.context.layout.tokens();
-        [tokens * hidden, tokens * (2 * hidden + 2 * heads.query_width() + 2 * heads.kv_width())]
+        let AttentionContext { layout, shape, .. } = &self.context;
+        // Gradients of biases and factors need rows; those of norms do not.
+        let as_rows = [&self.extras.lengths[1..5], &self.extras.lengths[7..]].concat().iter().any(|length| *length > 0);
+        attention_block::workspace(layout.tokens(), *shape, as_rows)
     }
 
     fn positional(&self) -> Positional<'_> {
@@ -170,12 +169,10 @@ pub struct MlpOp {
 }
 
 impl MlpOp {
-    /// Elements of workspace: normed and activated rows; in the backward pass also the gradients of both, and those of gate
-    /// and up.
     fn needs(&self, x: &[f32], norm: &[f32], up: &[f32]) -> [usize; 2] {
         let (hidden, tokens) = (norm.len(), x.len() / norm.len());
-        let intermediate = up.len() / hidden;
-        [tokens * (hidden + intermediate), tokens * (2 * hidden + if self.gated { 4 } else { 3 } * intermediate)]
+        let as_rows = self.extras.lengths[1..].iter().any(|length| *length > 0);
+        mlp_block::workspace(tokens, hidden, up.len() / hidden, self.gated, as_rows, self.context.arithmetic)
     }
 
     fn weights<'a>(&self, [norm, gate, up, down]: [&'a [f32]; 4], extras: &'a [f32]) -> MlpWeights<'a> {

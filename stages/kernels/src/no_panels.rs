@@ -1,0 +1,17 @@
+//! In the place of [`panels`](crate::panels) on processors that have no AVX-512.
+
+use std::ops::Range;
+
+use crate::matmul::{Into, MatrixRef};
+
+pub(crate) enum Panels {}
+
+impl Panels {
+    pub(crate) fn new(_: MatrixRef<'_>) -> Self {
+        unreachable!("this processor has no AVX-512")
+    }
+
+    pub(crate) fn multiply(&self, _: &mut [f32], _: usize, _: MatrixRef<'_>, _: Range<usize>, _: Range<usize>, _: Into) {
+        match *self {}
+    }
+}

@@ -1,0 +1,169 @@
+//! Operands that are packed once for several products.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{
+    BLOCK, DEPTH, DEPTH_BLOCKS, Kernel, PANEL, amx,
+    buffer::{LINE, Line},
+    pack::Side,
+};
+use crate::{
+    matmul::{Into, MatrixRef},
+    memory::Parts,
+};
+
+/// Panels of a task of [`Packed::product`], at most.
+const TASK_PANELS: usize = 4;
+
+/// Where tasks put terms of lines, to be packed.
+pub(crate) struct Writer {
+    tiles: Parts<Line>,
+    lines: usize,
+    terms: usize,
+    is_left: bool,
+}
+
+impl Writer {
+    /// For a side of this many lines and terms.
+    pub(crate) fn new(lines: usize, terms: usize, is_left: bool) -> Self {
+        Self { tiles: Parts::new(lines.div_ceil(PANEL) * terms.div_ceil(DEPTH) * BLOCK / LINE), lines, terms, is_left }
+    }
+
+    /// Columns of `rows` become lines from `first_line` on, their rows terms from `first_term` on. The first is a multiple of
+    /// [`PANEL`], the second of [`DEPTH`].
+    ///
+    /// # Safety
+    /// No other task may put the same terms of the same lines.
+    pub(crate) unsafe fn put(&self, rows: MatrixRef<'_>, first_line: usize, first_term: usize) {
+        assert!(first_line.is_multiple_of(PANEL) && first_term.is_multiple_of(DEPTH), "ranges begin within a tile");
+        assert!(first_line + rows.columns() <= self.lines && first_term + rows.rows() <= self.terms);
+        let side = if self.is_left { Side::left(rows.t()) } else { Side::right(rows) };
+        let (panel_len, len) = (self.terms.div_ceil(DEPTH) * BLOCK, rows.rows().div_ceil(DEPTH) * BLOCK);
+        for panel in 0..rows.columns().div_ceil(PANEL) {
+            let start = (first_line / PANEL + panel) * panel_len + first_term / DEPTH * BLOCK;
+            // SAFETY: the caller says that nobody else has these tiles.
+            let tiles = unsafe { self.tiles.zeroed(start / LINE..(start + len) / LINE) };
+            side.pack(bytemuck::cast_slice_mut(tiles), len, panel * PANEL, 0);
+        }
+    }
+
+    /// # Safety
+    /// All terms of all lines must have been put.
+    pub(crate) unsafe fn finish(self) -> Packed {
+        // SAFETY: as the caller promises.
+        Packed { tiles: unsafe { self.tiles.finish() }, lines: self.lines, terms: self.terms }
+    }
+}
+
+/// One side of products, in panels of lines (rows of a left, columns of a right operand) with all of the summed dimension.
+pub(crate) struct Packed {
+    tiles: Vec<Line>,
+    lines: usize,
+    /// Terms of each line.
+    terms: usize,
+}
+
+impl Packed {
+    /// Packs rows on the calling thread.
+    pub(crate) fn left(rows: MatrixRef<'_>) -> Self {
+        Self::new(Side::left(rows), rows.rows(), rows.columns(), false)
+    }
+
+    /// Packs columns on all threads.
+    pub(crate) fn right(columns: MatrixRef<'_>) -> Self {
+        Self::new(Side::right(columns), columns.columns(), columns.rows(), true)
+    }
+
+    fn new(side: Side<'_>, lines: usize, terms: usize, parallel: bool) -> Self {
+        let panel_len = terms.div_ceil(DEPTH) * BLOCK;
+        let panels = lines.div_ceil(PANEL);
+        let tiles = Parts::<Line>::new(panels * panel_len / LINE);
+        let pack = |panel: usize| {
+            // SAFETY: each call has a panel of its own.
+            let packed = unsafe { tiles.zeroed(panel * panel_len / LINE..(panel + 1) * panel_len / LINE) };
+            side.pack(bytemuck::cast_slice_mut(packed), panel_len, panel * PANEL, 0);
+        };
+        match parallel {
+            true => (0..panels).into_par_iter().for_each(pack),
+            false => (0..panels).for_each(pack),
+        }
+        // SAFETY: all panels were packed.
+        Self { tiles: unsafe { tiles.finish() }, lines, terms }
+    }
+
+    fn panel(&self, panel: usize, blocks: Range<usize>) -> &[u16] {
+        let panel_len = self.terms.div_ceil(DEPTH) * BLOCK;
+        &bytemuck::cast_slice(&self.tiles)[panel * panel_len + blocks.start * BLOCK..][..blocks.len() * BLOCK]
+    }
+
+    /// Number of lines.
+    pub(crate) fn lines(&self) -> usize {
+        self.lines
+    }
+
+    /// `out = left right` or `out += left right` on all threads, all terms of both. Row-major.
+    pub(crate) fn product(kernel: Kernel, out: &mut [f32], left: &Self, right: &Self, into: Into) {
+        assert_eq!(left.terms, right.terms, "inner dimensions differ");
+        let width = right.lines;
+        assert_eq!(out.len(), left.lines * width, "result has another shape");
+        // A task has some panels of rows and all columns, whose panels pass through the second-level cache.
+        let panels = left.lines.div_ceil(PANEL).div_ceil(2 * rayon::current_num_threads()).clamp(1, TASK_PANELS);
+        let lines = panels * PANEL;
+        out.par_chunks_mut((lines * width).max(1)).enumerate().for_each(|(task, out)| {
+            let rows = task * lines..((task + 1) * lines).min(left.lines);
+            let _tiles = (kernel == Kernel::Amx).then(amx::Tiles::configure);
+            let blocks = left.terms.div_ceil(DEPTH);
+            for start in (0..blocks).step_by(DEPTH_BLOCKS) {
+                let some = start..(start + DEPTH_BLOCKS).min(blocks);
+                let into = if start > 0 { Into::Add } else { into };
+                for column in (0..width).step_by(PANEL) {
+                    for row in rows.clone().step_by(PANEL) {
+                        let out = &mut out[(row - rows.start) * width + column..];
+                        let size = [(rows.end - row).min(PANEL), (width - column).min(PANEL)];
+                        let (left, right) = (left.panel(row / PANEL, some.clone()), right.panel(column / PANEL, some.clone()));
+                        kernel.panel(left, right, out, width, size, 1.0, into);
+                    }
+                }
+            }
+        });
+    }
+
+    /// `out = left self` or `out += left self` for the given columns and terms of this right operand, on the calling thread. Both
+    /// ranges begin at multiples of [`PANEL`] and [`DEPTH`].
+    pub(crate) fn multiply(
+        &self,
+        kernel: Kernel,
+        out: &mut [f32],
+        out_row_stride: usize,
+        left: &Self,
+        columns: Range<usize>,
+        terms: Range<usize>,
+        into: Into,
+    ) {
+        assert!(columns.start.is_multiple_of(PANEL) && terms.start.is_multiple_of(DEPTH), "ranges begin within a tile");
+        assert!(columns.end <= self.lines && terms.end <= self.terms && terms.len() == left.terms);
+        if left.lines == 0 || columns.is_empty() {
+            return;
+        }
+        assert!(
+            columns.len() <= out_row_stride && (left.lines - 1) * out_row_stride + columns.len() <= out.len(),
+            "result leaves its slice"
+        );
+        let _tiles = (kernel == Kernel::Amx).then(amx::Tiles::configure);
+        let (first, blocks) = (terms.start / DEPTH, terms.len().div_ceil(DEPTH));
+        for start in (0..blocks).step_by(DEPTH_BLOCKS) {
+            let some = start..(start + DEPTH_BLOCKS).min(blocks);
+            let into = if start > 0 { Into::Add } else { into };
+            for column in columns.clone().step_by(PANEL) {
+                let right = self.panel(column / PANEL, first + some.start..first + some.end);
+                for row in (0..left.lines).step_by(PANEL) {
+                    let out = &mut out[row * out_row_stride + column - columns.start..];
+                    let size = [(left.lines - row).min(PANEL), (columns.end - column).min(PANEL)];
+                    kernel.panel(left.panel(row / PANEL, some.clone()), right, out, out_row_stride, size, 1.0, into);
+                }
+            }
+        }
+    }
+}
