@@ -80,13 +80,22 @@ impl Import {
     fn check_same(&self, workflow: &Workflow, path: &str) -> Result<(), Failure> {
         let found = workflow.find(&self.stage).map(|index| &workflow.stages[index]);
         let same = found.is_some_and(|stage| {
-            stage.kind.name() == "import" && stage.file_patterns.first().is_some_and(|source| source.pattern.trim_end_matches('/') == path)
+            let below = match (&self.model, stage.inputs.get("model").and_then(|edges| edges.first())) {
+                (Some(asked), Some(edge)) => {
+                    let name = &workflow.stages[edge.stage].name;
+                    asked == name || *asked == format!("{name}.{}", edge.port)
+                }
+                (asked, found) => asked.is_none() && found.is_none(),
+            };
+            below
+                && stage.kind.name() == "import"
+                && stage.file_patterns.first().is_some_and(|source| source.pattern.trim_end_matches('/') == path)
         });
         if same {
             return Ok(());
         }
-        let message = format!("{} has a stage `{}` already", workflow.path.display(), self.stage);
-        Err(Failure::request("stage_exists", message, "give the checkpoint another name"))
+        let message = format!("{} has another stage `{}` already", workflow.path.display(), self.stage);
+        Err(Failure::request("stage_exists", message, "give this one another name"))
     }
 
     /// Adds the stage to the file; if the file is then wrong, it is as it was before.

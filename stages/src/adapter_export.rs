@@ -69,6 +69,7 @@ pub fn write(model: &Artifact, role: Role, folder: &Path) -> StageResult<Exporte
         alpha: only.map_or(rank as f64, |lora| lora.alpha),
         dropout: only.map_or(0.0, |lora| lora.dropout),
         target_modules,
+        layers: None,
         base_model: None,
     };
     let mut start = 0;

@@ -117,6 +117,12 @@ fn a_checkpoint_comes_in_is_trained_and_goes_out() {
     assert!(alone.status.code() == Some(2) && String::from_utf8_lossy(&alone.stderr).contains("inputs = { model ="), "{alone:?}");
     world.succeeds(&["import", "flow.toml", "peft", "out/adapter", "--model", "base"]);
     assert_eq!(answer("peft"), answer("tuned"));
+    assert!(world.succeeds(&["import", "flow.toml", "peft", "out/adapter", "--model", "base"]).contains("cached"));
+    assert_eq!(
+        world.rlflow(&["import", "flow.toml", "peft", "out/adapter", "--model", "sft"]).status.code(),
+        Some(2),
+        "another model below"
+    );
     assert_ne!(answer("peft"), answer("base"));
     world.succeeds(&["export", "flow.toml", "peft", "out/adapter-again", "--adapter"]);
     assert_eq!(world.read("out/adapter-again/adapter_model.safetensors"), world.read("out/adapter/adapter_model.safetensors"));

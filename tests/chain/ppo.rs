@@ -81,6 +81,8 @@ fn settings_have_their_effect() {
     assert!((coefficients[1] - 0.05 * moved).abs() < 1e-12, "{coefficients:?}");
     let k3 = with(&["stage.ppo.kl_estimator=\"k3\""]);
     assert!(k3.last("objective/non_score_reward") < 0.0, "k3 is never negative, so its penalty is never a gain");
+    let k2 = with(&["stage.ppo.kl_estimator=\"k2\""]);
+    assert!(k2.last("objective/non_score_reward") < 0.0 && k2.outputs != k3.outputs, "nor is k2, a square");
     let in_loss = with(&["stage.ppo.kl_in=\"loss\"", "stage.ppo.kl_estimator=\"k3\"", "stage.actor.train.lr=1e-3"]);
     assert_eq!(in_loss.series("objective/non_score_reward"), [0.0; 3]);
     assert!(in_loss.series("policy/kl_loss").iter().all(|kl| *kl >= 0.0));

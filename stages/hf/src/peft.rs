@@ -35,6 +35,8 @@ pub struct AdapterConfig {
     pub dropout: f64,
     /// Names of the projections that have one. Read: as far as the config lists them.
     pub target_modules: Vec<String>,
+    /// Numbers of the blocks that have one; all of them without.
+    pub layers: Option<Vec<u64>>,
     /// The model that it was trained on, as whoever trained it called that.
     pub base_model: Option<String>,
 }
@@ -47,9 +49,8 @@ const HARMLESS: &[&str] = &[
     "eva_config",
     "exclude_modules",
     "inference_mode",
-    // Which weights have an adapter is seen in the file of tensors.
+    // Blocks are called `layers` in all families.
     "layers_pattern",
-    "layers_to_transform",
     "megatron_core",
     "peft_version",
     "qalora_group_size",
@@ -83,7 +84,7 @@ impl AdapterConfig {
             _ => Role::Policy,
         };
         let (mut rank, mut alpha, mut dropout, mut scaled_by_root) = (8, 8.0, 0.0, false);
-        let mut target_modules = Vec::new();
+        let (mut target_modules, mut layers) = (Vec::new(), None);
         for (key, value) in &object {
             match (key.as_str(), value) {
                 (_, Value::Null | Value::Bool(false)) => {}
@@ -112,6 +113,13 @@ impl AdapterConfig {
                     target_modules.sort();
                     target_modules.dedup();
                 }
+                ("layers_to_transform", value) => {
+                    let numbers = value.as_array().map_or_else(|| vec![value.as_u64()], |list| list.iter().map(Value::as_u64).collect());
+                    match numbers.into_iter().collect::<Option<Vec<u64>>>() {
+                        Some(numbers) => layers = Some(numbers),
+                        None => problems.push(cannot(key, value)),
+                    }
+                }
                 ("modules_to_save", Value::Array(names)) => {
                     let others: Vec<&str> =
                         names.iter().filter_map(Value::as_str).filter(|name| role == Role::Policy || !HEADS.contains(name)).collect();
@@ -132,12 +140,12 @@ impl AdapterConfig {
             alpha *= (rank as f64).sqrt();
         }
         let base_model = given("base_model_name_or_path").and_then(Value::as_str).filter(|name| !name.is_empty()).map(str::to_owned);
-        if problems.is_empty() { Ok(Self { role, rank, alpha, dropout, target_modules, base_model }) } else { Err(problems) }
+        if problems.is_empty() { Ok(Self { role, rank, alpha, dropout, target_modules, layers, base_model }) } else { Err(problems) }
     }
 
     /// The content of `adapter_config.json`.
     pub fn to_json(&self) -> Vec<u8> {
-        let Self { role, rank, alpha, dropout, ref target_modules, ref base_model } = *self;
+        let Self { role, rank, alpha, dropout, ref target_modules, ref layers, ref base_model } = *self;
         // Where it is a whole number, as it mostly is, PEFT writes it as one.
         let alpha = if alpha.fract() == 0.0 && alpha < 1e15 { json!(alpha as u64) } else { json!(alpha) };
         let (task, saved) = match role {
@@ -151,6 +159,7 @@ impl AdapterConfig {
             "fan_in_fan_out": false,
             "inference_mode": true,
             "init_lora_weights": true,
+            "layers_to_transform": layers,
             "lora_alpha": alpha,
             "lora_dropout": dropout,
             "modules_to_save": saved,

@@ -82,7 +82,7 @@ impl WeightFiles {
 /// An adapter where a model was looked for.
 pub fn lone_adapter(shown: &str) -> HfError {
     HfError::new(shown, "this is an adapter (LoRA), which needs the model that it was trained on")
-        .hint("import that model too, and give this stage `inputs = { model = \"...\" }`")
+        .hint("import that model too, and give this stage `inputs = { model = \"...\" }` (`rlflow import --model STAGE`)")
 }
 
 /// Weights that are in pickles only; `convert` says what to do about it.

@@ -58,8 +58,8 @@ impl AdapterFiles {
         lora.normalise();
         let (specs, _) = specs(model, head_of(config.role));
         let wanted = specs.iter().flat_map(|spec| {
-            let factors = lora.factors(spec).into_iter().flat_map(|factors| [factors.a, factors.b]);
-            factors.chain((spec.name == SCORE_WEIGHT).then(|| spec.clone()))
+            let factors = lora.factors(spec).filter(|_| has_adapter(&config, &spec.name));
+            factors.into_iter().flat_map(|factors| [factors.a, factors.b]).chain((spec.name == SCORE_WEIGHT).then(|| spec.clone()))
         });
         let wanted: Vec<FileTensor> = wanted.map(file_tensor).collect();
         let tensors = Checkpoint::open(vec![file], None, model.architecture, wanted, false, ADAPTER_CONFIG, shown).map_err(one)?;
@@ -79,6 +79,12 @@ impl AdapterFiles {
             _ => Ok(ArtifactType::Reward),
         }
     }
+}
+
+/// Whether the block of a weight has an adapter.
+fn has_adapter(config: &AdapterConfig, weight: &str) -> bool {
+    let block = || weight.strip_prefix("model.layers.")?.split('.').next()?.parse::<u64>().ok();
+    config.layers.as_ref().is_none_or(|layers| block().is_some_and(|block| layers.contains(&block)))
 }
 
 /// A tensor that stands in the file as it is in rlflow.
@@ -159,7 +165,9 @@ pub fn run(
     let mut builder = context.output(artifact_type);
     models::share_files(&mut builder, below)?;
     let head = head_of(adapter.config.role);
-    for spec in specs(&info.model, head).0.iter().filter(|spec| spec.name != SCORE_WEIGHT) {
+    let number = info.adapters.len();
+    let (specs, _) = specs(&info.model, head);
+    for spec in specs.iter().filter(|spec| spec.name != SCORE_WEIGHT) {
         let entry = below.manifest().entry(&spec.name);
         builder.share(
             entry.ok_or_else(|| StageError::invalid(format!("checkpoint {} has no tensor `{}`", below.digest().short(), spec.name)))?,
@@ -169,13 +177,20 @@ pub fn run(
     let (mut elements, mut size_bytes) = (0, 0);
     adapter.tensors.read(adapter.digest.as_slice(), |Piece { weight, dtype, content }| {
         context.check_cancelled()?;
-        let name = if lora::is_factor(&weight.name) { adapter::entry_name(info.adapters.len(), &weight.name) } else { weight.name };
+        let name = if lora::is_factor(&weight.name) { adapter::entry_name(number, &weight.name) } else { weight.name };
         let content = converted(content, dtype, Dtype::F32);
         builder.put_tensor(&name, Dtype::F32, &weight.shape, &content)?;
         elements += content.len() / 4;
         size_bytes += content.len();
         Ok(())
     })?;
+    // Blocks that are left alone have an adapter that adds nothing.
+    for spec in specs.iter().filter(|spec| !has_adapter(&adapter.config, &spec.name)) {
+        for factor in adapter.lora.factors(spec).into_iter().flat_map(|factors| [factors.a, factors.b]) {
+            let shape: Vec<u64> = factor.shape.iter().map(|size| *size as u64).collect();
+            builder.put_tensor(&adapter::entry_name(number, &factor.name), Dtype::F32, &shape, &vec![0; 4 * factor.len()])?;
+        }
+    }
     let adapters = [info.adapters, vec![adapter.lora]].concat();
     let info = CheckpointInfo { head, adapters, role: None, ..info };
     builder.metadata(serde_json::to_value(&info).map_err(|error| StageError::invalid(error.to_string()))?);

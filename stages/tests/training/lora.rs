@@ -335,6 +335,11 @@ fn adapters_of_peft_that_cannot_be_used_are_told() {
         (&|config| config["a_new_thing"] = 1.into(), "`a_new_thing` is 1, which rlflow cannot compute"),
         (&|config| config["modules_to_save"] = json!(["embed_tokens"]), "it replaces `embed_tokens` of the model below"),
         (&|config| config["target_modules"] = json!(["q_proj", "lm_head"]), "it has adapters on `lm_head`; rlflow's are on q_proj"),
+        (
+            &|config| config["layers_to_transform"] = json!([1]),
+            "not part of such a model: `base_model.model.model.layers.0.mlp.down_proj.lora_A.weight`",
+        ),
+        (&|config| config["layers_to_transform"] = "all".into(), "`layers_to_transform` is \"all\""),
         (&|config| config["r"] = 0.into(), "`r` is 0"),
         (&|config| config["r"] = 4.into(), "has shape [3, 32], and [4, 32] is expected"),
         (
@@ -355,6 +360,19 @@ fn adapters_of_peft_that_cannot_be_used_are_told() {
     let pickled = copy(&|_| {});
     fs::rename(pickled.join("adapter_model.safetensors"), pickled.join("adapter_model.bin")).unwrap();
     refused(&pickled, Some(&base), "run any code when they are opened");
+    // An adapter on the second block only: the first stays as it is.
+    let partly = copy(&|config| config["layers_to_transform"] = 1.into());
+    let file = fs::read(plain.join("adapter_model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&file).unwrap();
+    let kept = file.tensors().into_iter().filter(|(name, _)| name.contains(".layers.1."));
+    safetensors::serialize_to_file(kept, None, &partly.join("adapter_model.safetensors")).unwrap();
+    let whole = import(&bench, &fixtures("lora_policy"), Some(&base)).unwrap()["model"].clone();
+    let model = import(&bench, &partly, Some(&base)).unwrap()["model"].clone();
+    for spec in parameters::specs(&bench.config, Head::Language).0 {
+        let merged = |model: &Artifact| adapter::merged(model, &CheckpointInfo::of(model).unwrap().adapters, &spec).unwrap();
+        let expected = if spec.name.contains(".layers.1.") { &whole } else { &base };
+        assert_eq!(merged(&model), merged(expected), "{}", spec.name);
+    }
     // A tensor too many, and one too few.
     let short = copy(&|_| {});
     let path = short.join("adapter_model.safetensors");
