@@ -5,9 +5,10 @@ use std::{
     path::{Path, PathBuf},
     sync::mpsc,
     thread::JoinHandle,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
+use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -150,7 +151,7 @@ impl Store {
             return Ok(None);
         }
         // Both times come from the file server, so that clocks need not agree.
-        let touch = File::open(lock_path).and_then(|file| file.set_modified(SystemTime::now()));
+        let touch = File::open(lock_path).and_then(|file| touch(&file));
         let now = fs::metadata(lock_path).and_then(|metadata| metadata.modified());
         let beat = fs::metadata(holder_path).and_then(|metadata| metadata.modified());
         let alive = match (touch, now, beat) {
@@ -198,11 +199,17 @@ fn start_heart(path: &Path) -> Result<(mpsc::Sender<()>, JoinHandle<()>)> {
     let (stop, stopped) = mpsc::channel::<()>();
     let beat = move || {
         while stopped.recv_timeout(HEARTBEAT) == Err(mpsc::RecvTimeoutError::Timeout) {
-            let _ = file.set_modified(SystemTime::now());
+            let _ = touch(&file);
         }
     };
     let thread = std::thread::Builder::new().name("rlflow-lease".into()).spawn(beat).map_err(StoreError::io("renew", path))?;
     Ok((stop, thread))
+}
+
+/// Sets a file's time to now by the clock of whoever keeps the file, which may be another machine's.
+fn touch(file: &File) -> io::Result<()> {
+    let [omit, now] = [UTIME_OMIT, UTIME_NOW].map(|tv_nsec| Timespec { tv_sec: 0, tv_nsec });
+    Ok(futimens(file, &Timestamps { last_access: omit, last_modification: now })?)
 }
 
 /// What the holder file says. `None` if absent or half-written.
@@ -227,4 +234,36 @@ pub(crate) fn host_name() -> String {
 
 fn format_error(path: &Path, error: &serde_json::Error) -> StoreError {
     StoreError::Format { path: path.to_owned(), message: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    /// Where locks say nothing, as between hosts, the holder file does: whose it is, and when it was renewed.
+    #[test]
+    fn without_locks_a_heartbeat_tells_who_lives() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let (lock_path, holder_path) = store.lease_paths(Digest::of(b"key"));
+        create_folder(&store.layout().leases()).unwrap();
+        File::create(&lock_path).unwrap();
+        let is_held = || store.living_elsewhere(&holder_path, &lock_path, false).unwrap().is_some();
+        let found = |host: &str, pid: u32, renewed: Duration| {
+            let holder = LeaseHolder { host: host.to_owned(), pid, ..unknown_holder() };
+            fs::write(&holder_path, serde_json::to_vec(&holder).unwrap()).unwrap();
+            File::open(&holder_path).unwrap().set_modified(SystemTime::now() - renewed).unwrap();
+            is_held()
+        };
+        // Above all numbers that Linux gives to processes.
+        const NOBODY: u32 = (1 << 22) + 1;
+        assert!(found("elsewhere", NOBODY, Duration::ZERO));
+        assert!(found(&host_name(), std::process::id(), Duration::ZERO));
+        assert!(!found(&host_name(), NOBODY, Duration::ZERO));
+        assert!(!found("elsewhere", NOBODY, 2 * EXPIRY));
+        touch(&File::open(&holder_path).unwrap()).unwrap();
+        assert!(is_held(), "a beat was not noticed");
+    }
 }

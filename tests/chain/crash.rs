@@ -84,6 +84,8 @@ enum End {
         during: String,
         /// The last step that was told of.
         step: Option<u64>,
+        /// Every stage that it started.
+        started: BTreeSet<String>,
     },
 }
 
@@ -127,8 +129,10 @@ fn kill_runs(
             let death = dice.death(&(lives.start.mul_f64(longer)..lives.end.mul_f64(longer)), writes);
             let context = format!("seed {seed}, crash {died}, {death:?}");
             match run_until(fixture, &store, sets, (died < crashes).then_some(death)).0 {
-                End::Died { by, during, step } => {
+                End::Died { by, during, step, started } => {
                     died += 1;
+                    let again: Vec<_> = started.intersection(&finished).collect();
+                    assert!(again.is_empty(), "{context}: {again:?} had finished and were started again");
                     check_store(fixture, &store, &context);
                     let now = cached(fixture, &store);
                     assert!(finished.is_subset(&now), "{context}: lost {:?}", finished.difference(&now));
@@ -261,8 +265,8 @@ fn run_until(fixture: &Fixture, store: &str, sets: &[&str], death: Option<Death>
         _ if killed => "killed after a while",
         _ => "killed in the store's write path",
     };
-    let (during, step) = place(&stdout);
-    (End::Died { by, during, step }, lived)
+    let (started, during, step) = place(&stdout);
+    (End::Died { by, during, step, started }, lived)
 }
 
 /// What a process and its threads have used so far.
@@ -274,20 +278,20 @@ fn processor_time(child: &Child) -> Option<Duration> {
     Some(TICK * ticks)
 }
 
-/// The stages that were running when the events end, and the last step of them.
-fn place(events: &[u8]) -> (String, Option<u64>) {
-    let (mut running, mut step) = (BTreeSet::new(), None);
+/// The stages that were started, those that were running when the events end, and the last step of them.
+fn place(events: &[u8]) -> (BTreeSet<String>, String, Option<u64>) {
+    let (mut started, mut running, mut step) = (BTreeSet::new(), BTreeSet::new(), None);
     for event in events.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice::<Value>(line).ok()) {
         let stage = event["stage"].as_str().unwrap_or_default().to_owned();
         match event["event"].as_str() {
-            Some("stage_started") => (step, _) = (None, running.insert(stage)),
+            Some("stage_started") => (step, _, _) = (None, running.insert(stage.clone()), started.insert(stage)),
             Some("stage_finished") => drop(running.remove(&stage)),
             Some("metrics") => step = event["step"].as_u64(),
             _ => {}
         }
     }
     let stages: Vec<_> = running.into_iter().collect();
-    (if stages.is_empty() { "between stages".to_owned() } else { stages.join(" + ") }, step)
+    (started, if stages.is_empty() { "between stages".to_owned() } else { stages.join(" + ") }, step)
 }
 
 /// What a power cut may take: the ends of files that nothing had synced yet. Those under `tmp`, in the index and

@@ -4,7 +4,12 @@
 mod checkpoint;
 mod crash;
 mod fixture;
+#[path = "../../store/tests/store/forks.rs"]
+mod forks;
+mod full_disk;
 mod lora;
+#[path = "../../store/tests/store/mounted.rs"]
+mod mounted;
 mod ppo;
 mod ranks;
 
@@ -16,6 +21,9 @@ use std::{
 
 use fixture::{ALL, Finished, Fixture, names};
 use serde_json::Value;
+
+/// Stages with `train` settings of their own.
+const TRAINERS: [&str; 4] = ["pretrain", "sft", "reward_model", "dpo"];
 
 #[test]
 fn only_what_changed_runs_again() {
@@ -118,23 +126,46 @@ fn divergence_is_an_error_that_leaves_nothing_cached() {
     fixture.run("store", &[]).succeeded();
 }
 
+fn with<'a>(sets: &[&'a str], more: &'a str) -> Vec<&'a str> {
+    [sets, &[more]].concat()
+}
+
 /// With a schedule whose beginning does not depend on its end, more steps continue from those that are done.
 #[test]
 fn a_longer_run_continues_a_shorter_one() {
     let fixture = Fixture::new();
-    let constant = [
-        "stage.pretrain.train={ steps = 6, batch_size = 4, lr = 3e-3, schedule = \"constant\" }",
-        "stage.actor.train.schedule=\"constant\"",
-        "stage.critic.train.schedule=\"constant\"",
-    ];
-    fixture.run("store", &constant).succeeded();
-    for (stage, longer) in [("ppo", "stage.ppo.steps=5"), ("pretrain", "stage.pretrain.train.steps=9")] {
-        let sets = [&constant[..], &[longer]].concat();
-        let extended = fixture.run("store", &sets).succeeded();
+    let train = |stage: &str, steps: u64, schedule: &str| {
+        format!("stage.{stage}.train={{ steps = {steps}, batch_size = 4, lr = 1e-3, schedule = {schedule} }}")
+    };
+    let mut sets: Vec<String> = TRAINERS.map(|stage| train(stage, 6, "\"constant\"")).into();
+    sets.extend(["actor", "critic"].map(|role| format!("stage.{role}.train.schedule=\"constant\"")));
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    fixture.run("store", &sets).succeeded();
+    let continues_from = |more: &str, stage: &str| {
+        let plan = fixture.json("store", &["plan"], &with(&sets, more));
+        plan["stages"].as_array().unwrap().iter().find(|planned| planned["name"] == stage).unwrap()["continues_from_step"].as_u64()
+    };
+    // To the bit what a run from the start gives.
+    let extends = |stage: &str, more: &str, from: u64| {
+        assert_eq!(continues_from(more, stage), Some(from), "{more}");
+        let run = |store: &str| Finished::of(fixture.command(store, &with(&sets, more)).arg(stage).output().unwrap()).succeeded();
+        let extended = run("store");
         assert!(extended.with_status(&["extended"]).contains(stage), "{}", extended.event);
-        let scratch = fixture.run(&format!("scratch-{stage}"), &sets).succeeded();
-        assert_eq!(extended.outputs(), scratch.outputs());
+        assert_eq!(extended.outputs()[stage], run(&format!("scratch {more}")).outputs()[stage], "{more}");
+    };
+    extends("ppo", "stage.ppo.steps=5", 3);
+    for stage in TRAINERS {
+        extends(stage, &format!("stage.{stage}.train.steps=9"), 6);
     }
+    // From the longest that is not longer.
+    assert_eq!(
+        ["8", "9", "12"].map(|steps| continues_from(&format!("stage.pretrain.train.steps={steps}"), "pretrain")),
+        [Some(6), None, Some(9)]
+    );
+    // From where the decay began, which is later now.
+    let decaying = "\"wsd\", decay_steps = 3";
+    Finished::of(fixture.command("store", &with(&sets, &train("pretrain", 8, decaying))).arg("pretrain").output().unwrap()).succeeded();
+    extends("pretrain", &train("pretrain", 12, decaying), 5);
     // A falling schedule depends on its end: from the start.
     let falling = ["stage.ppo.steps=5"];
     fixture.run("falling", &[]).succeeded();

@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, path::Path};
 
 use rlflow_engine::{
     Plan, Registry, Request,
+    action::Actions,
+    adopt,
     docs::Place,
     workflow::{LoadOptions, load},
 };
@@ -26,7 +28,7 @@ fn an_edition_keeps_the_keys_of_old_files() {
     let old = CHAIN.replace("keep = 2\n", "");
     let world = World::new(&old);
     world.run();
-    let newer = || Registry::new(vec![&kinds::NewerLines, &kinds::Trainer, &kinds::Collect]).with_newest_edition(2);
+    let newer = || Registry::new(vec![&kinds::NewerLines::<1>, &kinds::Trainer, &kinds::Collect]).with_newest_edition(2);
     let planned = |text: &str| {
         world.write("newer.toml", text);
         // Under the old name, so that it is the same workflow.
@@ -43,6 +45,26 @@ fn an_edition_keeps_the_keys_of_old_files() {
     assert_eq!(planned(&old.replace("edition = 1\n", "")), changed);
     // The edition itself is in no key.
     assert_eq!(planned(&old.replace("edition = 1", "edition = 2").replace("kind = \"lines\"", "kind = \"lines\"\nkeep = 100")), None);
+}
+
+/// After an upgrade, results of the older program are made again, or taken over if the user says so.
+#[test]
+fn another_implementation_has_another_key_under_which_results_can_be_adopted() {
+    let world = World::new(CHAIN);
+    world.run();
+    let upgraded = Registry::new(vec![&kinds::NewerLines::<2>, &kinds::Trainer, &kinds::Collect]);
+    let workflow = load(&world.path("flow.toml"), &LoadOptions::default(), &upgraded).unwrap_or_else(|errors| panic!("{errors}"));
+    let store = world.store();
+    let plan = || Plan::new(&workflow, &store, &world.host, &Request::default()).unwrap();
+    let planned = serde_json::json!(plan().to_json(&workflow));
+    let reason = serde_json::json!({
+        "kind": "implementation_changed", "text": "implementation changed: version 1 -> 2", "from": 1, "to": 2
+    });
+    assert_eq!(planned["stages"][0]["reason"], reason);
+    let actions = Actions::new(&workflow, &store, &world.host, &Request::default()).unwrap();
+    let adopted = adopt(&actions, "data").unwrap();
+    assert!(adopted.provenance.adopted && adopted.full_key["version"] == 2);
+    assert!(plan().is_all_cached());
 }
 
 #[test]

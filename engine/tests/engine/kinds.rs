@@ -91,8 +91,8 @@ impl StageKind for Lines {
     }
 }
 
-/// `lines` as a newer program has it: since edition 2 it keeps ten lines unless told otherwise.
-pub struct NewerLines;
+/// `lines` as a newer program has it: since edition 2 it keeps ten lines unless told otherwise. `IMPLEMENTATION` is its version.
+pub struct NewerLines<const IMPLEMENTATION: u32>;
 
 /// Settings of the newer `lines`.
 #[derive(Serialize, Deserialize, JsonSchema)]
@@ -108,10 +108,10 @@ fn ten() -> usize {
     10
 }
 
-impl StageKind for NewerLines {
+impl<const IMPLEMENTATION: u32> StageKind for NewerLines<IMPLEMENTATION> {
     type Config = NewerLinesConfig;
     const NAME: &'static str = Lines::NAME;
-    const VERSION: u32 = Lines::VERSION;
+    const VERSION: u32 = IMPLEMENTATION;
     const SUMMARY: &'static str = Lines::SUMMARY;
     const INPUTS: &'static [InputPort] = Lines::INPUTS;
     const OUTPUTS: &'static [OutputPort] = Lines::OUTPUTS;

@@ -86,6 +86,7 @@ impl SnapshotSettings {
         SnapshotPolicy { every_steps: self.snapshot_every, every, limit }
     }
 }
+
 /// A Burn device.
 ///
 /// # Errors
@@ -100,5 +101,51 @@ pub fn burn_device(device: DeviceSpec) -> StageResult<Device> {
             format!("{device} was asked for, and this rlflow was built without CUDA"),
             "build with `--features cuda`, or set `device = \"cpu\"`",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rlflow_api::{Digest, Retain, Snapshots, Store};
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn snapshots_are_written_and_kept_as_the_settings_say() {
+        let policy = |change: &dyn Fn(&mut SnapshotSettings)| {
+            let mut settings = SnapshotSettings::default();
+            change(&mut settings);
+            settings.policy()
+        };
+        // Nothing said: ten seconds of work are lost at most.
+        let usual = policy(&|_| ());
+        let seconds = Duration::from_secs;
+        assert_eq!((usual.every_steps, usual.every, usual.limit.newest, usual.limit.bytes), (None, Some(seconds(10)), 2, u64::MAX));
+        let by_steps = policy(&|settings| settings.snapshot_every = Some(4));
+        assert_eq!((by_steps.every_steps, by_steps.every), (Some(4), None));
+        let all = policy(&|settings| {
+            *settings = SnapshotSettings {
+                snapshot_every: Some(100),
+                snapshot_minutes: Some(0.5),
+                snapshot_keep: 3,
+                snapshot_max_bytes: Some(1000),
+            };
+        });
+        assert_eq!((all.every_steps, all.every), (Some(100), Some(seconds(30))));
+        assert_eq!(all.limit, SnapshotLimit { newest: 3, bytes: 1000 });
+
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let snapshots = Snapshots::new(store.snapshots(Digest::of(b"prefix")), Vec::new());
+        let due = |policy: SnapshotPolicy| {
+            snapshots.set_policy(policy);
+            (1..=9).filter(|step| snapshots.is_due(*step)).collect::<Vec<u64>>()
+        };
+        assert_eq!(due(by_steps), [4, 5, 6, 7, 8, 9]);
+        assert_eq!(due(all), [] as [u64; 0]);
+        assert_eq!(due(policy(&|settings| settings.snapshot_minutes = Some(0.0))).len(), 9);
+        snapshots.save(4, Retain::Latest, json!({}), snapshots.builder()).unwrap();
+        assert_eq!(due(by_steps), [8, 9]);
     }
 }
