@@ -27,6 +27,11 @@ impl Devices {
         let row = |device: &rlflow_engine::DeviceInfo| vec![device.spec.to_string(), text::bytes(device.memory_bytes), device.name.clone()];
         print_text(&text::table(&["device", "memory", "name"], &host.devices.iter().map(row).collect::<Vec<_>>()));
         print_text(&format!("\nnumerics profile: {}\n", host.numerics));
+        if host.devices.len() > 2 {
+            let between =
+                rlflow_stages::nccl().map_or_else(|reason| format!("host memory ({reason})"), |version| format!("NCCL {version}"));
+            print_text(&format!("ranks on several GPUs exchange over {between}\n"));
+        }
         Ok(Outcome::Done)
     }
 }

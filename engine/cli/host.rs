@@ -10,11 +10,18 @@ pub fn host() -> Host {
     let share = processes::on_this_host();
     let mut devices = vec![DeviceInfo { spec: DeviceSpec::Cpu, name: cpu_name(), memory_bytes: memory_bytes() / share }];
     match rlflow_stages::accelerators() {
-        Ok(found) => devices.extend(found.into_iter().map(|device| DeviceInfo {
-            spec: device.spec,
-            name: device.name,
-            memory_bytes: device.memory_bytes / share,
-        })),
+        Ok(found) => {
+            if found.len() > 1
+                && let Err(reason) = rlflow_stages::nccl()
+            {
+                tracing::warn!("{reason}: ranks on several GPUs exchange through host memory");
+            }
+            devices.extend(found.into_iter().map(|device| DeviceInfo {
+                spec: device.spec,
+                name: device.name,
+                memory_bytes: device.memory_bytes / share,
+            }))
+        }
         Err(reason) => tracing::warn!("no CUDA device: {reason}; `device = \"auto\"` is the CPU"),
     }
     Host { devices, numerics: rlflow_model::numerics(), crew: processes::crew() }

@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use rlflow_api::{DataFile, DeviceChoice, DeviceSpec, Needs, Placement, Problem, ZeroSetting, data_format};
+use rlflow_api::{DataFile, DeviceChoice, DeviceSpec, Kind, Needs, Placement, Problem, ZeroSetting, data_format};
 use rlflow_store::{ActionRecord, Digest, FileDigest, Snapshot, Store, StoreError};
 
 use crate::{
@@ -126,6 +126,8 @@ pub struct Actions<'a> {
     files: Vec<OnceLock<Vec<Vec<KeyFile>>>>,
     /// Every data file is looked at once, so that all stages see one state of it.
     digests: Mutex<HashMap<PathBuf, FileDigest>>,
+    /// Of stages that make rows and were decided about: the result's key, and tokens of its longest row if somebody asked.
+    rows_of: Mutex<HashMap<usize, (Digest, Option<u64>)>>,
     /// Before anything of the store was looked at.
     pub(crate) began: SystemTime,
     /// Whether all stages were asked for, and what is cached counts.
@@ -190,6 +192,7 @@ impl<'a> Actions<'a> {
             planned,
             files,
             digests: Mutex::default(),
+            rows_of: Mutex::default(),
             began,
             is_plain: *request == Request::default(),
         };
@@ -240,13 +243,34 @@ impl<'a> Actions<'a> {
     pub fn needs(&self, index: usize) -> Needs {
         let (stage, placement) = (&self.workflow.stages[index], &self.placements[index]);
         let was_chosen = || stage.kind.execution(&stage.config).is_some_and(|execution| matches!(execution.zero, ZeroSetting::Auto(_)));
-        // What was described when loading is of one process, at the level that was asked for, or at none where that was left to us.
-        if ((placement.zero > 0 && was_chosen()) || placement.processes > 1)
-            && let Ok(described) = self.workflow.describe(index, placement.ranks(), placement.zero)
-        {
-            return described.needs;
+        // What was described when loading is of one process, at the level that was asked for, or at none where that was left to us,
+        // and of rows that fill the context.
+        if (placement.zero > 0 && was_chosen()) || placement.processes > 1 || self.knows_rows(index) {
+            let longest = |made: usize| self.longest_row(made);
+            let described = self.workflow.describe_as(index, &stage.config, placement.ranks(), placement.zero, &longest);
+            return described.map_or(stage.described.needs, |described| described.needs);
         }
         stage.described.needs
+    }
+
+    /// Whether the rows that a stage reads are there, so that it is known how long they are.
+    pub(crate) fn knows_rows(&self, index: usize) -> bool {
+        let mut made = self.workflow.stages[index].inputs.values().flatten();
+        made.any(|edge| self.longest_row(edge.stage).is_some())
+    }
+
+    /// Tokens of the longest row that a stage's result holds, once there is one.
+    pub(crate) fn longest_row(&self, index: usize) -> Option<u64> {
+        if !measures_rows(self.workflow.stages[index].kind) {
+            return None;
+        }
+        let mut known = self.rows_of.lock().unwrap_or_else(PoisonError::into_inner);
+        let (key, longest) = known.get_mut(&index)?;
+        if longest.is_none() {
+            let record = self.store.action(*key).ok()??;
+            *longest = record.metrics.get(LONGEST_ROW).map(|tokens| *tokens as u64);
+        }
+        *longest
     }
 
     /// Memory of a device, if it is known.
@@ -306,6 +330,9 @@ impl<'a> Actions<'a> {
         let files = self.files(index)?;
         let full_key = full_key(stage, self.digests_of(stage, outputs), files);
         let key = full_key.digest();
+        if measures_rows(stage.kind) {
+            self.rows_of.lock().unwrap_or_else(PoisonError::into_inner).insert(index, (key, None));
+        }
         let mut must_run = must_run.cloned().or_else(|| self.forced(index));
         if must_run.is_none()
             && let Some(outputs) = self.store.outputs(key)?
@@ -499,6 +526,13 @@ fn full_key<'a>(stage: &'a Stage, inputs: BTreeMap<&'a str, Vec<Digest>>, files:
 }
 
 /// What an edge carries. A settled stage has all of its ports; a digest of nothing would only miss the cache.
+/// Metric of kinds that make rows of tokens.
+const LONGEST_ROW: &str = "longest_row";
+
+fn measures_rows(kind: &dyn Kind) -> bool {
+    kind.metrics().iter().any(|(name, _)| *name == LONGEST_ROW)
+}
+
 fn digest_of(edge: &Edge, outputs: &[Option<Outputs>]) -> Digest {
     let digest = outputs[edge.stage].as_ref().and_then(|outputs| outputs.get(&edge.port)).copied();
     digest.unwrap_or_else(|| Digest::of(b""))

@@ -95,10 +95,11 @@ impl Session<'_> {
         let started_at = now();
         let reporter = StageReporter::new(&stage.name, self.events, &self.actions.host.numerics);
         let result = self.run(index, action, &snapshots, &reporter);
-        let failure = reporter.not_finite();
+        let (failure, phase) = (reporter.not_finite(), reporter.phase());
         let reported = reporter.finish();
         let result = match (failure, result) {
             (Some(not_finite), _) => Err(not_finite),
+            (None, Err(StageError::OutOfMemory { message, .. })) => Err(self.actions.out_of_memory(index, &message, phase.as_deref())),
             (None, result) => result,
         };
         let published = result.and_then(|outputs| self.publish(index, action, &outputs, &reported, started_at));
@@ -313,4 +314,5 @@ pub(crate) fn panicked(payload: &(dyn Any + Send)) -> StageError {
         format!("the stage panicked: {message}"),
         "this is a bug in rlflow; please report it with the workflow file",
     )
+    .or_out_of_memory()
 }

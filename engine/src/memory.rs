@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use rlflow_api::{DeviceSpec, Needs, Offload, Placement, Problem, ZeroSetting};
+use rlflow_api::{DeviceSpec, ErasedStage, Needs, Offload, Placement, Problem, StageError, ZeroSetting};
 use serde_json::{Value, json};
 
 use crate::{action::Actions, text, workflow::WorkflowError};
@@ -28,15 +28,15 @@ impl Parts {
         let mut add = |to: fn(&mut Self) -> &mut Usage, device: DeviceSpec, bytes: u64| {
             *to(&mut parts).entry(device).or_default() += bytes;
         };
-        for device in &placement.devices {
+        for (rank, device) in placement.devices.iter().enumerate() {
             let (lasting, passing): (fn(&mut Self) -> &mut Usage, fn(&mut Self) -> &mut Usage) = (|p| &mut p.lasting, |p| &mut p.passing);
-            add(passing, *device, needs.passing_bytes());
+            add(passing, *device, needs.passing_bytes_of(rank));
             match (placement.offload, *device, needs.optimizer_bytes) {
                 (Offload::None, ..) | (_, DeviceSpec::Cpu, _) => add(lasting, *device, needs.lasting_bytes()),
                 // A frozen model is on the device only while it works.
                 (Offload::Cpu, _, 0) => {
                     add(lasting, DeviceSpec::Cpu, needs.parameter_bytes);
-                    add(passing, *device, needs.parameter_bytes);
+                    add(passing, *device, needs.parameter_bytes.saturating_sub(needs.resting_bytes));
                 }
                 (Offload::Cpu, ..) => {
                     add(lasting, DeviceSpec::Cpu, needs.optimizer_bytes);
@@ -65,36 +65,38 @@ impl Parts {
     }
 }
 
-/// Another way to place a stage.
-struct Change {
+/// Settings of a stage's own that save memory, and the value that does.
+static SAVING: [(&str, bool); 2] = [("gradient_checkpointing", true), ("gather_for_generation", false)];
+
+/// Another way to run a stage.
+struct Change<'a> {
     zero: u8,
     devices: usize,
     offload: Offload,
-    checkpointing: bool,
+    saving: &'a [(&'static str, bool)],
+}
+
+/// A stage that holds models of others.
+struct Holding {
+    /// What it needs beside them.
+    own: Needs,
+    /// Those stages, with memory per rank.
+    roles: Vec<(usize, Needs)>,
 }
 
 impl Actions<'_> {
     /// What a stage takes of each device at its peak, as its kind predicts it.
     pub fn usage(&self, stage: usize) -> Usage {
-        let roles = self.roles(stage);
-        if roles.is_empty() {
-            return Parts::of(&self.needs(stage), self.placement(stage)).total();
+        match self.holding(stage) {
+            None => Parts::of(&self.needs(stage), self.placement(stage)).total(),
+            Some(holding) => holding.usage(&|role| self.placement(role).clone()),
         }
-        self.with_roles(stage, &roles, &|role| self.placement(role).clone())
-    }
-
-    /// The same for a stage that holds models of others where `placed` puts them.
-    fn with_roles(&self, stage: usize, roles: &[(usize, Needs)], placed: &dyn Fn(usize) -> Placement) -> Usage {
-        let held = roles.iter().map(|(role, needs)| Parts::of(needs, &placed(*role))).fold(Parts::default(), Parts::beside);
-        // What it needs of its own stands where the first of them works.
-        let devices = roles.iter().take(1).flat_map(|(role, _)| placed(*role).devices).take(1).collect();
-        held.beside(Parts::of(&self.needs(stage), &Placement { devices, ..Placement::default() })).total()
     }
 
     /// Memory of a rank of the stage with the models of others that it holds: they stay side by side, and work in turn.
     pub fn rank_needs(&self, stage: usize) -> Needs {
-        let own = self.needs(stage);
-        self.roles(stage).into_iter().fold(own, |all, (_, role)| Needs {
+        let Some(Holding { own, roles }) = self.holding(stage) else { return self.needs(stage) };
+        roles.into_iter().fold(own, |all, (_, role)| Needs {
             parameter_bytes: all.parameter_bytes + role.parameter_bytes,
             optimizer_bytes: all.optimizer_bytes + role.optimizer_bytes,
             tokens: own.tokens,
@@ -113,7 +115,8 @@ impl Actions<'_> {
                     let placement = self.placement(*role);
                     self.chooses_level(*role) && placement.ranks() > 1 && placement.zero < 3
                 };
-                let open: Vec<usize> = self.roles(stage).into_iter().filter(open).map(|(role, _)| role).collect();
+                let roles = self.holding(stage).map(|holding| holding.roles).unwrap_or_default();
+                let open: Vec<usize> = roles.into_iter().filter(open).map(|(role, _)| role).collect();
                 if open.is_empty() {
                     break;
                 }
@@ -154,7 +157,7 @@ impl Actions<'_> {
             return Some(self.workflow.error(stage, &problem.hint("`rlflow plan` plans for it; to run, name devices that are here")));
         }
         let (device, bytes, capacity) = self.too_large(stage)?;
-        let roles = self.roles(stage);
+        let roles = self.holding(stage).map(|holding| holding.roles).unwrap_or_default();
         let holds: Vec<&str> = roles.iter().map(|(role, _)| self.workflow.stages[*role].name.as_str()).collect();
         let with = if holds.is_empty() { String::new() } else { format!(" with {}", holds.join(", ")) };
         let message = format!("it needs {}{with} on {device}, which has {}", text::bytes(bytes), text::bytes(capacity));
@@ -167,6 +170,25 @@ impl Actions<'_> {
         Some(self.workflow.error(stage, &Problem::new("does_not_fit", setting, message).hint(hint)))
     }
 
+    /// The error of a stage that ran out of memory: what it was doing, what it was planned to take, and what would take less.
+    pub(crate) fn out_of_memory(&self, stage: usize, message: &str, phase: Option<&str>) -> StageError {
+        let phase = phase.map(|phase| format!(" in phase `{phase}`")).unwrap_or_default();
+        let usage = self.usage(stage);
+        // The fullest device; of several kinds, not the host.
+        let fullest = usage.iter().max_by_key(|(device, bytes)| (**device != DeviceSpec::Cpu, **bytes));
+        let Some((device, planned)) = fullest else {
+            let hint = "a smaller model, batch or context needs less; nothing is known of what this stage takes".to_owned();
+            return StageError::OutOfMemory { message: format!("{message}{phase}"), hint: Some(hint) };
+        };
+        let has = self.capacity(*device).map(|capacity| format!(", which has {}", text::bytes(capacity))).unwrap_or_default();
+        let message = format!("{message}{phase}; planned were {} on {device}{has}", text::bytes(*planned));
+        // Plans are right within a tenth.
+        let less = planned / 10 * 9;
+        let ways = if self.holding(stage).is_some() { self.ways_of_roles(stage, *device, less) } else { self.ways(stage, *device, less) };
+        let hint = if ways.is_empty() { "a smaller `micro_batch_size`, model or context needs less".to_owned() } else { ways.join("; ") };
+        StageError::OutOfMemory { message, hint: Some(hint) }
+    }
+
     /// Settings under which a stage fits, with what it then takes of the device: the smallest change first.
     fn ways(&self, stage: usize, device: DeviceSpec, capacity: u64) -> Vec<String> {
         let now = self.placement(stage);
@@ -176,29 +198,41 @@ impl Actions<'_> {
         let more = (count + 1..=same).filter(|more| more.is_power_of_two() || *more == same);
         let fewer = (device == DeviceSpec::Cpu && count > 1).then_some(1);
         let counts = std::iter::once(count).chain(fewer).chain(more);
+        // On the CPU all is on the host.
+        let offloaded = (device != DeviceSpec::Cpu && now.offload == Offload::None).then_some(Offload::Cpu);
+        let offloads: Vec<Offload> = std::iter::once(now.offload).chain(offloaded).collect();
         let mut ways = Vec::new();
-        for devices in counts {
-            for (offload, checkpointing) in [(now.offload, false), (now.offload, true), (Offload::Cpu, false), (Offload::Cpu, true)] {
-                let levels = if devices * now.processes == 1 { 0..=0 } else { 0..=3 };
-                let change = |zero| Change { zero, devices, offload, checkpointing };
-                let fits = |change: Change| Some((self.changed(stage, device, &change)?, change));
-                let found = levels.filter_map(|zero| fits(change(zero))).find(|(bytes, _)| *bytes <= capacity);
-                if let Some((bytes, change)) = found {
-                    ways.push(format!("{}: {}", described(&change, now), text::bytes(bytes)));
-                    if ways.len() == 3 {
-                        return ways;
-                    }
-                    break;
+        for (devices, offload) in counts.flat_map(|devices| offloads.iter().map(move |offload| (devices, *offload))) {
+            let levels = if devices * now.processes == 1 { 0..=0 } else { 0..=3 };
+            let fitting = |saving| {
+                let change = |zero| Change { zero, devices, offload, saving };
+                let fits = |change: Change<'static>| Some((self.changed(stage, device, &change)?, change));
+                levels.clone().filter_map(|zero| fits(change(zero))).find(|(bytes, _)| *bytes <= capacity)
+            };
+            let mut lowest = None;
+            for saving in [&[][..], &SAVING[..1], &SAVING[1..], &SAVING[..]] {
+                let Some((bytes, change)) = fitting(saving) else { continue };
+                // What slows down is worth it only where fewer shards do then.
+                if lowest.is_some_and(|lowest| change.zero >= lowest) {
+                    continue;
+                }
+                lowest = Some(change.zero);
+                ways.push(format!("{}: {}", described(&change, now), text::bytes(bytes)));
+                if ways.len() == 3 {
+                    return ways;
                 }
             }
         }
         ways
     }
 
-    /// What the device would hold of a stage that is placed otherwise.
-    fn changed(&self, stage: usize, device: DeviceSpec, change: &Change) -> Option<u64> {
+    /// What the device would hold of a stage that runs otherwise.
+    fn changed(&self, stage: usize, device: DeviceSpec, change: &Change<'_>) -> Option<u64> {
         let processes = self.placement(stage).processes;
-        let needs = self.needs_as(stage, change.devices * processes, change.zero, change.checkpointing)?;
+        let config = self.saving_config(stage, change.saving)?;
+        let config = config.as_ref().unwrap_or(&self.workflow.stages[stage].config);
+        let needs =
+            self.workflow.describe_as(stage, config, change.devices * processes, change.zero, &|made| self.longest_row(made)).ok()?.needs;
         let spec = |index: usize| if device == DeviceSpec::Cpu { device } else { DeviceSpec::Cuda(index) };
         let devices = (0..change.devices).map(spec).collect();
         let usage = Parts::of(&needs, &Placement { devices, processes, zero: change.zero, offload: change.offload }).total();
@@ -209,6 +243,20 @@ impl Actions<'_> {
         most.max()
     }
 
+    /// The stage's config with other values of its own; none of it where nothing changes. No answer where it has not these settings, or
+    /// has these values already.
+    fn saving_config(&self, stage: usize, saving: &[(&'static str, bool)]) -> Option<Option<ErasedStage>> {
+        if saving.is_empty() {
+            return Some(None);
+        }
+        let found = &self.workflow.stages[stage];
+        let mut settings = found.config.settings().clone();
+        for (name, value) in saving {
+            *settings.get_mut(*name).filter(|known| **known == Value::Bool(!value))? = json!(value);
+        }
+        found.kind.parse(&settings).ok().map(Some)
+    }
+
     /// Whether what stands on devices of another sort than `device` fits there.
     fn has_room_beside(&self, usage: &Usage, device: DeviceSpec) -> bool {
         let is_host = |device: DeviceSpec| device == DeviceSpec::Cpu;
@@ -216,58 +264,87 @@ impl Actions<'_> {
         others.all(|(used, bytes)| self.capacity(*used).is_none_or(|capacity| *bytes <= capacity))
     }
 
-    fn needs_as(&self, stage: usize, ranks: usize, zero: u8, checkpointing: bool) -> Option<Needs> {
-        let found = &self.workflow.stages[stage];
-        if !checkpointing {
-            return Some(self.workflow.describe(stage, ranks, zero).ok()?.needs);
-        }
-        let mut settings = found.config.settings().clone();
-        *settings.get_mut("gradient_checkpointing").filter(|known| **known == Value::Bool(false))? = json!(true);
-        let config = found.kind.parse(&settings).ok()?;
-        Some(self.workflow.describe_as(stage, &config, ranks, zero).ok()?.needs)
-    }
-
-    /// The same for a stage that holds the models of others: changes of all of them at once.
+    /// The same for a stage that holds the models of others: changes of all of them at once, and of its own.
     fn ways_of_roles(&self, stage: usize, device: DeviceSpec, capacity: u64) -> Vec<String> {
-        let of = |zero: Option<u8>, offload: Option<Offload>| {
+        let of = |zero: Option<u8>, offload: Option<Offload>, saving: &[(&'static str, bool)]| {
             let placement = |role: usize| {
                 let now = self.placement(role);
                 Placement { zero: zero.unwrap_or(now.zero), offload: offload.unwrap_or(now.offload), ..now.clone() }
             };
-            let held = self.workflow.held(stage, &|role| (placement(role).ranks(), placement(role).zero)).unwrap_or_default();
-            let usage = self.with_roles(stage, &self.with_stages(stage, &held), &placement);
-            if self.has_room_beside(&usage, device) { usage.get(&device).copied().unwrap_or(0) } else { u64::MAX }
+            let config = self.saving_config(stage, saving)?;
+            let config = config.as_ref().unwrap_or(&self.workflow.stages[stage].config);
+            let usage = self.holding_as(stage, config, &placement)?.usage(&placement);
+            self.has_room_beside(&usage, device).then(|| usage.get(&device).copied().unwrap_or(0)).filter(|bytes| *bytes <= capacity)
         };
-        let ways = [
-            (of(Some(3), None), "zero = 3 for all of them"),
-            (of(None, Some(Offload::Cpu)), "offload = \"cpu\" for all of them"),
-            (of(Some(3), Some(Offload::Cpu)), "zero = 3 and offload = \"cpu\" for all of them"),
-        ];
-        let fits = ways.into_iter().filter(|(bytes, _)| *bytes <= capacity);
-        fits.map(|(bytes, way)| format!("{way}: {}", text::bytes(bytes))).take(2).collect()
+        let mut found: Vec<([bool; 4], String)> = Vec::new();
+        // Fewer changes first.
+        let mut changes: Vec<[bool; 4]> = (1..16_u8).map(|bits| [1, 2, 4, 8].map(|bit| bits & bit != 0)).collect();
+        changes.sort_by_key(|change| change.iter().filter(|is_made| **is_made).count());
+        for change in changes {
+            let [zero, offload, checkpointing, by_block] = change;
+            // What needs more changes than something that does is no way.
+            let is_more = |known: &[bool; 4]| known.iter().zip(&change).all(|(known, made)| !known || *made);
+            if found.iter().any(|(known, _)| is_more(known)) {
+                continue;
+            }
+            let saving: Vec<_> =
+                SAVING.into_iter().zip([checkpointing, by_block]).filter(|(_, is_made)| *is_made).map(|(set, _)| set).collect();
+            let Some(bytes) = of(zero.then_some(3), offload.then_some(Offload::Cpu), &saving) else { continue };
+            let roles: Vec<&str> = [(zero, "zero = 3"), (offload, "offload = \"cpu\"")]
+                .into_iter()
+                .filter(|(is_made, _)| *is_made)
+                .map(|(_, set)| set)
+                .collect();
+            let roles = (!roles.is_empty()).then(|| format!("{} for all of them", roles.join(" and ")));
+            let words: Vec<String> = roles.into_iter().chain(saving.iter().map(|(name, value)| format!("{name} = {value}"))).collect();
+            found.push((change, format!("{}: {}", words.join(" with "), text::bytes(bytes))));
+            if found.len() == 3 {
+                break;
+            }
+        }
+        found.into_iter().map(|(_, way)| way).collect()
     }
 
-    /// Stages whose models a stage holds, placed where those are, with memory per rank.
-    fn roles(&self, stage: usize) -> Vec<(usize, Needs)> {
-        let described = self.workflow.stages[stage].described.holds();
-        if described.is_empty() {
-            return Vec::new();
+    /// What a stage holds of others', if it does, where those are placed.
+    fn holding(&self, stage: usize) -> Option<Holding> {
+        let found = &self.workflow.stages[stage];
+        if found.described.holds().is_empty() {
+            return None;
         }
-        let roles = self.with_stages(stage, described);
-        if !roles.iter().any(|(role, _)| self.chooses_level(*role) || self.placement(*role).processes > 1) {
-            return roles;
+        let loaded = self.with_stages(stage, found.described.needs, found.described.holds());
+        let is_placed_otherwise = |role: usize| self.chooses_level(role) || self.placement(role).processes > 1;
+        if !loaded.roles.iter().any(|(role, _)| is_placed_otherwise(*role)) && !self.knows_rows(stage) {
+            return Some(loaded);
         }
-        let placed = |role: usize| (self.placement(role).ranks(), self.placement(role).zero);
-        self.workflow.held(stage, &placed).map_or(roles, |held| self.with_stages(stage, &held))
+        Some(self.holding_as(stage, &found.config, &|role| self.placement(role).clone()).unwrap_or(loaded))
     }
 
-    fn with_stages(&self, stage: usize, held: &[(&'static str, Needs)]) -> Vec<(usize, Needs)> {
+    /// The same where `placed` puts those, under another config.
+    fn holding_as(&self, stage: usize, config: &ErasedStage, placed: &dyn Fn(usize) -> Placement) -> Option<Holding> {
+        let described = {
+            let placed = |role: usize| (placed(role).ranks(), placed(role).zero);
+            self.workflow.describe_holding(stage, config, &placed, &|made| self.longest_row(made))?
+        };
+        Some(self.with_stages(stage, described.needs, &described.holds))
+    }
+
+    fn with_stages(&self, stage: usize, own: Needs, held: &[(&'static str, Needs)]) -> Holding {
         let inputs = &self.workflow.stages[stage].inputs;
-        held.iter().filter_map(|(port, needs)| Some((inputs.get(*port)?.first()?.stage, *needs))).collect()
+        Holding { own, roles: held.iter().filter_map(|(port, needs)| Some((inputs.get(*port)?.first()?.stage, *needs))).collect() }
     }
 }
 
-fn described(change: &Change, now: &Placement) -> String {
+impl Holding {
+    /// Bytes by device where `placed` puts the stages.
+    fn usage(&self, placed: &dyn Fn(usize) -> Placement) -> Usage {
+        let held = self.roles.iter().map(|(role, needs)| Parts::of(needs, &placed(*role))).fold(Parts::default(), Parts::beside);
+        // What it needs of its own stands where the first of them works.
+        let devices = self.roles.iter().take(1).flat_map(|(role, _)| placed(*role).devices).take(1).collect();
+        held.beside(Parts::of(&self.own, &Placement { devices, ..Placement::default() })).total()
+    }
+}
+
+fn described(change: &Change<'_>, now: &Placement) -> String {
     let mut words = Vec::new();
     if change.zero != now.zero || change.devices > 1 {
         words.push(format!("zero = {}", change.zero));
@@ -275,11 +352,9 @@ fn described(change: &Change, now: &Placement) -> String {
     if change.offload != now.offload {
         words.push("offload = \"cpu\"".to_owned());
     }
-    if change.checkpointing {
-        words.push("gradient_checkpointing = true".to_owned());
-    }
-    let devices = if change.devices == 1 { "1 device".to_owned() } else { format!("{} devices", change.devices) };
-    format!("{} on {devices}", words.join(", "))
+    words.extend(change.saving.iter().map(|(name, value)| format!("{name} = {value}")));
+    let devices = if change.devices == 1 { "on 1 device".to_owned() } else { format!("on {} devices", change.devices) };
+    if words.is_empty() { devices } else { format!("{} {devices}", words.join(", ")) }
 }
 
 #[cfg(test)]
@@ -302,6 +377,22 @@ mod tests {
         let reference = Parts::of(&needs(10, 0, 30), &placed(&[GPU], Offload::None));
         // Two ranks of the actor hold 30 each and pass 5 each; the reference adds 10, and passes 30 while they rest.
         assert_eq!(actor.beside(reference).total(), Usage::from([(GPU, 2 * 30 + 10 + 30)]));
+    }
+
+    #[test]
+    fn ranks_without_work_hold_less() {
+        let needs = Needs { working_ranks: 1, idle_bytes: 2, ..needs(10, 20, 5) };
+        let of = |devices: &[DeviceSpec]| Parts::of(&needs, &placed(devices, Offload::None)).total();
+        assert_eq!(of(&[GPU, DeviceSpec::Cuda(1)]), Usage::from([(GPU, 35), (DeviceSpec::Cuda(1), 32)]));
+        assert_eq!(of(&[DeviceSpec::Cpu; 3]), Usage::from([(DeviceSpec::Cpu, 3 * 30 + 5 + 2 + 2)]));
+    }
+
+    /// Three models of 10, 10 and 6, of which one is awake at a time.
+    #[test]
+    fn of_parked_models_the_largest_counts() {
+        let needs = Needs { resting_bytes: 16, ..needs(26, 0, 5) };
+        assert_eq!(Parts::of(&needs, &placed(&[GPU], Offload::Cpu)).total(), Usage::from([(DeviceSpec::Cpu, 26), (GPU, 15)]));
+        assert_eq!(Parts::of(&needs, &placed(&[GPU], Offload::None)).total(), Usage::from([(GPU, 31)]));
     }
 
     #[test]

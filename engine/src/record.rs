@@ -146,6 +146,7 @@ struct State {
     resumed: Option<Continued>,
     last_snapshot: Option<u64>,
     not_finite: Option<(u64, String, f64)>,
+    phase: Option<String>,
 }
 
 /// How a stage continued.
@@ -192,6 +193,11 @@ impl<'a> StageReporter<'a> {
         Some(StageError::NonFinite { step, tensor, value: value as f32, last_snapshot: state.last_snapshot })
     }
 
+    /// What the stage was doing last.
+    pub fn phase(&self) -> Option<String> {
+        self.state().phase.clone()
+    }
+
     /// Everything that was reported.
     pub fn finish(self) -> Reported {
         let state = self.state.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -227,6 +233,7 @@ impl Reporter for StageReporter<'_> {
             StageEvent::Sample(sample) => state.record.samples.push(sample.clone()),
             StageEvent::Table(table) => state.record.tables.push(table.clone()),
             StageEvent::Record { name, value } => _ = state.record.values.insert(name.clone(), value.clone()),
+            StageEvent::Phase { name } => state.phase = Some(name.clone()),
             StageEvent::Snapshot { step } => state.last_snapshot = Some(*step),
             StageEvent::Resumed { step, extended } => {
                 state.last_snapshot = Some(*step);

@@ -48,3 +48,27 @@ pub fn accelerators() -> Result<Vec<Accelerator>, String> {
     };
     (0..count).map(|index| examine(index).map_err(told)).collect()
 }
+
+/// Version of NCCL, over which the ranks of one process exchange between GPUs.
+///
+/// # Errors
+/// Why there is none: then they exchange through host memory.
+#[cfg(not(feature = "cuda"))]
+pub fn nccl() -> Result<String, String> {
+    Err("this rlflow was built without CUDA".into())
+}
+
+/// Version of NCCL, over which the ranks of one process exchange between GPUs.
+///
+/// # Errors
+/// Why there is none: then they exchange through host memory.
+#[cfg(feature = "cuda")]
+pub fn nccl() -> Result<String, String> {
+    // SAFETY: this only tries to open a library.
+    if !unsafe { cudarc::nccl::sys::is_culib_present() } {
+        return Err("NCCL's library (libnccl) is not installed".into());
+    }
+    // Since 2.9 its numbers have two digits each.
+    let told = |version: i32| format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100);
+    cudarc::nccl::result::get_nccl_version().map(told).map_err(|error| format!("NCCL does not say its version: {:?}", error.0))
+}

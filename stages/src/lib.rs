@@ -29,7 +29,7 @@ pub mod sft;
 pub mod tokenizer;
 pub mod train;
 
-pub use devices::{Accelerator, accelerators};
+pub use devices::{Accelerator, accelerators, nccl};
 use rlflow_api::Kind;
 
 /// Every stage kind. A new one is a folder beside the others and a line here.

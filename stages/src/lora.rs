@@ -1,6 +1,6 @@
 //! What trainers with a `lora` table share: checks, needs, and which draws dropout makes.
 
-use rlflow_api::{DescribeContext, ModelConfig, Needs, Problem};
+use rlflow_api::{DescribeContext, Problem};
 use rlflow_model::{DropoutDraws, LoraSettings, PackedBatch};
 
 /// Spells equal settings alike.
@@ -23,13 +23,6 @@ pub fn check_model(lora: Option<&LoraSettings>, context: &DescribeContext<'_>) -
     let model = context.input("model").and_then(|input| input.meta.model.as_ref());
     let problems = lora.zip(model).map(|(lora, model)| lora.check_model("lora", model)).unwrap_or_default();
     if problems.is_empty() { Ok(()) } else { Err(problems) }
-}
-
-/// Memory of training, given what training all weights needs: with an adapter only its own have gradients and optimizer state.
-pub fn needs(lora: Option<&LoraSettings>, model: &ModelConfig, all: Needs) -> Needs {
-    let Some(lora) = lora else { return all };
-    let bytes = 4 * lora.parameter_count(model);
-    Needs { parameter_bytes: all.parameter_bytes + bytes, gradient_bytes: bytes, optimizer_bytes: 2 * bytes, ..all }
 }
 
 /// What training passes drop of what an adapter sees.

@@ -16,13 +16,14 @@ use burn::tensor::Device;
 use rlflow_api::{Architecture, BlockStyle, CounterRng, Dtype, ModelConfig, Needs, Positions, testing};
 use rlflow_hf::{FileTensor, Role, WantedTensor, Writer, config, names::file_tensors};
 use rlflow_model::{
-    Bytes, Group, Head, Layout, OptimizerSettings, PackedBatch, TokenTargets, Use,
+    Bytes, Completion, Draws, Gathering, Group, Head, Layout, LoraSettings, OptimizerSettings, PackedBatch, Sampling, TokenTargets, Use,
+    lora::{self, TargetModules},
     parameters::{initial, specs},
 };
 use rlflow_stages::{
     export::{ExportOptions, export},
     language::{self, LanguageBatch},
-    train::{Pass, Precision, Sharding, training_needs},
+    train::{Pass, Precision, Rollout, Sharding, frozen_needs, sampling_bytes, training_needs},
 };
 
 /// Counts what is allocated.
@@ -78,7 +79,14 @@ struct Case {
     checkpointing: bool,
     tied: bool,
     precision: Precision,
+    /// Of a step.
+    micro_batches: usize,
+    /// Whether an adapter is trained.
+    lora: bool,
 }
+
+const BASE: Case =
+    Case { ranks: 1, zero: 0, checkpointing: false, tied: true, precision: Precision::Fp32, micro_batches: MICRO_BATCHES, lora: false };
 
 const ROWS: usize = 4;
 /// A round of eight ranks and one micro-batch more, in which seven have nothing to do.
@@ -87,6 +95,8 @@ const MICRO_BATCHES: usize = 9;
 struct Measured {
     /// Of the rank that holds most.
     peak: Bytes,
+    /// Of each rank.
+    of_ranks: Vec<u64>,
     /// Bytes of all ranks.
     counted: u64,
     /// Bytes that the allocator gave out at its peak, beyond what was there before.
@@ -98,7 +108,9 @@ struct Measured {
 
 /// Two steps.
 fn measure(case: Case) -> Measured {
-    let Case { ranks, zero, checkpointing, tied, precision } = case;
+    let Case { ranks, zero, checkpointing, tied, precision, micro_batches, .. } = case;
+    let adapter = LoraSettings { target_modules: TargetModules::ALL, ..LoraSettings::default() };
+    let adapter = case.lora.then_some(&adapter);
     let config = model(tied);
     let batch = |number: usize| {
         let mut rng = CounterRng::new(1, "memory", number as u64, 0);
@@ -108,19 +120,16 @@ fn measure(case: Case) -> Measured {
         LanguageBatch { targets: TokenTargets { rows: all, targets: batch.ids.clone(), scale: 1.0 }, batch }
     };
     // The same micro-batches for any number of ranks.
-    let batches: Vec<LanguageBatch> = (0..MICRO_BATCHES).map(batch).collect();
-    let layout = Layout {
-        devices: vec![Device::flex(); ranks],
-        zero,
-        ledgers: (0..ranks).map(|_| Arc::default()).collect(),
-        ..Layout::one(Device::flex())
-    };
+    let batches: Vec<LanguageBatch> = (0..micro_batches).map(batch).collect();
+    let layout = layout(ranks, zero);
 
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
     let fresh = initial(&config, 1, 0.02);
-    let mut group =
-        Group::new(&config, Head::Language, &layout, precision.arithmetic(), Use::Trained(None), |spec| Ok(fresh(spec))).unwrap();
+    let mut group = Group::new(&config, Head::Language, &layout, precision.arithmetic(), Use::Trained(adapter), |spec| {
+        Ok(if lora::is_factor(&spec.name) { lora::initial(spec, 1) } else { fresh(spec) })
+    })
+    .unwrap();
     group.train(OptimizerSettings { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 });
     for _ in 0..2 {
         let losses = group.backward(&batches, |decoder, micro, take| language::backward(decoder, micro, checkpointing, take)).unwrap();
@@ -133,16 +142,26 @@ fn measure(case: Case) -> Measured {
     let pass = Pass {
         head: Head::Language,
         tokens: (ROWS * config.context) as u64,
-        micro_batches: MICRO_BATCHES as u64,
+        micro_batches: micro_batches as u64,
         checkpointing,
         precision,
     };
     Measured {
         peak: peaks.iter().copied().max_by_key(Bytes::total).unwrap(),
+        of_ranks: peaks.iter().map(Bytes::total).collect(),
         counted: peaks.iter().map(Bytes::total).sum(),
         allocated,
-        predicted: training_needs(&config, pass, Sharding { ranks, zero }, 0),
+        predicted: training_needs(&config, adapter, pass, Sharding { ranks, zero }, 0),
         weights: (0..group.specs().len()).flat_map(|slot| group.weight(slot).unwrap()).map(f32::to_bits).collect(),
+    }
+}
+
+fn layout(ranks: usize, zero: u8) -> Layout {
+    Layout {
+        devices: vec![Device::flex(); ranks],
+        zero,
+        ledgers: (0..ranks).map(|_| Arc::default()).collect(),
+        ..Layout::one(Device::flex())
     }
 }
 
@@ -151,14 +170,14 @@ fn cases() -> Vec<Case> {
     let precisions = [Precision::Fp32, Precision::Bf16];
     let variants = [(false, false), (true, true), (true, false)];
     for ((tied, checkpointing), precision) in variants.into_iter().flat_map(|variant| precisions.map(|precision| (variant, precision))) {
-        cases.push(Case { ranks: 1, zero: 0, checkpointing, tied, precision });
+        cases.push(Case { checkpointing, tied, precision, ..BASE });
         let ranks: &[usize] = match (tied, checkpointing) {
             (true, true) => &[2, 4, 8],
             (false, _) => &[4],
             (true, false) => &[],
         };
         for ranks in ranks {
-            cases.extend((0..=3).map(|zero| Case { ranks: *ranks, zero, checkpointing, tied, precision }));
+            cases.extend((0..=3).map(|zero| Case { ranks: *ranks, zero, checkpointing, tied, precision, ..BASE }));
         }
     }
     cases
@@ -190,16 +209,102 @@ fn what_is_held_is_what_was_planned_and_what_the_formulas_say() {
     }
 }
 
+/// What each rank holds where some have no work in any step, and where an adapter is trained.
+fn idle_ranks_and_adapters_hold_what_was_planned() {
+    let base = Case { micro_batches: 2, ..BASE };
+    let idle = (0..=3).map(|zero| Case { ranks: 4, zero, ..base });
+    let adapters = [Precision::Fp32, Precision::Bf16].into_iter().flat_map(|precision| {
+        let alone = Case { precision, lora: true, ..base };
+        [false, true].map(|tied| Case { tied, checkpointing: tied, ..alone }).into_iter().chain([1, 2, 3].map(|zero| Case {
+            ranks: 2,
+            zero,
+            ..alone
+        }))
+    });
+    for case in idle.chain(adapters) {
+        let found = measure(case);
+        for (rank, held) in found.of_ranks.iter().enumerate() {
+            let planned = found.predicted.lasting_bytes() + found.predicted.passing_bytes_of(rank);
+            assert!(
+                within(0.1, *held, planned),
+                "{case:?}, rank {rank}: {held} held ({:?}), {planned} planned ({:?})",
+                found.peak,
+                found.predicted
+            );
+        }
+    }
+}
+
+/// Sampling, and passes of a frozen model: what is planned, the same answers whatever the ranks, and less held where blocks come one
+/// by one.
+fn sampling_holds_what_was_planned() {
+    const PROMPTS: usize = 12;
+    let config = model(false);
+    let (prompt_tokens, new_tokens) = (40, 24);
+    let mut rng = CounterRng::new(1, "prompts", 0, 0);
+    let prompts: Vec<Vec<u32>> = (0..PROMPTS).map(|_| (0..prompt_tokens).map(|_| (rng.uniform() * 128.0) as u32).collect()).collect();
+    let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: new_tokens, stop_ids: vec![] };
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        let fresh = initial(&config, 1, 0.02);
+        let mut answers: Option<Vec<Completion>> = None;
+        let mut sample = |ranks: usize, zero: u8, gathering: Gathering| {
+            let layout = layout(ranks, zero);
+            let group = Group::new(&config, Head::Language, &layout, precision.arithmetic(), Use::Frozen, |spec| Ok(fresh(spec))).unwrap();
+            let draws = Draws { seed: 1, purpose: "memory", step: 0 };
+            let found = group.generate(&prompts, &sampling, draws, gathering, |_, _| true).unwrap();
+            assert_eq!(answers.get_or_insert_with(|| found.clone()), &found, "{ranks} ranks, ZeRO {zero}, {gathering:?}");
+            let sharding = Sharding { ranks, zero };
+            let rollout =
+                Rollout { sequences: PROMPTS as u64, prompt_tokens: prompt_tokens as u64, new_tokens: new_tokens as u64, gathering };
+            let pass = Pass { head: Head::Language, tokens: 256, micro_batches: ranks as u64, checkpointing: false, precision };
+            let frozen = frozen_needs(&config, pass, sharding);
+            let planned = frozen.parameter_bytes + sampling_bytes(&config, rollout, sharding, precision);
+            let held = layout.ledgers[0].peak().total();
+            assert!(within(0.1, held, planned), "{precision:?}, {ranks} ranks, ZeRO {zero}, {gathering:?}: {held} held, {planned} planned");
+            held
+        };
+        sample(1, 0, Gathering::Once);
+        sample(3, 2, Gathering::ByBlock);
+        let [whole, by_block] = [Gathering::Once, Gathering::ByBlock].map(|gathering| sample(4, 3, gathering));
+        let parameters = config.parameter_count() * if precision == Precision::Bf16 { 2 } else { 4 };
+        // Four of six blocks are not there at any time.
+        assert!(by_block + parameters / 2 < whole, "{precision:?}: {by_block} by blocks, {whole} at once");
+
+        for (ranks, zero) in [(1, 0), (4, 3)] {
+            let layout = layout(ranks, zero);
+            let group = Group::new(&config, Head::Language, &layout, precision.arithmetic(), Use::Frozen, |spec| Ok(fresh(spec))).unwrap();
+            let rows: Vec<Vec<u32>> = (0..ROWS).map(|_| vec![1; config.context]).collect();
+            let batch = PackedBatch::new(rows.iter().map(Vec::as_slice));
+            let all: Arc<[u32]> = (0..batch.tokens() as u32).collect();
+            let targets = TokenTargets { rows: all, targets: batch.ids.clone(), scale: 1.0 };
+            group
+                .map(&vec![batch; ranks], |decoder, batch| drop(decoder.evaluate(batch, |head| head.token_stats(targets.clone()))))
+                .unwrap();
+            let pass = Pass {
+                head: Head::Language,
+                tokens: (ROWS * config.context) as u64,
+                micro_batches: ranks as u64,
+                checkpointing: false,
+                precision,
+            };
+            let planned = frozen_needs(&config, pass, Sharding { ranks, zero }).peak_bytes();
+            let held = layout.ledgers.iter().map(|ledger| ledger.peak().total()).max().unwrap();
+            assert!(within(0.1, held, planned), "{precision:?}, {ranks} ranks, frozen: {held} held, {planned} planned");
+        }
+    }
+}
+
 /// The ledger is no formula: the allocator of the process sees the same. Ranks do not peak at one moment, so of several the
 /// process holds less than the sum of their peaks.
 fn the_allocator_sees_what_the_ledger_counts() {
     // Threads keep their packing buffers from their first product on.
-    measure(Case { ranks: 4, zero: 0, checkpointing: false, tied: true, precision: Precision::Fp32 });
+    measure(Case { ranks: 4, ..BASE });
     for checkpointing in [false, true] {
-        let found = measure(Case { ranks: 1, zero: 0, checkpointing, tied: true, precision: Precision::Fp32 });
+        let found = measure(Case { checkpointing, ..BASE });
         assert!(within(0.1, found.allocated, found.counted), "{} allocated, {} counted", found.allocated, found.counted);
     }
-    let of = |zero| measure(Case { ranks: 4, zero, checkpointing: true, tied: true, precision: Precision::Fp32 });
+    let of = |zero| measure(Case { ranks: 4, zero, checkpointing: true, ..BASE });
     let levels: Vec<Measured> = (0..=3).map(of).collect();
     for pair in levels.windows(2) {
         assert!(pair[1].allocated < pair[0].allocated, "each level holds less than the one before");
@@ -263,4 +368,6 @@ fn memory_is_what_it_is_said_to_be() {
     the_allocator_sees_what_the_ledger_counts();
     what_is_held_is_what_was_planned_and_what_the_formulas_say();
     a_checkpoint_comes_in_and_goes_out_tensor_by_tensor();
+    idle_ranks_and_adapters_hold_what_was_planned();
+    sampling_holds_what_was_planned();
 }

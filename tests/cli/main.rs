@@ -316,6 +316,17 @@ fn a_plan_counts_the_memory_of_devices_that_are_not_here() {
     assert!(of("pretrain")["message"].as_str().unwrap().contains("on cuda:0, which has 74.5 GiB"), "{}", of("pretrain"));
     assert!(of("pretrain")["hint"].as_str().unwrap().starts_with("zero = "), "{}", of("pretrain"));
     assert!(of("ppo")["hint"].as_str().unwrap().contains("zero = 3 for all of them: "), "{}", of("ppo"));
+    // With all that can wait on the host there, what sampling gathers is too much.
+    let tight = |sets: &[&str]| {
+        let refused = plan(&[&["devices.cuda.memory=\"36 GB\"", "stage.ppo.batch_size=32", "defaults.offload=\"cpu\""], sets].concat());
+        let errors = refused["errors"].as_array().cloned().unwrap_or_default();
+        let of_ppo = errors.into_iter().find(|error| error["message"].as_str().unwrap().contains("`ppo`"));
+        of_ppo.map(|error| error["hint"].as_str().unwrap().to_owned())
+    };
+    let hint = tight(&[]).unwrap();
+    assert!(hint.starts_with("gather_for_generation = false: "), "{hint}");
+    // What a hint says is so.
+    assert_eq!(tight(&["stage.ppo.gather_for_generation=false"]), None);
     // The lowest level that fits is found, too.
     let auto = stage(&plan(&["defaults.zero=\"auto\""]), "pretrain");
     let lowest = auto["zero"].as_u64().unwrap();

@@ -26,7 +26,7 @@ pub(crate) mod validate;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use rlflow_api::{DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Needs, Problem};
+use rlflow_api::{ArtifactMeta, DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Problem};
 
 pub use dag::Dag;
 pub use described::Described;
@@ -127,6 +127,9 @@ pub struct Edge {
     pub port: String,
 }
 
+/// Tokens of the longest row that a stage's result holds, where that is known.
+pub(crate) type LongestRow<'a> = &'a dyn Fn(usize) -> Option<u64>;
+
 impl Workflow {
     /// Index of the stage called `name` (with its matrix point).
     pub fn find(&self, name: &str) -> Option<usize> {
@@ -157,23 +160,20 @@ impl Workflow {
         if errors.is_empty() { Ok(selected.into_iter().collect()) } else { Err(WorkflowErrors::new(errors)) }
     }
 
-    /// What planning knows of the inputs of a stage.
-    pub fn input_metas(&self, stage: usize) -> BTreeMap<String, Vec<InputMeta>> {
-        self.placed_inputs(stage, &|source| edges::asked_placement(self.stages[source].kind, &self.stages[source].config))
-    }
-
-    /// The same with the ranks and ZeRO levels that `placed` gives their stages.
-    fn placed_inputs(&self, stage: usize, placed: &dyn Fn(usize) -> (usize, u8)) -> BTreeMap<String, Vec<InputMeta>> {
+    /// What planning knows of the inputs of a stage, with the ranks and ZeRO levels that `placed` gives their stages, and the longest
+    /// rows that results had.
+    fn inputs(&self, stage: usize, placed: &dyn Fn(usize) -> (usize, u8), longest: LongestRow<'_>) -> BTreeMap<String, Vec<InputMeta>> {
         let meta = |edge: &Edge| {
             let source = &self.stages[edge.stage];
             let (ranks, zero) = placed(edge.stage);
+            let meta = source.described.output(&edge.port)?.clone();
             Some(InputMeta {
                 ranks,
                 zero,
                 stage: source.name.clone(),
                 port: edge.port.clone(),
                 kind: source.kind.name().to_owned(),
-                meta: source.described.output(&edge.port)?.clone(),
+                meta: ArtifactMeta { context: longest(edge.stage).or(meta.context), ..meta },
                 settings: source.config.settings().clone(),
             })
         };
@@ -188,19 +188,33 @@ impl Workflow {
 
     /// Describes a stage again, for a number of ranks and a ZeRO level.
     pub fn describe(&self, stage: usize, ranks: usize, zero: u8) -> Result<Description, WorkflowErrors> {
-        self.describe_as(stage, &self.stages[stage].config, ranks, zero)
+        self.describe_as(stage, &self.stages[stage].config, ranks, zero, &|_| None)
     }
 
-    /// What it holds of other stages where `placed` puts them, per rank.
-    pub fn held(&self, stage: usize, placed: &dyn Fn(usize) -> (usize, u8)) -> Option<Vec<(&'static str, Needs)>> {
-        let (inputs, found) = (self.placed_inputs(stage, placed), &self.stages[stage]);
+    /// Describes a stage that holds models of others under `config`, with these on the ranks and at the ZeRO levels that `placed` says.
+    pub fn describe_holding(
+        &self,
+        stage: usize,
+        config: &ErasedStage,
+        placed: &dyn Fn(usize) -> (usize, u8),
+        longest: LongestRow<'_>,
+    ) -> Option<Description> {
+        let (inputs, found) = (self.inputs(stage, placed, longest), &self.stages[stage]);
         let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, ranks: 1, zero: 0 };
-        Some(edges::describe(found.kind, &found.config, &context).ok()?.holds)
+        edges::describe(found.kind, config, &context).ok()
     }
 
-    /// The same under another config.
-    pub fn describe_as(&self, stage: usize, config: &ErasedStage, ranks: usize, zero: u8) -> Result<Description, WorkflowErrors> {
-        let inputs = self.input_metas(stage);
+    /// The same under another config, with the longest rows that results had.
+    pub fn describe_as(
+        &self,
+        stage: usize,
+        config: &ErasedStage,
+        ranks: usize,
+        zero: u8,
+        longest: LongestRow<'_>,
+    ) -> Result<Description, WorkflowErrors> {
+        let asked = |source: usize| edges::asked_placement(self.stages[source].kind, &self.stages[source].config);
+        let inputs = self.inputs(stage, &asked, longest);
         let found = &self.stages[stage];
         let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, ranks, zero };
         let told = |problems: Vec<Problem>| WorkflowErrors::new(problems.iter().map(|problem| self.error(stage, problem)).collect());

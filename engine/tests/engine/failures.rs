@@ -133,6 +133,18 @@ fn a_panic_is_a_failed_stage() {
     assert_eq!(summary.stages[2].error.as_deref(), Some("the stage panicked: step 2 was told to panic"));
 }
 
+/// Backends panic with their words and a backtrace.
+#[test]
+fn memory_that_ran_out_is_said_with_what_was_planned_and_what_needs_less() {
+    let world = World::new(&failing("no_memory_at = 2\ndevice = { cpu = 2 }"));
+    let summary = world.run();
+    let failed = &summary.stages[2];
+    let error = failed.error.as_deref().unwrap();
+    let started = "the stage panicked: out of device memory allocating 4096 bytes in phase `training`; planned were ";
+    assert!(error.starts_with(started) && error.contains(" on cpu, which has "), "{error}");
+    assert!(failed.hint.as_deref().unwrap().starts_with("zero = "), "{:?}", failed.hint);
+}
+
 #[test]
 fn a_damaged_input_is_made_again_in_the_same_run() {
     let world = World::new(CHAIN);

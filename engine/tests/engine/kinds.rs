@@ -158,6 +158,8 @@ pub struct TrainerConfig {
     pub nan_at: Option<u64>,
     /// Step at which it panics.
     pub panic_at: Option<u64>,
+    /// Step at which it finds no memory, as a backend says it.
+    pub no_memory_at: Option<u64>,
     /// Whether an intermediate result is kept.
     pub memo: bool,
     /// Time per step.
@@ -192,7 +194,18 @@ impl Default for TrainerSteps {
 impl Default for TrainerConfig {
     fn default() -> Self {
         let (train, execution) = (TrainerSteps::default(), Execution::default());
-        Self { train, beta: 0.1, fail_at: None, nan_at: None, panic_at: None, memo: false, step_ms: 0, snapshot_every: 1000, execution }
+        Self {
+            train,
+            beta: 0.1,
+            fail_at: None,
+            nan_at: None,
+            panic_at: None,
+            no_memory_at: None,
+            memo: false,
+            step_ms: 0,
+            snapshot_every: 1000,
+            execution,
+        }
     }
 }
 
@@ -273,6 +286,10 @@ impl StageKind for Trainer {
                 return Err(StageError::invalid_with_hint(format!("step {step} was told to fail"), "unset fail_at"));
             }
             assert!(config.panic_at != Some(step), "step {step} was told to panic");
+            if config.no_memory_at == Some(step) {
+                context.phase("training");
+                panic!("out of device memory allocating 4096 bytes\n   0: a frame");
+            }
             let loss = if config.nan_at == Some(step) { f64::NAN } else { state };
             context.metrics(step, &[("loss", loss)]);
             let progress = StageEvent::Progress {

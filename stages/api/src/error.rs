@@ -42,6 +42,14 @@ pub enum StageError {
         /// What to do.
         hint: Option<String>,
     },
+    /// A device has no memory left.
+    #[error("{message}")]
+    OutOfMemory {
+        /// Who says so, and what; from the engine also when, and what was planned.
+        message: String,
+        /// What would need less.
+        hint: Option<String>,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -66,10 +74,24 @@ impl StageError {
         Self::Invalid { message: message.into(), hint: Some(hint.into()) }
     }
 
+    /// The same as an [`StageError::OutOfMemory`] if it quotes a backend that ran out of memory: those only panic, and say it in their
+    /// words (cubecl's `IoError` and `LaunchError`, and the driver's).
+    pub fn or_out_of_memory(self) -> Self {
+        const WORDS: [&str; 5] =
+            ["out of device memory", "out-of-memory", "out of memory", "cuda_error_out_of_memory", "can't allocate buffer of size"];
+        let Self::Invalid { message, hint } = self else { return self };
+        let said = message.to_lowercase();
+        if !WORDS.iter().any(|words| said.contains(words)) {
+            return Self::Invalid { message, hint };
+        }
+        // Backtraces follow.
+        Self::OutOfMemory { message: message.lines().next().unwrap_or_default().to_owned(), hint: None }
+    }
+
     /// What the user can do, where known.
     pub fn hint(&self) -> Option<&str> {
         match self {
-            Self::Data { hint, .. } | Self::Invalid { hint, .. } => hint.as_deref(),
+            Self::Data { hint, .. } | Self::Invalid { hint, .. } | Self::OutOfMemory { hint, .. } => hint.as_deref(),
             Self::Store(StoreError::Damaged { .. }) => Some("`rlflow fsck --repair` sets all damage aside at once; then run again"),
             Self::NonFinite { .. } => Some(
                 "a lower `lr`, a longer `warmup_steps` or gradient clipping (`grad_clip`) usually helps; nothing of this stage was cached",

@@ -160,6 +160,15 @@ pub struct Needs {
     pub activation_bytes: u64,
     /// Key and value cache and other buffers, in bytes.
     pub buffer_bytes: u64,
+    /// Of the parameters, those of models that rest while another one works, in bytes: parked, they are not on the device.
+    #[serde(skip)]
+    pub resting_bytes: u64,
+    /// Ranks that have work in every step, the first ones; 0 where all have.
+    #[serde(skip)]
+    pub working_ranks: u64,
+    /// What each of the other ranks holds for a while, in bytes, instead of gradients, activations and buffers.
+    #[serde(skip)]
+    pub idle_bytes: u64,
     /// Tokens that will be processed, for time estimates.
     pub tokens: u64,
 }
@@ -178,6 +187,12 @@ impl Needs {
     /// What is held only while the model works.
     pub fn passing_bytes(&self) -> u64 {
         self.gradient_bytes + self.activation_bytes + self.buffer_bytes
+    }
+
+    /// The same of one rank.
+    pub fn passing_bytes_of(&self, rank: usize) -> u64 {
+        let has_work = self.working_ranks == 0 || (rank as u64) < self.working_ranks;
+        if has_work { self.passing_bytes() } else { self.idle_bytes }
     }
 }
 

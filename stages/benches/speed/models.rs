@@ -2,7 +2,7 @@ use std::{fs, time::Instant};
 
 use burn::tensor::Device;
 use rlflow_api::StageResult;
-use rlflow_model::{Draws, Group, Head, Layout, OptimizerSettings, Sampling, Use, parameters::initial};
+use rlflow_model::{Draws, Gathering, Group, Head, Layout, OptimizerSettings, Sampling, Use, parameters::initial};
 use rlflow_stages::{
     language::{self, LanguageBatch, LanguageBatchBuilder},
     train::Precision,
@@ -67,7 +67,8 @@ impl Generation {
     pub fn step(&mut self) -> StageResult<f64> {
         let prompts: Vec<&[u32]> = self.prompts.iter().map(Vec::as_slice).collect();
         let start = Instant::now();
-        let answers = self.model.generate(&prompts, &self.sampling, Draws { seed: 1, purpose: "speed", step: 0 }, |_, _| true)?;
+        let answers =
+            self.model.generate(&prompts, &self.sampling, Draws { seed: 1, purpose: "speed", step: 0 }, Gathering::Once, |_, _| true)?;
         let seconds = start.elapsed().as_secs_f64();
         assert!(answers.iter().all(|answer| answer.ids.len() == self.sampling.max_new_tokens), "an answer ended early");
         Ok(seconds)

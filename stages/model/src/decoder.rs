@@ -340,6 +340,20 @@ impl Decoder {
         }
     }
 
+    /// Takes part in [`crate::generate::generate`] of the first rank, which says when it ends.
+    pub(crate) fn attend_generate(&self) {
+        if !self.parameters.is_shared() {
+            return;
+        }
+        self.attend(self.outer_slots());
+        loop {
+            self.attend_blocks();
+            if !self.parameters.goes_on(None) {
+                return;
+            }
+        }
+    }
+
     /// Takes part in a forward pass of the other ranks without a batch of its own.
     pub(crate) fn attend_evaluate(&self) {
         if self.parameters.is_shared() {
@@ -378,30 +392,44 @@ impl Decoder {
     }
 
     fn attend(&self, slots: impl Iterator<Item = usize>) {
-        slots.for_each(|slot| drop(self.parameters.get(slot)));
+        slots.for_each(|slot| self.parameters.attend(slot));
     }
 
     fn attend_forward(&self) {
         self.attend(self.tables());
-        for (number, block) in self.slots.blocks.iter().enumerate() {
+        self.attend_blocks();
+    }
+
+    fn attend_blocks(&self) {
+        for block in &self.slots.blocks {
             self.attend(block.all());
-            self.parameters.prefetch(self.slots.blocks.get(number + 1).into_iter().flat_map(BlockSlots::all));
+            self.prefetch_after(block);
         }
     }
 
+    /// Starts to gather the weights of the block above.
+    pub(crate) fn prefetch_after(&self, block: &BlockSlots) {
+        self.parameters.prefetch(self.slots.blocks.get(block.index + 1).into_iter().flat_map(BlockSlots::all));
+    }
+
+    /// Slots outside of the blocks, each once, in an order.
+    pub(crate) fn outer_slots(&self) -> impl Iterator<Item = usize> + Clone + use<> {
+        self.tables().chain(self.head_gradients())
+    }
+
     /// Slots that the embedding reads, in order.
-    fn tables(&self) -> impl Iterator<Item = usize> + use<> {
+    fn tables(&self) -> impl Iterator<Item = usize> + Clone + use<> {
         std::iter::once(self.slots.embed).chain(self.slots.positions)
     }
 
     /// Slots that the head reads, in order.
-    fn head_slots(&self) -> impl Iterator<Item = usize> + use<> {
+    fn head_slots(&self) -> impl Iterator<Item = usize> + Clone + use<> {
         let Affine { weight, bias, .. } = self.slots.norm;
         std::iter::once(weight).chain(bias).chain(self.slots.lm_head).chain(self.slots.score)
     }
 
     /// Slots whose gradients the head hands over, in order. That of tied embeddings waits for the embedding's.
-    fn head_gradients(&self) -> impl Iterator<Item = usize> + use<> {
+    fn head_gradients(&self) -> impl Iterator<Item = usize> + Clone + use<> {
         let embed = self.slots.embed;
         self.head_slots().filter(move |slot| *slot != embed)
     }

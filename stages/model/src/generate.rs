@@ -20,7 +20,7 @@ use rlflow_kernels::{
 
 use crate::{
     Decoder,
-    ledger::{Purpose, hold},
+    ledger::{self, Purpose, hold},
     parameters::{BlockSlots, Slots, flex_narrow_view, flex_view, host},
 };
 
@@ -61,8 +61,11 @@ pub struct Completion {
     pub ended: bool,
 }
 
-/// Weights as slices, wherever the model lives.
-struct Weights(Vec<Held>);
+/// Weights as slices, wherever the model lives, by slot.
+struct Weights {
+    held: Vec<Option<Held>>,
+    _gathered: Option<ledger::Held>,
+}
 
 enum Held {
     F32(FlexTensor),
@@ -72,17 +75,40 @@ enum Held {
 }
 
 impl Weights {
+    /// All of them; where ranks hold shares, those outside of the blocks.
     fn of(decoder: &Decoder) -> Self {
-        let held = |tensor| match (flex_view(tensor), flex_narrow_view(tensor)) {
-            (Some(view), _) => Held::F32(view),
-            (None, Some(view)) => Held::Bf16(view),
-            (None, None) => Held::Host(host(tensor)),
-        };
-        Self(decoder.parameters().tensors().iter().map(held).collect())
+        if decoder.parameters().is_shared() {
+            return Self::gathered(decoder, decoder.outer_slots());
+        }
+        Self::gathered(decoder, 0..decoder.parameters().specs().len())
+    }
+
+    /// Those of a block, where ranks hold shares: while it works, the next block's are on their way.
+    fn of_block(decoder: &Decoder, block: &BlockSlots) -> Option<Self> {
+        decoder.parameters().is_shared().then(|| {
+            let weights = Self::gathered(decoder, block.all());
+            decoder.prefetch_after(block);
+            weights
+        })
+    }
+
+    fn gathered(decoder: &Decoder, slots: impl Iterator<Item = usize> + Clone) -> Self {
+        let parameters = decoder.parameters();
+        let gathered = parameters.hold_gathered(slots.clone());
+        let mut held: Vec<Option<Held>> = (0..parameters.specs().len()).map(|_| None).collect();
+        for slot in slots {
+            let tensor = parameters.get(slot);
+            held[slot] = Some(match (flex_view(&tensor), flex_narrow_view(&tensor)) {
+                (Some(view), _) => Held::F32(view),
+                (None, Some(view)) => Held::Bf16(view),
+                (None, None) => Held::Host(host(&tensor)),
+            });
+        }
+        Self { held, _gathered: gathered }
     }
 
     fn get(&self, slot: usize) -> Weight<'_> {
-        match &self.0[slot] {
+        match self.held[slot].as_ref().expect("weights are gathered before they are read") {
             Held::F32(view) => Weight::F32(view.as_slice().expect("views are contiguous f32")),
             Held::Bf16(view) => Weight::Bf16(view.as_slice().expect("narrow views are contiguous bfloat16")),
             Held::Host(elements) => Weight::F32(elements),
@@ -132,6 +158,9 @@ struct Active {
 ///
 /// Prompts must not be empty and must leave room for at least one token within the model's context; an answer ends
 /// at the context's end.
+///
+/// Where ranks hold shares of the weights, each block's are gathered just before it runs and dropped after it: the others must
+/// attend ([`Decoder::attend_generate`]).
 pub fn generate(
     decoder: &Decoder,
     prompts: &[&[u32]],
@@ -173,6 +202,8 @@ pub fn generate(
         .map(|(index, prompt)| Active { index, position: prompt.len(), last: 0, caches: Vec::with_capacity(config.layers) })
         .collect();
     for slots in &decoder.slots().blocks {
+        let gathered = Weights::of_block(decoder, slots);
+        let weights = gathered.as_ref().unwrap_or(&weights);
         let attention = weights.attention(slots).map(|weight| weight.wide());
         let mlp = weights.mlp(slots).map(|weight| weight.wide());
         let mut widened = 0;
@@ -221,7 +252,7 @@ pub fn generate(
             let completion = &completions[active.index];
             !completion.ended && completion.ids.len() < sampling.max_new_tokens && active.position < context
         });
-        if active.is_empty() || !go_on {
+        if !decoder.parameters().goes_on(Some(go_on && !active.is_empty())) {
             return completions;
         }
         // One step of the network for the rest.
@@ -229,6 +260,8 @@ pub fn generate(
         let positions: Vec<u32> = active.iter().map(|active| active.position as u32).collect();
         last_rows = weights.embed(decoder.slots(), &ids, &positions, hidden);
         for (layer, slots) in decoder.slots().blocks.iter().enumerate() {
+            let gathered = Weights::of_block(decoder, slots);
+            let weights = gathered.as_ref().unwrap_or(&weights);
             let mut caches: Vec<&mut LayerCache> = active.iter_mut().map(|active| &mut active.caches[layer]).collect();
             let attention = weights.attention(slots);
             decode::attention_step(&mut last_rows, &mut caches, &positions, attention, positional, shape, &mut scratch);

@@ -28,6 +28,6 @@ pub use ledger::{Bytes, Ledger};
 pub use lora::LoraSettings;
 pub use optimizer::{Gradients, Optimizer, OptimizerSettings};
 pub use parameters::{Head, ParameterSpec, Parameters};
-pub use ranks::{Group, Layout, Use};
+pub use ranks::{Gathering, Group, Layout, Use};
 pub use rlflow_kernels::{memory::keep_freed_memory, numerics};
 pub use schedule::{LearningRate, Schedule};

@@ -98,7 +98,7 @@ pub struct BlockSlots {
 
 impl BlockSlots {
     /// All of them, in the order in which the block asks for its weights and hands over their gradients.
-    pub fn all(&self) -> impl Iterator<Item = usize> + use<> {
+    pub fn all(&self) -> impl Iterator<Item = usize> + Clone + use<> {
         let mut slots = Vec::with_capacity(16);
         self.attention.map(|slot| slots.push(*slot));
         self.mlp.map(|slot| slots.push(*slot));
@@ -252,16 +252,30 @@ impl Parameters {
     /// The weight in `slot`, in the format that it is held in, gathered from all ranks where each holds a share: then all must ask for the same weights
     /// in the same order.
     pub fn get(&self, slot: usize) -> Tensor<2> {
-        let own = self.tensors[slot].clone();
         match &self.shared_with {
-            None => own,
-            Some(world) => {
-                let device = own.device();
-                let coming = self.coming().pop_front_if(|coming| coming.slot == slot);
-                let pieces = coming.map_or_else(|| world.all_gather(own), |coming| coming.pieces.wait());
-                join(&pieces, self.specs[slot].dims(), &device)
-            }
+            None => self.tensors[slot].clone(),
+            Some(world) => join(&self.pieces(world.as_ref(), slot), self.specs[slot].dims(), &self.tensors[slot].device()),
         }
+    }
+
+    /// Takes part in other ranks' [`Parameters::get`].
+    pub(crate) fn attend(&self, slot: usize) {
+        if let Some(world) = &self.shared_with {
+            self.pieces(world.as_ref(), slot);
+        }
+    }
+
+    fn pieces(&self, world: &dyn Collective, slot: usize) -> Vec<Tensor<2>> {
+        let coming = self.coming().pop_front_if(|coming| coming.slot == slot);
+        coming.map_or_else(|| world.all_gather(self.tensors[slot].clone()), |coming| coming.pieces.wait())
+    }
+
+    /// Whether work goes on that all ranks take part in: the one that knows gives it, the others learn it. Where weights are here
+    /// whole, nobody takes part.
+    pub(crate) fn goes_on(&self, known: Option<bool>) -> bool {
+        let Some(world) = &self.shared_with else { return known == Some(true) };
+        let said = world.all_gather_values(known.map(|goes_on| f64::from(u8::from(goes_on))).into_iter().collect());
+        said.concat().contains(&1.0)
     }
 
     /// Starts to gather weights that will be asked for next, in this order; nothing where they are here anyway.

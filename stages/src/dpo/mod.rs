@@ -158,13 +158,13 @@ impl StageKind for Dpo {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
             let total = 2 * plan.steps * (plan.batch_size * model.context) as u64;
-            let pass = plan.pass(Head::Language, 2 * model.context, &config.execution);
-            let needs = train::training_needs(model, pass, Sharding::of(context), total);
+            let pass = plan.pass(Head::Language, 2 * train::longest_row(context, "data", model.context), &config.execution);
+            let needs = train::training_needs(model, config.lora.as_ref(), pass, Sharding::of(context), total);
             // Only the divergence of KTO needs the reference while training; else its log-probabilities are computed before. Below
             // an adapter it is there anyway.
             let is_held = config.loss == DpoLoss::Kto && config.lora.is_none();
             let reference = if is_held { needs.parameter_bytes } else { 0 };
-            lora::needs(config.lora.as_ref(), model, Needs { parameter_bytes: needs.parameter_bytes + reference, ..needs })
+            Needs { parameter_bytes: needs.parameter_bytes + reference, ..needs }
         })
     }
 

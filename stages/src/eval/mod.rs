@@ -5,10 +5,10 @@ mod rule;
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, Input, InputPort, Needs, OutputPort, Problem,
-    RunContext, Sample, StageError, StageEvent, StageKind, StageResult, Table,
+    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, Execution, Input, InputPort, ModelConfig, Needs, OutputPort,
+    Problem, RunContext, Sample, StageError, StageEvent, StageKind, StageResult, Table,
 };
-use rlflow_model::{Completion, Decoder, Draws, Group, Head, Layout, Sampling, Use, parameters::host};
+use rlflow_model::{Completion, Decoder, Draws, Gathering, Group, Head, Layout, Sampling, Use, parameters::host};
 use rlflow_text::{ChatTokenizer, PromptDataset, PromptRow, Split, TokenDataset, tokenize_corpus};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -23,7 +23,7 @@ use crate::{
     pairs::{Answered, AnsweredBatch},
     pretrain::{self, Windows},
     reward_model::ScoredBatch,
-    train::{Memory, Precision, Sharding, frozen_needs, sampling_bytes},
+    train::{Memory, Pass, Precision, Rollout, Sharding, frozen_needs, longest_row, sampling_bytes},
 };
 
 /// See the module.
@@ -66,6 +66,11 @@ pub struct EvalConfig {
     #[serde(default = "batch_size")]
     #[schemars(extend("x-unit" = "sequences"), range(min = 1))]
     pub batch_size: usize,
+    /// Whether a model at ZeRO 3 gathers all its weights once to answer. `false` gathers each block just before it runs, at every token:
+    /// slower, for models that would not fit. At other levels, and for the answers, it makes no difference.
+    #[serde(default = "yes")]
+    #[schemars(extend("x-setting" = "execution"))]
+    pub gather_for_generation: bool,
     /// Where it runs.
     #[serde(flatten)]
     pub execution: Execution,
@@ -93,6 +98,10 @@ fn show() -> usize {
 
 fn batch_size() -> usize {
     32
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl StageKind for Eval {
@@ -155,15 +164,8 @@ impl StageKind for Eval {
         if !problems.is_empty() {
             return Err(problems);
         }
-        let needs = context.input("models").and_then(|input| input.meta.model.as_ref()).map(|model| {
-            // A model, the reference and the judge; answers are sampled and scored in groups.
-            let tokens = (config.batch_size * model.context) as u64;
-            let one = frozen_needs(model, Head::Language, tokens, Sharding::of(context), Precision::Fp32);
-            let cache = sampling_bytes(model, config.batch_size as u64, model.context as u64, Sharding::of(context), Precision::Fp32);
-            Needs { parameter_bytes: 3 * one.parameter_bytes, buffer_bytes: one.buffer_bytes.max(cache), ..one }
-        });
         let outputs = BTreeMap::from([("evaluation".into(), ArtifactMeta::new(ArtifactType::Evaluation))]);
-        Ok(Description::new(outputs, needs.unwrap_or_default()))
+        Ok(Description::new(outputs, needs(config, context)))
     }
 
     fn execution(config: &EvalConfig) -> Option<&Execution> {
@@ -172,6 +174,49 @@ impl StageKind for Eval {
 
     fn run(config: &EvalConfig, context: &RunContext<'_>) -> StageResult<BTreeMap<String, Artifact>> {
         Evaluation::load(config, context)?.run()
+    }
+}
+
+/// A model, the reference and the judge are there at once and work in turn; answers are sampled and scored in groups.
+fn needs(config: &EvalConfig, context: &DescribeContext<'_>) -> Needs {
+    let sharding = Sharding::of(context);
+    let longest_prompt = |model: &ModelConfig| longest_row(context, "prompts", model.context.saturating_sub(config.max_new_tokens));
+    let frozen = |port: &str, head: Head| -> Vec<(&ModelConfig, Needs)> {
+        let models = context.inputs.get(port).into_iter().flatten().filter_map(|input| input.meta.model.as_ref());
+        let of = |model: &ModelConfig| {
+            // Held-out text comes in rows that fill the context.
+            let row = if context.input("corpus").is_some() { model.context } else { longest_prompt(model) + config.max_new_tokens };
+            let tokens = (config.batch_size * row.min(model.context)) as u64;
+            // How many groups there are depends on the prompts: no rank is taken to be idle.
+            let (micro_batches, checkpointing, precision) = (sharding.ranks as u64, false, Precision::Fp32);
+            frozen_needs(model, Pass { head, tokens, micro_batches, checkpointing, precision }, sharding)
+        };
+        models.map(|model| (model, of(model))).collect()
+    };
+    let compared = frozen("models", Head::Language);
+    let Some((model, evaluated)) = compared.iter().max_by_key(|(_, needs)| needs.peak_bytes()).copied() else { return Needs::default() };
+    let reference = frozen("ref", Head::Language).first().map_or(compared[0].1, |(_, needs)| *needs);
+    let all = [Some(evaluated), Some(reference), frozen("judge", Head::Score).first().map(|(_, needs)| *needs)];
+    let all = all.into_iter().flatten();
+    let parameter_bytes = all.clone().map(|needs| needs.parameter_bytes).sum();
+    let working = all.clone().map(|needs| needs.parameter_bytes).max().unwrap_or(0);
+    let passes = all.map(|needs| needs.buffer_bytes).max().unwrap_or(0);
+    let answers = config.max_prompts.map_or(config.batch_size, |prompts| config.batch_size.min(prompts * config.samples_per_prompt));
+    let rollout = Rollout {
+        sequences: answers as u64,
+        prompt_tokens: longest_prompt(model) as u64,
+        new_tokens: config.max_new_tokens as u64,
+        gathering: Gathering::of(config.gather_for_generation),
+    };
+    let sampling = sampling_bytes(model, rollout, sharding, Precision::Fp32);
+    // Sampling is the first rank's work.
+    Needs {
+        parameter_bytes,
+        resting_bytes: parameter_bytes - working,
+        buffer_bytes: passes.max(sampling),
+        working_ranks: u64::from(sampling > passes),
+        idle_bytes: passes,
+        ..Needs::default()
     }
 }
 
@@ -310,11 +355,12 @@ impl<'a> Evaluation<'a> {
         };
         let prompts: Vec<&PromptRow> = self.rows.iter().flat_map(|row| std::iter::repeat_n(row, config.samples_per_prompt)).collect();
         let mut completions: Vec<Completion> = Vec::with_capacity(prompts.len());
+        let gathering = Gathering::of(config.gather_for_generation);
         for (group, rows) in prompts.chunks(config.batch_size).enumerate() {
             let ids: Vec<&[u32]> = rows.iter().map(|row| row.ids.as_slice()).collect();
             // The same draws for every model: what differs between answers is the model.
             let draws = Draws { seed: context.seed, purpose: "eval/answers", step: group as u64 };
-            completions.extend(model.generate(&ids, &sampling, draws, |_, _| !context.cancel.is_cancelled())?);
+            completions.extend(model.generate(&ids, &sampling, draws, gathering, |_, _| !context.cancel.is_cancelled())?);
             context.check_cancelled()?;
         }
         let answered: Vec<Answered> = (prompts.iter().zip(&completions))

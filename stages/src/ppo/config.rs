@@ -185,6 +185,16 @@ pub struct PpoConfig {
     /// Number format of the arithmetic of all four models: `fp32`, or `bf16` with fp32 master weights. Sampling is in fp32.
     #[serde(default)]
     pub precision: Precision,
+    /// Whether an actor at ZeRO 3 gathers all its weights once per rollout. `false` gathers each block just before it runs, at every
+    /// token: slower, for models that would not fit. At other levels, and for the answers, it makes no difference.
+    #[serde(default = "yes")]
+    #[schemars(extend("x-setting" = "execution"))]
+    pub gather_for_generation: bool,
+    /// Keeps only each block's input during the updates and computes the block again when its gradient is due: less memory, a third
+    /// more work, the same bits.
+    #[serde(default)]
+    #[schemars(extend("x-setting" = "execution"))]
+    pub gradient_checkpointing: bool,
     /// When and what to keep for an interrupted run to continue from.
     #[serde(flatten)]
     pub snapshots: SnapshotSettings,
@@ -328,9 +338,16 @@ impl RoleTrain {
         OptimizerSettings { betas: self.betas, eps: self.eps, weight_decay: self.weight_decay, grad_clip: self.grad_clip }
     }
 
-    /// A pass over answers that fill the context.
-    pub(super) fn pass(&self, head: Head, context: usize, micro_batches: u64, precision: Precision) -> Pass {
-        Pass { head, tokens: (self.micro_batch_size * context) as u64, micro_batches, checkpointing: false, precision }
+    /// A pass over answers of so many tokens with their prompts.
+    pub(super) fn pass(&self, head: Head, answer_tokens: usize, ppo: &PpoConfig) -> Pass {
+        let of_mini_batch = ppo.batch_size.div_ceil(ppo.num_mini_batches.max(1));
+        Pass {
+            head,
+            tokens: (self.micro_batch_size.min(of_mini_batch) * answer_tokens) as u64,
+            micro_batches: of_mini_batch.div_ceil(self.micro_batch_size.max(1)) as u64,
+            checkpointing: ppo.gradient_checkpointing,
+            precision: ppo.precision,
+        }
     }
 
     /// Learning rate over `steps` PPO steps.

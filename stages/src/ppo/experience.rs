@@ -1,5 +1,5 @@
 use rlflow_api::StageResult;
-use rlflow_model::{Decoder, Draws, Sampling, parameters::host};
+use rlflow_model::{Decoder, Draws, Gathering, Sampling, parameters::host};
 
 use super::{Run, config::KlPlacement};
 use crate::{
@@ -70,7 +70,8 @@ impl Experience {
             stop_ids: run.tokenizer.stop_ids(),
         };
         let draws = Draws { seed: context.seed, purpose: "ppo/rollout", step };
-        let completions = run.actor.model.generate(&prompts, &sampling, draws, |_, _| !context.cancel.is_cancelled())?;
+        let gathering = Gathering::of(config.gather_for_generation);
+        let completions = run.actor.model.generate(&prompts, &sampling, draws, gathering, |_, _| !context.cancel.is_cancelled())?;
         context.check_cancelled()?;
         let mut samples: Vec<AnswerSample> = rows
             .iter()

@@ -19,10 +19,10 @@ mod update;
 use std::{collections::BTreeMap, time::Instant};
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, Needs, OutputPort, Problem, Retain, RunContext, Sample,
-    Snapshot, StageError, StageEvent, StageKind, StageResult,
+    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, ModelConfig, Needs, OutputPort, Problem, Retain,
+    RunContext, Sample, Snapshot, StageError, StageEvent, StageKind, StageResult,
 };
-use rlflow_model::{CheckpointInfo, Group, Head, LoraSettings, Use, checkpoint};
+use rlflow_model::{CheckpointInfo, Gathering, Group, Head, LoraSettings, Use, checkpoint};
 use rlflow_text::{PromptDataset, Split};
 use serde_json::json;
 
@@ -33,7 +33,7 @@ use self::{experience::Experience, ptx::Ptx, score_moments::ScoreMoments, update
 use crate::{
     lora,
     models::{self, LoadedModel},
-    train::{Memory, RowOrder, Sharding, sampling_bytes},
+    train::{Memory, Pass, Precision, Rollout, RowOrder, Sharding, frozen_needs, longest_row, sampling_bytes, training_needs},
 };
 
 /// See the module.
@@ -132,7 +132,7 @@ impl StageKind for Ppo {
         let sharding =
             context.input("actor").map_or(Sharding { ranks: 1, zero: 0 }, |actor| Sharding { ranks: actor.ranks, zero: actor.zero });
         let needs = model.map_or_else(Needs::default, |model| Needs {
-            buffer_bytes: sampling_bytes(model, config.batch_size as u64, model.context as u64, sharding, config.precision),
+            buffer_bytes: sampling_bytes(model, rollout(config, context, model), sharding, config.precision),
             tokens: (config.batch_size * model.context) as u64 * config.steps,
             ..Needs::default()
         });
@@ -163,13 +163,22 @@ impl StageKind for Ppo {
     }
 }
 
+/// What is sampled at once.
+fn rollout(config: &PpoConfig, context: &DescribeContext<'_>, model: &ModelConfig) -> Rollout {
+    Rollout {
+        sequences: config.batch_size as u64,
+        prompt_tokens: longest_row(context, "prompts", model.context.saturating_sub(config.max_new_tokens)) as u64,
+        new_tokens: config.max_new_tokens as u64,
+        gathering: Gathering::of(config.gather_for_generation),
+    }
+}
+
 /// What the roles hold, per rank of each. A critic that shares the actor's trunk is no model of its own.
 fn held(config: &PpoConfig, context: &DescribeContext<'_>) -> Vec<(&'static str, Needs)> {
     let train = |port: &str| -> RoleTrain {
         let settings = context.input(port).and_then(|input| input.settings.get("train").cloned());
         settings.and_then(|settings| serde_json::from_value(settings).ok()).unwrap_or_default()
     };
-    let answers = train("actor").micro_batch_size;
     let actor_head = if config.share_backbone { Head::LanguageAndScore } else { Head::Language };
     let roles =
         [("actor", actor_head, true), ("ref", Head::Language, false), ("reward", Head::Score, false), ("critic", Head::Score, true)];
@@ -177,14 +186,21 @@ fn held(config: &PpoConfig, context: &DescribeContext<'_>) -> Vec<(&'static str,
         let input = context.input(port)?;
         let model = input.meta.model.as_ref()?;
         let sharding = Sharding { ranks: input.ranks, zero: input.zero };
-        let pass = is_trained.then(|| {
-            let train = train(port);
-            let of_mini_batch = config.batch_size.div_ceil(config.num_mini_batches.max(1));
-            train.pass(head, model.context, of_mini_batch.div_ceil(train.micro_batch_size.max(1)) as u64, config.precision)
-        });
+        let rollout = rollout(config, context, model);
+        let answer = ((rollout.prompt_tokens + rollout.new_tokens) as usize).min(model.context);
+        if !is_trained {
+            // Frozen ones score as many answers at a time as the actor learns from, those of the whole rollout in turn.
+            let pass = train("actor").pass(head, answer, config);
+            let micro_batches = pass.micro_batches * config.num_mini_batches as u64;
+            return Some((port, frozen_needs(model, Pass { micro_batches, ..pass }, sharding)));
+        }
         let adapter = input.settings.get("lora").and_then(|lora| serde_json::from_value::<LoraSettings>(lora.clone()).ok());
-        let needs = roles::needs_of(model, head, pass, answers, sharding, config.precision);
-        Some((port, lora::needs(adapter.as_ref(), model, needs)))
+        let mut needs = training_needs(model, adapter.as_ref(), train(port).pass(head, answer, config), sharding, 0);
+        if port == "actor" && config.ema_decay.is_some() {
+            // The average is f32.
+            needs.parameter_bytes *= if config.precision == Precision::Bf16 { 3 } else { 2 };
+        }
+        Some((port, needs))
     };
     roles.into_iter().take(if config.share_backbone { 3 } else { 4 }).filter_map(needs).collect()
 }

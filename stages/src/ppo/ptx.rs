@@ -60,7 +60,7 @@ impl Ptx {
     ///
     /// # Errors
     /// If a rank fails.
-    pub fn add_gradients(&mut self, update: u64, model: &mut Group, tokens: f64) -> StageResult<f64> {
+    pub fn add_gradients(&mut self, update: u64, model: &mut Group, tokens: f64, checkpointing: bool) -> StageResult<f64> {
         let batches: Vec<LanguageBatch> = match &mut self.rows {
             Rows::Conversations { rows, order } => {
                 let chosen = order.batch(update, self.batch_size);
@@ -81,7 +81,7 @@ impl Ptx {
                 let loss = -sum(&logprobs);
                 (logprobs.sum() * -scale, loss)
             };
-            decoder.backward(&batch.batch, false, loss, take)
+            decoder.backward(&batch.batch, checkpointing, loss, take)
         })?;
         Ok(losses.into_iter().sum::<f64>() / counted)
     }

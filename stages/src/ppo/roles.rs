@@ -3,18 +3,15 @@
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, ModelConfig, Needs, OutputPort, Problem, RunContext,
-    StageError, StageKind, StageResult,
+    Artifact, ArtifactType, DescribeContext, Description, Execution, InputPort, Needs, OutputPort, Problem, RunContext, StageError,
+    StageKind, StageResult,
 };
 use rlflow_model::{CheckpointInfo, Head, LoraSettings, checkpoint};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::config::RoleTrain;
-use crate::{
-    lora, models,
-    train::{Pass, Precision, Sharding, frozen_needs, training_needs},
-};
+use crate::{lora, models};
 
 /// Settings of a role that is trained.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
@@ -92,21 +89,6 @@ impl RoleConfig for FrozenRoleConfig {
 
     fn lora(&mut self) -> Option<&mut Option<LoraSettings>> {
         None
-    }
-}
-
-/// What a role holds while `ppo` runs. Frozen ones score as many answers at a time as the actor learns from.
-pub(super) fn needs_of(
-    model: &ModelConfig,
-    head: Head,
-    train: Option<Pass>,
-    answers: usize,
-    sharding: Sharding,
-    precision: Precision,
-) -> Needs {
-    match train {
-        Some(pass) => training_needs(model, pass, sharding, 0),
-        None => frozen_needs(model, head, (answers * model.context) as u64, sharding, precision),
     }
 }
 

@@ -279,6 +279,7 @@ impl Run<'_> {
             pieces.into_iter().map(micro_batch).collect()
         };
         let shared = self.critic.is_none();
+        let checkpointing = config.gradient_checkpointing;
         let each = self.actor.model.backward(&micro(&self.actor), |decoder, batch, take| {
             let loss = |head: &HeadView<'_>| {
                 let (mut policy, mut value) = (PolicySums::default(), ValueSums::default());
@@ -286,7 +287,7 @@ impl Run<'_> {
                 let loss = if shared { loss + batch.value_loss(head, config, &mut value) } else { loss };
                 (loss, (policy, value))
             };
-            decoder.backward(&batch.answered.batch, false, loss, take)
+            decoder.backward(&batch.answered.batch, checkpointing, loss, take)
         })?;
         let (mut policy, mut value) = (PolicySums::default(), ValueSums::default());
         for (more_policy, more_value) in &each {
@@ -294,7 +295,7 @@ impl Run<'_> {
             value.add(more_value);
         }
         let ptx = match &mut self.ptx {
-            Some(ptx) => Some(ptx.add_gradients(update, &mut self.actor.model, tokens)?),
+            Some(ptx) => Some(ptx.add_gradients(update, &mut self.actor.model, tokens, checkpointing)?),
             None => None,
         };
         let norm = apply(&mut self.actor, tokens, config.steps, step)?;
@@ -307,7 +308,7 @@ impl Run<'_> {
                     let mut value = ValueSums::default();
                     (batch.value_loss(head, config, &mut value), value)
                 };
-                decoder.backward(&batch.answered.batch, false, loss, take)
+                decoder.backward(&batch.answered.batch, checkpointing, loss, take)
             })?;
             each.iter().for_each(|more| value.add(more));
             let norm = apply(critic, tokens, config.steps, step)?;

@@ -116,7 +116,7 @@ impl StageKind for Pretrain {
         let needs = model.as_ref().map(|model| {
             let plan = config.train.plan(0);
             let total = plan.steps * (plan.batch_size * model.context) as u64;
-            train::training_needs(model, plan.pass(Head::Language, model.context, &config.execution), Sharding::of(context), total)
+            train::training_needs(model, None, plan.pass(Head::Language, model.context, &config.execution), Sharding::of(context), total)
         });
         let meta = ArtifactMeta {
             context: model.as_ref().map(|model| model.context as u64),

@@ -91,8 +91,8 @@ impl StageKind for Sft {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
             let total = plan.steps * plan.batch_size as u64 * model.context as u64;
-            let pass = plan.pass(Head::Language, model.context, &config.execution);
-            lora::needs(config.lora.as_ref(), model, train::training_needs(model, pass, Sharding::of(context), total))
+            let pass = plan.pass(Head::Language, train::longest_row(context, "data", model.context), &config.execution);
+            train::training_needs(model, config.lora.as_ref(), pass, Sharding::of(context), total)
         })
     }
 

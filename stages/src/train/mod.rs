@@ -2,12 +2,14 @@
 
 mod execution;
 mod memory;
+mod needs;
 mod order;
 mod settings;
 mod trainer;
 
 pub use execution::{Precision, SnapshotSettings, TrainExecution, burn_device};
-pub use memory::{Memory, Pass, Sharding, frozen_needs, sampling_bytes, training_needs};
+pub use memory::Memory;
+pub use needs::{Pass, Rollout, Sharding, frozen_needs, longest_row, sampling_bytes, training_needs};
 pub use order::RowOrder;
 pub use settings::{TrainDefaults, TrainPlan, TrainSettings};
 pub use trainer::{Sums, Task, train};

@@ -218,7 +218,10 @@ mod tests {
     use rlflow_api::{Processes, testing::wires};
 
     use super::*;
-    use crate::{parameters::host, ranks::in_process};
+    use crate::{
+        parameters::host,
+        ranks::{by_shares::ByShares, in_process},
+    };
 
     fn tensor(values: &[f32]) -> Tensor<2> {
         Tensor::from_data(TensorData::new(values.to_vec(), [1, values.len()]), &Device::flex())
@@ -231,7 +234,7 @@ mod tests {
         })
     }
 
-    /// Ranks in one process, in as many processes as ranks, and two in each of two: the same bits. Numbers that another order of
+    /// Ranks in one process, by shares, in as many processes as ranks, and two in each of two: the same bits. Numbers that another order of
     /// adding would change, ranks without a part, uneven shares, bfloat16.
     #[test]
     fn processes_compute_what_threads_do() {
@@ -261,6 +264,8 @@ mod tests {
             results.iter().map(|result| result.as_ref().map(host)).collect()
         };
         let expected = on(&in_process(4), work);
+        let by_shares: Vec<_> = in_process(4).into_iter().map(|end| Arc::new(ByShares(end)) as Arc<dyn Collective>).collect();
+        assert_eq!(on(&by_shares, work), expected, "as between GPUs");
         for local in [1, 2] {
             let ends: Vec<_> =
                 wires(4 / local).into_iter().flat_map(|wire| across(&Processes::joint(wire, 1).line().unwrap(), local)).collect();

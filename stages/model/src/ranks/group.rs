@@ -10,7 +10,7 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use rlflow_api::{ModelConfig, Portable, Processes, StageError, StageResult, ZeroLevel, ended};
 use rlflow_kernels::matmul::Arithmetic;
 
-use super::{Aborted, Rank, across, in_process, ordered::Ordered, rank::bytes_of, share};
+use super::{Aborted, Rank, across, in_process_on, ordered::Ordered, rank::bytes_of, share};
 use crate::{
     Completion, Decoder, Draws, Gradients, Head, LoraSettings, Optimizer, OptimizerSettings, ParameterSpec, Parameters, Sampling,
     generate::generate,
@@ -41,6 +41,22 @@ pub enum Use<'a> {
     Trained(Option<&'a LoraSettings>),
     /// It stays as it is.
     Frozen,
+}
+
+/// How ranks that hold shares of the weights sample: the result is the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gathering {
+    /// All weights are gathered once and stay until sampling ends.
+    Once,
+    /// Those outside of the blocks stay; each block's are gathered before it runs, while the one before it does, at every token.
+    ByBlock,
+}
+
+impl Gathering {
+    /// [`Gathering::Once`] if `once`.
+    pub fn of(once: bool) -> Self {
+        if once { Self::Once } else { Self::ByBlock }
+    }
 }
 
 impl Layout {
@@ -110,7 +126,7 @@ impl Group {
         }
         let worlds: Vec<_> = match processes.line() {
             Some(line) if count > 1 => across(&line, local).into_iter().map(Some).collect(),
-            _ if count > 1 => in_process(count).into_iter().map(Some).collect(),
+            _ if count > 1 => in_process_on(&layout.devices).into_iter().map(Some).collect(),
             _ => vec![None],
         };
         let mut ranks = Vec::with_capacity(local);
@@ -261,8 +277,7 @@ impl Group {
         Ok(found.min_by_key(|(slot, _)| *slot).map(|(slot, value)| (&self.specs()[slot], value)))
     }
 
-    /// Samples answers as [`generate`] does. The first rank does it with all weights; at ZeRO 3 they are gathered for that
-    /// once.
+    /// Samples answers as [`generate`] does. The first rank does it; at ZeRO 3 weights are gathered for that as `gathering` says.
     ///
     /// # Errors
     /// If a rank fails.
@@ -271,6 +286,7 @@ impl Group {
         prompts: &[&[u32]],
         sampling: &Sampling,
         draws: Draws<'_>,
+        gathering: Gathering,
         each: impl FnMut(usize, u32) -> bool + Send,
     ) -> StageResult<Vec<Completion>> {
         if self.zero < 3 {
@@ -281,14 +297,19 @@ impl Group {
         let each = std::sync::Mutex::new(Some(each));
         let answers = on_ranks(self.ranks.iter().collect(), |rank: &Rank| {
             let each = if rank.index() == 0 { each.lock().ok().and_then(|mut each| each.take()) } else { None };
-            match each {
-                Some(each) => {
+            match (each, gathering) {
+                (Some(each), Gathering::Once) => {
                     let whole = rank.decoder().whole();
                     let _gathered = rank.ledger.hold(Purpose::Buffers, bytes_of(whole.parameters().tensors()));
                     Some(generate(&whole, prompts, sampling, draws, each))
                 }
-                None => {
+                (Some(each), Gathering::ByBlock) => Some(generate(rank.decoder(), prompts, sampling, draws, each)),
+                (None, Gathering::Once) => {
                     rank.decoder().attend_whole();
+                    None
+                }
+                (None, Gathering::ByBlock) => {
+                    rank.decoder().attend_generate();
                     None
                 }
             }

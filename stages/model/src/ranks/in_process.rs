@@ -3,15 +3,24 @@ use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
 };
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
-use super::{Aborted, Collective, add_range};
+use super::{Aborted, Collective, add_range, by_shares::ByShares};
 
 /// Collectives of `ranks` threads of this process, one for each. Tensors are handed over without a copy; each rank adds and
 /// joins on its own device.
 pub fn in_process(ranks: usize) -> Vec<Arc<dyn Collective>> {
     let board = Arc::new(Board { ranks, round: Mutex::new(Round::new(ranks)), changed: Condvar::new() });
     (0..ranks).map(|rank| Arc::new(InProcess { rank, board: board.clone() }) as Arc<dyn Collective>).collect()
+}
+
+/// The same for ranks on `devices`. Where those are several, tensors travel: over NCCL between GPUs.
+pub fn in_process_on(devices: &[Device]) -> Vec<Arc<dyn Collective>> {
+    let ends = in_process(devices.len());
+    if devices.windows(2).all(|pair| pair[0] == pair[1]) {
+        return ends;
+    }
+    ends.into_iter().map(|end| Arc::new(ByShares(end)) as Arc<dyn Collective>).collect()
 }
 
 /// What a rank puts on the board.

@@ -16,6 +16,7 @@
 //! block runs, while the one before it runs, and dropped after it; blocks are computed again in the backward pass.
 
 mod across;
+mod by_shares;
 mod collective;
 mod group;
 mod in_process;
@@ -26,8 +27,8 @@ mod share;
 
 pub use across::across;
 pub use collective::{Aborted, Collective, Pending};
-pub use group::{Group, Layout, Take, Use};
-pub use in_process::in_process;
+pub use group::{Gathering, Group, Layout, Take, Use};
+pub use in_process::{in_process, in_process_on};
 pub(crate) use pieces::{add_range, cut, join, paste};
 pub use rank::Rank;
-pub use share::{largest_share, share};
+pub use share::{Shares, largest_shares, share};

@@ -1,6 +1,9 @@
 //! Parts of tensors, by ranges of their elements in row-major order. A piece is `[1, elements]` and owns its storage.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
 
 use burn::{
     backend::Flex,
@@ -15,6 +18,19 @@ use crate::parameters::{flex_narrow_view, flex_view, update_in_place};
 fn flat(tensor: &Tensor<2>) -> Tensor<2> {
     let [rows, columns] = tensor.dims();
     tensor.clone().reshape([1, rows * columns])
+}
+
+/// `tensor` on `device`: from one GPU to another over NCCL where the library is there, else through the host (both are the
+/// runtime's work).
+///
+/// Such a move is an operation on each of the two GPUs, and one waits for the other. So all threads make their moves in one order:
+/// else two GPUs could each stand before an operation that the other has put behind its own.
+fn moved(tensor: Tensor<2>, device: &Device) -> Tensor<2> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let from = tensor.device();
+    let host = Device::flex();
+    let _turn = (from != *device && from != host && *device != host).then(|| TURN.lock().unwrap_or_else(PoisonError::into_inner));
+    tensor.to_device(device)
 }
 
 fn piece(values: Vec<f32>, device: &Device) -> Tensor<2> {
@@ -47,7 +63,7 @@ pub fn paste(tensor: &mut Tensor<2>, range: Range<usize>, piece: &Tensor<2>) {
     });
     if !done {
         let dims = tensor.dims();
-        let piece = piece.clone().to_device(&tensor.device());
+        let piece = moved(piece.clone(), &tensor.device());
         *tensor = flat(tensor).slice_assign([0..1, range], piece).reshape(dims);
     }
 }
@@ -64,7 +80,7 @@ pub fn add_range(sum: Option<Tensor<2>>, part: &Tensor<2>, range: Range<usize>) 
         return sum;
     }
     let (dims, device) = (sum.dims(), sum.device());
-    let added = flat(part).narrow(1, range.start, range.len()).to_device(&device);
+    let added = moved(flat(part).narrow(1, range.start, range.len()), &device);
     sum + added.reshape(dims)
 }
 
@@ -86,6 +102,6 @@ pub fn join(pieces: &[Tensor<2>], dims: [usize; 2], device: &Device) -> Tensor<2
         }
         return Tensor::from_primitive::<Flex>(FlexTensor::from_data(TensorData::new(values, dims)));
     }
-    let present = pieces.iter().filter(|piece| piece.dims()[1] > 0).map(|piece| piece.clone().to_device(device));
+    let present = pieces.iter().filter(|piece| piece.dims()[1] > 0).map(|piece| moved(piece.clone(), device));
     Tensor::cat(present.collect(), 1).reshape(dims)
 }

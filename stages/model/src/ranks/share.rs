@@ -2,7 +2,11 @@ use std::ops::Range;
 
 use rlflow_api::ModelConfig;
 
-use crate::{Head, ParameterSpec, parameters::specs};
+use crate::{
+    Head, LoraSettings, ParameterSpec,
+    lora::{is_factor, is_trained},
+    parameters::specs,
+};
 
 /// Elements of a weight that `rank` of `ranks` owns: whole rows along the first dimension (of a vector, elements), in the
 /// order of ranks. Shares differ by one row at most; with fewer rows than ranks some are empty.
@@ -13,9 +17,30 @@ pub fn share(spec: &ParameterSpec, rank: usize, ranks: usize) -> Range<usize> {
     first(rank)..first(rank + 1)
 }
 
-/// Elements that the rank with the largest share of a model owns: the last one.
-pub fn largest_share(config: &ModelConfig, head: Head, ranks: usize) -> u64 {
-    specs(config, head).0.iter().map(|spec| share(spec, ranks - 1, ranks).len() as u64).sum()
+/// Elements that a rank owns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Shares {
+    /// Of the model's weights.
+    pub weights: u64,
+    /// Of an adapter's factors.
+    pub factors: u64,
+    /// Of what is trained: all weights, or with an adapter its factors and the scalar head.
+    pub trained: u64,
+}
+
+/// What the rank with the largest share of a model owns: the last one.
+pub fn largest_shares(config: &ModelConfig, head: Head, lora: Option<&LoraSettings>, ranks: usize) -> Shares {
+    let (mut specs, mut slots) = specs(config, head);
+    if let Some(lora) = lora {
+        lora.extend(&mut specs, &mut slots);
+    }
+    let mut all = Shares::default();
+    for spec in &specs {
+        let elements = share(spec, ranks - 1, ranks).len() as u64;
+        *if is_factor(&spec.name) { &mut all.factors } else { &mut all.weights } += elements;
+        all.trained += if lora.is_none() || is_trained(&spec.name) { elements } else { 0 };
+    }
+    all
 }
 
 #[cfg(test)]
