@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use rlflow_api::{DataFile, DeviceChoice, DeviceSpec, Kind, Needs, Placement, Problem, ZeroSetting, data_format};
+use rlflow_api::{DataFile, DeviceChoice, DeviceSpec, Kind, Needs, Placement, Problem, RowTokens, ZeroSetting, data_format};
 use rlflow_store::{ActionRecord, Digest, FileDigest, Snapshot, Store, StoreError};
 
 use crate::{
@@ -126,8 +126,8 @@ pub struct Actions<'a> {
     files: Vec<OnceLock<Vec<Vec<KeyFile>>>>,
     /// Every data file is looked at once, so that all stages see one state of it.
     digests: Mutex<HashMap<PathBuf, FileDigest>>,
-    /// Of stages that make rows and were decided about: the result's key, and tokens of its longest row if somebody asked.
-    rows_of: Mutex<HashMap<usize, (Digest, Option<u64>)>>,
+    /// Of stages that make rows and were decided about: the result's key, and how long rows are if somebody asked.
+    rows_of: Mutex<HashMap<usize, (Digest, Option<RowTokens>)>>,
     /// Before anything of the store was looked at.
     pub(crate) began: SystemTime,
     /// Whether all stages were asked for, and what is cached counts.
@@ -246,8 +246,8 @@ impl<'a> Actions<'a> {
         // What was described when loading is of one process, at the level that was asked for, or at none where that was left to us,
         // and of rows that fill the context.
         if (placement.zero > 0 && was_chosen()) || placement.processes > 1 || self.knows_rows(index) {
-            let longest = |made: usize| self.longest_row(made);
-            let described = self.workflow.describe_as(index, &stage.config, placement.ranks(), placement.zero, &longest);
+            let rows = |made: usize| self.row_tokens(made);
+            let described = self.workflow.describe_as(index, &stage.config, placement.ranks(), placement.zero, &rows);
             return described.map_or(stage.described.needs, |described| described.needs);
         }
         stage.described.needs
@@ -256,21 +256,21 @@ impl<'a> Actions<'a> {
     /// Whether the rows that a stage reads are there, so that it is known how long they are.
     pub(crate) fn knows_rows(&self, index: usize) -> bool {
         let mut made = self.workflow.stages[index].inputs.values().flatten();
-        made.any(|edge| self.longest_row(edge.stage).is_some())
+        made.any(|edge| self.row_tokens(edge.stage).is_some())
     }
 
-    /// Tokens of the longest row that a stage's result holds, once there is one.
-    pub(crate) fn longest_row(&self, index: usize) -> Option<u64> {
+    /// Tokens of the rows that a stage's result holds, once there is one.
+    pub(crate) fn row_tokens(&self, index: usize) -> Option<RowTokens> {
         if !measures_rows(self.workflow.stages[index].kind) {
             return None;
         }
         let mut known = self.rows_of.lock().unwrap_or_else(PoisonError::into_inner);
-        let (key, longest) = known.get_mut(&index)?;
-        if longest.is_none() {
+        let (key, rows) = known.get_mut(&index)?;
+        if rows.is_none() {
             let record = self.store.action(*key).ok()??;
-            *longest = record.metrics.get(LONGEST_ROW).map(|tokens| *tokens as u64);
+            *rows = RowTokens::from_metrics(|name| record.metrics.get(name).copied());
         }
-        *longest
+        *rows
     }
 
     /// Memory of a device, if it is known.
@@ -526,11 +526,9 @@ fn full_key<'a>(stage: &'a Stage, inputs: BTreeMap<&'a str, Vec<Digest>>, files:
 }
 
 /// What an edge carries. A settled stage has all of its ports; a digest of nothing would only miss the cache.
-/// Metric of kinds that make rows of tokens.
-const LONGEST_ROW: &str = "longest_row";
-
+/// Whether results of the kind hold rows of tokens.
 fn measures_rows(kind: &dyn Kind) -> bool {
-    kind.metrics().iter().any(|(name, _)| *name == LONGEST_ROW)
+    kind.metrics().iter().any(|(name, _)| *name == RowTokens::METRICS[0])
 }
 
 fn digest_of(edge: &Edge, outputs: &[Option<Outputs>]) -> Digest {

@@ -232,7 +232,7 @@ impl Actions<'_> {
         let config = self.saving_config(stage, change.saving)?;
         let config = config.as_ref().unwrap_or(&self.workflow.stages[stage].config);
         let needs =
-            self.workflow.describe_as(stage, config, change.devices * processes, change.zero, &|made| self.longest_row(made)).ok()?.needs;
+            self.workflow.describe_as(stage, config, change.devices * processes, change.zero, &|made| self.row_tokens(made)).ok()?.needs;
         let spec = |index: usize| if device == DeviceSpec::Cpu { device } else { DeviceSpec::Cuda(index) };
         let devices = (0..change.devices).map(spec).collect();
         let usage = Parts::of(&needs, &Placement { devices, processes, zero: change.zero, offload: change.offload }).total();
@@ -323,7 +323,7 @@ impl Actions<'_> {
     fn holding_as(&self, stage: usize, config: &ErasedStage, placed: &dyn Fn(usize) -> Placement) -> Option<Holding> {
         let described = {
             let placed = |role: usize| (placed(role).ranks(), placed(role).zero);
-            self.workflow.describe_holding(stage, config, &placed, &|made| self.longest_row(made))?
+            self.workflow.describe_holding(stage, config, &placed, &|made| self.row_tokens(made))?
         };
         Some(self.with_stages(stage, described.needs, &described.holds))
     }

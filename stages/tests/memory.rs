@@ -255,8 +255,12 @@ fn sampling_holds_what_was_planned() {
             let found = group.generate(&prompts, &sampling, draws, gathering, |_, _| true).unwrap();
             assert_eq!(answers.get_or_insert_with(|| found.clone()), &found, "{ranks} ranks, ZeRO {zero}, {gathering:?}");
             let sharding = Sharding { ranks, zero };
-            let rollout =
-                Rollout { sequences: PROMPTS as u64, prompt_tokens: prompt_tokens as u64, new_tokens: new_tokens as u64, gathering };
+            let rollout = Rollout {
+                sequences: PROMPTS as u64,
+                prompt_tokens: (PROMPTS * prompt_tokens) as u64,
+                new_tokens: new_tokens as u64,
+                gathering,
+            };
             let pass = Pass { head: Head::Language, tokens: 256, micro_batches: ranks as u64, checkpointing: false, precision };
             let frozen = frozen_needs(&config, pass, sharding);
             let planned = frozen.parameter_bytes + sampling_bytes(&config, rollout, sharding, precision);

@@ -23,11 +23,24 @@ fn sparing(by_block: bool) -> [String; 3] {
     ]
 }
 
+/// Rows shorter than the context, once their lengths are known: what a rank held, within a tenth.
+fn the_plan_says_what_was_held(fixture: &Fixture) {
+    let plan = fixture.json("one", &["plan"], &[]);
+    let measured = fixture.json("one", &["metrics"], &[]);
+    for name in ["pretrain", "sft", "reward_model", "ppo", "dpo", "eval"] {
+        let stage = plan["stages"].as_array().unwrap().iter().find(|stage| stage["name"] == name).unwrap();
+        let planned: f64 = stage["rank_bytes"].as_object().unwrap().values().map(|bytes| bytes.as_f64().unwrap()).sum();
+        let held = measured["stages"][name]["final"]["memory/peak_bytes"].as_f64().unwrap();
+        assert!((planned / held - 1.0).abs() <= 0.1, "{name}: {held} held, {planned} planned: {}", stage["rank_bytes"]);
+    }
+}
+
 /// Four micro-batches a step: with three ranks some have nothing to do in a round, and weights have uneven shares.
 #[test]
 fn any_ranks_at_any_level_give_the_same_digests() {
     let fixture = Fixture::new();
     let expected = run(&fixture, "one", &[]);
+    the_plan_says_what_was_held(&fixture);
     for ranks in [2, 3, 4] {
         for zero in 0..=3 {
             let offload = if (ranks + usize::from(zero)).is_multiple_of(2) { "cpu" } else { "none" };

@@ -26,7 +26,7 @@ pub(crate) mod validate;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use rlflow_api::{ArtifactMeta, DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Problem};
+use rlflow_api::{ArtifactMeta, DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Problem, RowTokens};
 
 pub use dag::Dag;
 pub use described::Described;
@@ -127,8 +127,8 @@ pub struct Edge {
     pub port: String,
 }
 
-/// Tokens of the longest row that a stage's result holds, where that is known.
-pub(crate) type LongestRow<'a> = &'a dyn Fn(usize) -> Option<u64>;
+/// Tokens of the rows that a stage's result holds, where that is known.
+pub(crate) type RowsOf<'a> = &'a dyn Fn(usize) -> Option<RowTokens>;
 
 impl Workflow {
     /// Index of the stage called `name` (with its matrix point).
@@ -160,9 +160,9 @@ impl Workflow {
         if errors.is_empty() { Ok(selected.into_iter().collect()) } else { Err(WorkflowErrors::new(errors)) }
     }
 
-    /// What planning knows of the inputs of a stage, with the ranks and ZeRO levels that `placed` gives their stages, and the longest
-    /// rows that results had.
-    fn inputs(&self, stage: usize, placed: &dyn Fn(usize) -> (usize, u8), longest: LongestRow<'_>) -> BTreeMap<String, Vec<InputMeta>> {
+    /// What planning knows of the inputs of a stage, with the ranks and ZeRO levels that `placed` gives their stages, and the rows
+    /// that results hold.
+    fn inputs(&self, stage: usize, placed: &dyn Fn(usize) -> (usize, u8), rows: RowsOf<'_>) -> BTreeMap<String, Vec<InputMeta>> {
         let meta = |edge: &Edge| {
             let source = &self.stages[edge.stage];
             let (ranks, zero) = placed(edge.stage);
@@ -173,7 +173,7 @@ impl Workflow {
                 stage: source.name.clone(),
                 port: edge.port.clone(),
                 kind: source.kind.name().to_owned(),
-                meta: ArtifactMeta { context: longest(edge.stage).or(meta.context), ..meta },
+                meta: ArtifactMeta { row_tokens: rows(edge.stage), ..meta },
                 settings: source.config.settings().clone(),
             })
         };
@@ -197,24 +197,24 @@ impl Workflow {
         stage: usize,
         config: &ErasedStage,
         placed: &dyn Fn(usize) -> (usize, u8),
-        longest: LongestRow<'_>,
+        rows: RowsOf<'_>,
     ) -> Option<Description> {
-        let (inputs, found) = (self.inputs(stage, placed, longest), &self.stages[stage]);
+        let (inputs, found) = (self.inputs(stage, placed, rows), &self.stages[stage]);
         let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, ranks: 1, zero: 0 };
         edges::describe(found.kind, config, &context).ok()
     }
 
-    /// The same under another config, with the longest rows that results had.
+    /// The same under another config, with the rows that results hold.
     pub fn describe_as(
         &self,
         stage: usize,
         config: &ErasedStage,
         ranks: usize,
         zero: u8,
-        longest: LongestRow<'_>,
+        rows: RowsOf<'_>,
     ) -> Result<Description, WorkflowErrors> {
         let asked = |source: usize| edges::asked_placement(self.stages[source].kind, &self.stages[source].config);
-        let inputs = self.inputs(stage, &asked, longest);
+        let inputs = self.inputs(stage, &asked, rows);
         let found = &self.stages[stage];
         let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, ranks, zero };
         let told = |problems: Vec<Problem>| WorkflowErrors::new(problems.iter().map(|problem| self.error(stage, problem)).collect());

@@ -3,7 +3,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::ModelConfig;
+use crate::{ModelConfig, RowTokens};
 
 /// What an artifact is; the type of an edge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
@@ -94,6 +94,8 @@ pub struct ArtifactMeta {
     pub rows: Option<u64>,
     /// Tokens.
     pub tokens: Option<u64>,
+    /// How long rows are, once they are there.
+    pub row_tokens: Option<RowTokens>,
     /// Size when stored.
     pub size_bytes: Option<u64>,
 }
@@ -101,6 +103,16 @@ pub struct ArtifactMeta {
 impl ArtifactMeta {
     /// Only the type known.
     pub const fn new(artifact_type: ArtifactType) -> Self {
-        Self { artifact_type, model: None, tokenizer: None, vocab_size: None, context: None, rows: None, tokens: None, size_bytes: None }
+        Self {
+            artifact_type,
+            model: None,
+            tokenizer: None,
+            vocab_size: None,
+            context: None,
+            rows: None,
+            tokens: None,
+            row_tokens: None,
+            size_bytes: None,
+        }
     }
 }

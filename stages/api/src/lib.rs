@@ -19,6 +19,7 @@ mod model;
 mod placement;
 mod portable;
 mod processes;
+mod row_tokens;
 pub mod setting;
 mod snapshot;
 #[doc(hidden)]
@@ -42,6 +43,7 @@ pub use processes::{Line, Processes, ended};
 pub use rlflow_store::{
     Artifact, ArtifactBuilder, Blob, Digest, Dtype, Entry, Manifest, Retain, Snapshot, SnapshotLimit, Store, StoreError,
 };
+pub use row_tokens::{RowLengths, RowTokens};
 pub use snapshot::{SnapshotPolicy, Snapshots, extends};
 pub use wire::{Channel, Message, Peer, Wire};
 pub use work::{Order, PlacedAt, Work, WorkInput};

@@ -23,7 +23,7 @@ use crate::{
     pairs::{Answered, AnsweredBatch},
     pretrain::{self, Windows},
     reward_model::ScoredBatch,
-    train::{Memory, Pass, Precision, Rollout, Sharding, frozen_needs, longest_row, sampling_bytes},
+    train::{Memory, Pass, Precision, Rollout, Sharding, frozen_needs, sampling_bytes, tokens_of_rows},
 };
 
 /// See the module.
@@ -180,16 +180,18 @@ impl StageKind for Eval {
 /// A model, the reference and the judge are there at once and work in turn; answers are sampled and scored in groups.
 fn needs(config: &EvalConfig, context: &DescribeContext<'_>) -> Needs {
     let sharding = Sharding::of(context);
-    let longest_prompt = |model: &ModelConfig| longest_row(context, "prompts", model.context.saturating_sub(config.max_new_tokens));
+    let answers = config.max_prompts.map_or(config.batch_size, |prompts| config.batch_size.min(prompts * config.samples_per_prompt));
+    let prompt_tokens =
+        |model: &ModelConfig| tokens_of_rows(context, "prompts", answers, model.context.saturating_sub(config.max_new_tokens), false);
     let frozen = |port: &str, head: Head| -> Vec<(&ModelConfig, Needs)> {
         let models = context.inputs.get(port).into_iter().flatten().filter_map(|input| input.meta.model.as_ref());
         let of = |model: &ModelConfig| {
             // Held-out text comes in rows that fill the context.
-            let row = if context.input("corpus").is_some() { model.context } else { longest_prompt(model) + config.max_new_tokens };
-            let tokens = (config.batch_size * row.min(model.context)) as u64;
+            let answered = prompt_tokens(model) + answers * config.max_new_tokens;
+            let tokens = if context.input("corpus").is_some() { config.batch_size * model.context } else { answered };
             // How many groups there are depends on the prompts: no rank is taken to be idle.
             let (micro_batches, checkpointing, precision) = (sharding.ranks as u64, false, Precision::Fp32);
-            frozen_needs(model, Pass { head, tokens, micro_batches, checkpointing, precision }, sharding)
+            frozen_needs(model, Pass { head, tokens: tokens as u64, micro_batches, checkpointing, precision }, sharding)
         };
         models.map(|model| (model, of(model))).collect()
     };
@@ -201,10 +203,9 @@ fn needs(config: &EvalConfig, context: &DescribeContext<'_>) -> Needs {
     let parameter_bytes = all.clone().map(|needs| needs.parameter_bytes).sum();
     let working = all.clone().map(|needs| needs.parameter_bytes).max().unwrap_or(0);
     let passes = all.map(|needs| needs.buffer_bytes).max().unwrap_or(0);
-    let answers = config.max_prompts.map_or(config.batch_size, |prompts| config.batch_size.min(prompts * config.samples_per_prompt));
     let rollout = Rollout {
         sequences: answers as u64,
-        prompt_tokens: longest_prompt(model) as u64,
+        prompt_tokens: prompt_tokens(model) as u64,
         new_tokens: config.max_new_tokens as u64,
         gathering: Gathering::of(config.gather_for_generation),
     };

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RunContext, StageKind,
-    StageResult,
+    Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RowLengths, RunContext,
+    StageKind, StageResult,
 };
 use rlflow_text::{
     Chat, ChatTokenizer, ConversationRow, ConversationWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows,
@@ -45,6 +45,8 @@ impl StageKind for Instructions {
         ("tokens", "tokens of all conversations"),
         ("counted_tokens", "tokens that are targets"),
         ("longest_row", "tokens of the longest conversation"),
+        ("mean_row", "mean of the same over all rows"),
+        ("row_deviation", "its standard deviation"),
     ];
     const DRAWS: bool = false;
 
@@ -77,14 +79,15 @@ impl StageKind for Instructions {
             let row = tokenizer.encode_conversation(Chat::new(&messages, &conversation.context))?;
             Ok(UsableRow { format: conversation.format, question, row })
         };
-        let (mut tokens, mut counted, mut longest) = (0u64, 0u64, 0u64);
+        let (mut tokens, mut counted, mut lengths) = (0u64, 0u64, RowLengths::default());
         let counts = convert_rows(context, &config.rows, false, convert, |split, row| {
             tokens += row.ids.len() as u64;
             counted += row.mask.iter().filter(|counts| **counts).count() as u64;
-            longest = longest.max(row.ids.len() as u64);
+            lengths.add(row.ids.len() as u64);
             writer.push(split, &row)
         })?;
-        context.metrics(0, &[("tokens", tokens as f64), ("counted_tokens", counted as f64), ("longest_row", longest as f64)]);
+        context.metrics(0, &[("tokens", tokens as f64), ("counted_tokens", counted as f64)]);
+        context.metrics(0, &lengths.tokens().metrics());
         let mut builder = context.output(ArtifactType::Conversations);
         writer.finish(&mut builder)?;
         builder.metadata(json!({

@@ -1,11 +1,11 @@
 use rlflow_api::Problem;
-use rlflow_model::{Head, LearningRate, OptimizerSettings, Schedule};
+use rlflow_model::{Gathering, Head, LearningRate, OptimizerSettings, Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     losses::{KlEstimator, LossAggregation, PolicyClip},
-    train::{Pass, Precision, SnapshotSettings},
+    train::{Pass, Precision, Rollout, SnapshotSettings},
 };
 
 /// How the KL coefficient moves.
@@ -266,6 +266,21 @@ impl PpoConfig {
         problems
     }
 
+    /// What is sampled at once, with so many tokens of prompts.
+    pub(super) fn rollout(&self, prompt_tokens: usize) -> Rollout {
+        Rollout {
+            sequences: self.batch_size as u64,
+            prompt_tokens: prompt_tokens as u64,
+            new_tokens: self.max_new_tokens as u64,
+            gathering: Gathering::of(self.gather_for_generation),
+        }
+    }
+
+    /// Answers of the largest minibatch.
+    pub(super) fn mini_batch_size(&self) -> usize {
+        self.batch_size.div_ceil(self.num_mini_batches.max(1))
+    }
+
     /// Where the policy loss is clipped.
     pub(super) fn clip(&self) -> PolicyClip {
         PolicyClip { low: self.clip_range, high: self.clip_range_high.unwrap_or(self.clip_range), dual: self.dual_clip }
@@ -338,13 +353,12 @@ impl RoleTrain {
         OptimizerSettings { betas: self.betas, eps: self.eps, weight_decay: self.weight_decay, grad_clip: self.grad_clip }
     }
 
-    /// A pass over answers of so many tokens with their prompts.
-    pub(super) fn pass(&self, head: Head, answer_tokens: usize, ppo: &PpoConfig) -> Pass {
-        let of_mini_batch = ppo.batch_size.div_ceil(ppo.num_mini_batches.max(1));
+    /// A pass over a micro-batch of so many tokens.
+    pub(super) fn pass(&self, head: Head, tokens: usize, ppo: &PpoConfig) -> Pass {
         Pass {
             head,
-            tokens: (self.micro_batch_size.min(of_mini_batch) * answer_tokens) as u64,
-            micro_batches: of_mini_batch.div_ceil(self.micro_batch_size.max(1)) as u64,
+            tokens: tokens as u64,
+            micro_batches: ppo.mini_batch_size().div_ceil(self.micro_batch_size.max(1)) as u64,
             checkpointing: ppo.gradient_checkpointing,
             precision: ppo.precision,
         }

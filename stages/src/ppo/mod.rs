@@ -22,7 +22,7 @@ use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, ModelConfig, Needs, OutputPort, Problem, Retain,
     RunContext, Sample, Snapshot, StageError, StageEvent, StageKind, StageResult,
 };
-use rlflow_model::{CheckpointInfo, Gathering, Group, Head, LoraSettings, Use, checkpoint};
+use rlflow_model::{CheckpointInfo, Group, Head, LoraSettings, Use, checkpoint};
 use rlflow_text::{PromptDataset, Split};
 use serde_json::json;
 
@@ -33,7 +33,7 @@ use self::{experience::Experience, ptx::Ptx, score_moments::ScoreMoments, update
 use crate::{
     lora,
     models::{self, LoadedModel},
-    train::{Memory, Pass, Precision, Rollout, RowOrder, Sharding, frozen_needs, longest_row, sampling_bytes, training_needs},
+    train::{Memory, Pass, Precision, RowOrder, Sharding, frozen_needs, sampling_bytes, tokens_of_rows, training_needs},
 };
 
 /// See the module.
@@ -132,7 +132,12 @@ impl StageKind for Ppo {
         let sharding =
             context.input("actor").map_or(Sharding { ranks: 1, zero: 0 }, |actor| Sharding { ranks: actor.ranks, zero: actor.zero });
         let needs = model.map_or_else(Needs::default, |model| Needs {
-            buffer_bytes: sampling_bytes(model, rollout(config, context, model), sharding, config.precision),
+            buffer_bytes: sampling_bytes(
+                model,
+                config.rollout(prompt_tokens(config, context, model, config.batch_size)),
+                sharding,
+                config.precision,
+            ),
             tokens: (config.batch_size * model.context) as u64 * config.steps,
             ..Needs::default()
         });
@@ -163,14 +168,9 @@ impl StageKind for Ppo {
     }
 }
 
-/// What is sampled at once.
-fn rollout(config: &PpoConfig, context: &DescribeContext<'_>, model: &ModelConfig) -> Rollout {
-    Rollout {
-        sequences: config.batch_size as u64,
-        prompt_tokens: longest_row(context, "prompts", model.context.saturating_sub(config.max_new_tokens)) as u64,
-        new_tokens: config.max_new_tokens as u64,
-        gathering: Gathering::of(config.gather_for_generation),
-    }
+/// Tokens of so many prompts.
+fn prompt_tokens(config: &PpoConfig, context: &DescribeContext<'_>, model: &ModelConfig, prompts: usize) -> usize {
+    tokens_of_rows(context, "prompts", prompts, model.context.saturating_sub(config.max_new_tokens), config.shuffle)
 }
 
 /// What the roles hold, per rank of each. A critic that shares the actor's trunk is no model of its own.
@@ -186,16 +186,18 @@ fn held(config: &PpoConfig, context: &DescribeContext<'_>) -> Vec<(&'static str,
         let input = context.input(port)?;
         let model = input.meta.model.as_ref()?;
         let sharding = Sharding { ranks: input.ranks, zero: input.zero };
-        let rollout = rollout(config, context, model);
-        let answer = ((rollout.prompt_tokens + rollout.new_tokens) as usize).min(model.context);
+        let pass = |train: &RoleTrain| {
+            let answers = train.micro_batch_size.min(config.mini_batch_size());
+            train.pass(head, prompt_tokens(config, context, model, answers) + answers * config.max_new_tokens, config)
+        };
         if !is_trained {
             // Frozen ones score as many answers at a time as the actor learns from, those of the whole rollout in turn.
-            let pass = train("actor").pass(head, answer, config);
+            let pass = pass(&train("actor"));
             let micro_batches = pass.micro_batches * config.num_mini_batches as u64;
             return Some((port, frozen_needs(model, Pass { micro_batches, ..pass }, sharding)));
         }
         let adapter = input.settings.get("lora").and_then(|lora| serde_json::from_value::<LoraSettings>(lora.clone()).ok());
-        let mut needs = training_needs(model, adapter.as_ref(), train(port).pass(head, answer, config), sharding, 0);
+        let mut needs = training_needs(model, adapter.as_ref(), pass(&train(port)), sharding, 0);
         if port == "actor" && config.ema_decay.is_some() {
             // The average is f32.
             needs.parameter_bytes *= if config.precision == Precision::Bf16 { 3 } else { 2 };

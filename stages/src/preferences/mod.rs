@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RunContext, StageKind,
-    StageResult,
+    Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RowLengths, RunContext,
+    StageKind, StageResult,
 };
 use rlflow_text::{
     Chat, ChatTokenizer, PreferenceRow, PreferenceWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows,
@@ -46,6 +46,8 @@ impl StageKind for Preferences {
         ("margins", "rows with a margin"),
         ("tokens", "tokens of all prompts and answers"),
         ("longest_row", "tokens of the longest prompt with its longest answer"),
+        ("mean_row", "mean of the same over all rows"),
+        ("row_deviation", "its standard deviation"),
     ];
     const DRAWS: bool = false;
 
@@ -83,17 +85,18 @@ impl StageKind for Preferences {
             }
             Ok(UsableRow { format: preference.format, question, row })
         };
-        let (mut answers, mut margins, mut tokens, mut longest) = (0u64, 0u64, 0u64, 0u64);
+        let (mut answers, mut margins, mut tokens, mut rows) = (0u64, 0u64, 0u64, RowLengths::default());
         let counts = convert_rows(context, &config.rows, false, convert, |split, row| {
             let lengths = row.answers.iter().map(|answer| answer.len() as u64);
             answers += row.answers.len() as u64;
             margins += u64::from(row.margin.is_some());
             tokens += row.prompt.len() as u64 + lengths.clone().sum::<u64>();
-            longest = longest.max(row.prompt.len() as u64 + lengths.max().unwrap_or(0));
+            rows.add(row.prompt.len() as u64 + lengths.max().unwrap_or(0));
             writer.push(split, &row)
         })?;
-        let metrics = [("answers", answers), ("margins", margins), ("tokens", tokens), ("longest_row", longest)];
+        let metrics = [("answers", answers), ("margins", margins), ("tokens", tokens)];
         context.metrics(0, &metrics.map(|(name, value)| (name, value as f64)));
+        context.metrics(0, &rows.tokens().metrics());
         let mut builder = context.output(ArtifactType::Preferences);
         writer.finish(&mut builder)?;
         builder.metadata(json!({

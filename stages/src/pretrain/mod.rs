@@ -116,7 +116,13 @@ impl StageKind for Pretrain {
         let needs = model.as_ref().map(|model| {
             let plan = config.train.plan(0);
             let total = plan.steps * (plan.batch_size * model.context) as u64;
-            train::training_needs(model, None, plan.pass(Head::Language, model.context, &config.execution), Sharding::of(context), total)
+            train::training_needs(
+                model,
+                None,
+                plan.pass(Head::Language, plan.micro_batch_size * model.context, &config.execution),
+                Sharding::of(context),
+                total,
+            )
         });
         let meta = ArtifactMeta {
             context: model.as_ref().map(|model| model.context as u64),

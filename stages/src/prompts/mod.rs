@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RunContext, StageKind,
-    StageResult,
+    Artifact, ArtifactMeta, ArtifactType, DataSource, DescribeContext, Description, InputPort, OutputPort, Problem, RowLengths, RunContext,
+    StageKind, StageResult,
 };
 use rlflow_text::{Chat, ChatTokenizer, PromptRow, PromptWriter, RowError, RowSettings, UsableRow, convert_rows, question_digest, rows};
 use schemars::JsonSchema;
@@ -50,6 +50,8 @@ impl StageKind for Prompts {
         ("answers", "rows with a reference answer"),
         ("tokens", "tokens of all prompts"),
         ("longest_row", "tokens of the longest prompt"),
+        ("mean_row", "mean of the same over all rows"),
+        ("row_deviation", "its standard deviation"),
     ];
     const DRAWS: bool = false;
 
@@ -94,14 +96,15 @@ impl StageKind for Prompts {
                 row: PromptRow { ids, text, answer: prompt.answer, messages, context: prompt.context },
             })
         };
-        let (mut answers, mut tokens, mut longest) = (0u64, 0u64, 0u64);
+        let (mut answers, mut tokens, mut lengths) = (0u64, 0u64, RowLengths::default());
         let counts = convert_rows(context, &config.rows, true, convert, |split, row| {
             answers += u64::from(row.answer.is_some());
             tokens += row.ids.len() as u64;
-            longest = longest.max(row.ids.len() as u64);
+            lengths.add(row.ids.len() as u64);
             writer.push(split, &row)
         })?;
-        context.metrics(0, &[("answers", answers as f64), ("tokens", tokens as f64), ("longest_row", longest as f64)]);
+        context.metrics(0, &[("answers", answers as f64), ("tokens", tokens as f64)]);
+        context.metrics(0, &lengths.tokens().metrics());
         let mut builder = context.output(ArtifactType::Prompts);
         writer.finish(&mut builder)?;
         builder.metadata(json!({

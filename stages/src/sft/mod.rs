@@ -91,7 +91,8 @@ impl StageKind for Sft {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
             let total = plan.steps * plan.batch_size as u64 * model.context as u64;
-            let pass = plan.pass(Head::Language, train::longest_row(context, "data", model.context), &config.execution);
+            let tokens = train::tokens_of_rows(context, "data", plan.micro_batch_size, model.context, plan.shuffle);
+            let pass = plan.pass(Head::Language, tokens, &config.execution);
             train::training_needs(model, config.lora.as_ref(), pass, Sharding::of(context), total)
         })
     }

@@ -32,7 +32,7 @@ pub struct Pass {
 pub struct Rollout {
     /// How many.
     pub sequences: u64,
-    /// Tokens of the longest prompt.
+    /// Tokens of all prompts.
     pub prompt_tokens: u64,
     /// Tokens of the longest answer.
     pub new_tokens: u64,
@@ -40,10 +40,11 @@ pub struct Rollout {
     pub gathering: Gathering,
 }
 
-/// Tokens of the longest row on `port`: what it holds where that is known, but no more than `limit`.
-pub fn longest_row(context: &DescribeContext<'_>, port: &str, limit: usize) -> usize {
-    let known = context.input(port).and_then(|input| input.meta.context);
-    known.map_or(limit, |tokens| limit.min(tokens as usize))
+/// Tokens that `rows` rows on `port` take together, each cut to `limit`: likely ones where the rows are there and their order is drawn, else
+/// as many as can be.
+pub fn tokens_of_rows(context: &DescribeContext<'_>, port: &str, rows: usize, limit: usize, is_drawn: bool) -> usize {
+    let known = context.input(port).and_then(|input| input.meta.row_tokens);
+    known.map_or(rows * limit, |known| known.of_group(rows, limit, is_drawn))
 }
 
 /// On how many ranks a model lives, at which ZeRO level.
@@ -254,8 +255,8 @@ pub fn frozen_needs(model: &ModelConfig, pass: Pass, sharding: Sharding) -> Need
 pub fn sampling_bytes(model: &ModelConfig, rollout: Rollout, sharding: Sharding, precision: Precision) -> u64 {
     let Rollout { sequences, prompt_tokens, new_tokens, gathering } = rollout;
     let kv = (model.kv_heads * model.head_dim) as u64;
-    let capacity = (prompt_tokens + new_tokens).min(model.context as u64);
-    let caches = sequences * (2 * capacity * model.layers as u64 * kv + (model.vocab_size + model.hidden_size) as u64);
+    let capacities = (prompt_tokens + sequences * new_tokens).min(sequences * model.context as u64);
+    let caches = 2 * capacities * model.layers as u64 * kv + sequences * (model.vocab_size + model.hidden_size) as u64;
     let block = (3 * model.hidden_size + 2 * model.heads * model.head_dim + 3 * model.intermediate_size) as u64 + 2 * kv;
     let sizes = Sizes::of(model, Head::Language);
     let bf16 = precision == Precision::Bf16;
@@ -266,5 +267,5 @@ pub fn sampling_bytes(model: &ModelConfig, rollout: Rollout, sharding: Sharding,
         (3, Gathering::ByBlock) => sizes.all - sizes.block * (model.layers as u64).saturating_sub(2),
         _ => 0,
     };
-    F32 * (caches + sequences * prompt_tokens * block + widened + gathered / if bf16 { 2 } else { 1 })
+    F32 * (caches + prompt_tokens * block + widened + gathered / if bf16 { 2 } else { 1 })
 }

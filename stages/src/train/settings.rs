@@ -237,11 +237,11 @@ impl<D: TrainDefaults> TrainSettings<D> {
 }
 
 impl TrainPlan {
-    /// The largest pass of a step: rows of `row_tokens` tokens at most.
-    pub fn pass(&self, head: Head, row_tokens: usize, execution: &TrainExecution) -> Pass {
+    /// The largest pass of a step, of so many tokens.
+    pub fn pass(&self, head: Head, tokens: usize, execution: &TrainExecution) -> Pass {
         Pass {
             head,
-            tokens: (self.micro_batch_size * row_tokens) as u64,
+            tokens: tokens as u64,
             micro_batches: self.batch_size.div_ceil(self.micro_batch_size.max(1)) as u64,
             checkpointing: execution.gradient_checkpointing,
             precision: execution.precision,
