@@ -10,6 +10,7 @@ use crate::{
     norm::{norm, norm_backward, rms_norm, rms_norm_backward, sum_of_norms},
     operand::{Blocks, Kept, Role, finish, put},
     rope::RopeTable,
+    scratch::scratch,
 };
 
 /// How positions enter.
@@ -49,7 +50,7 @@ pub struct AttentionShape {
     pub eps: f32,
     /// A token sees itself and the `window - 1` tokens before it; all of them without a window.
     pub window: Option<usize>,
-    /// Format of the projections' operands; scores and their gradients are f32 throughout.
+    /// Format of the products' operands.
     pub arithmetic: Arithmetic,
 }
 
@@ -154,7 +155,7 @@ pub fn forward(
     let has_head_norms = weights.q_norm.is_some() || weights.k_norm.is_some();
     how.blocks.each(|rows| {
         let x = &x[rows.start * hidden..rows.end * hidden];
-        let (mut normed, mut inverse) = (zeros(x.len()), zeros(rows.len()));
+        let (mut normed, mut inverse) = (scratch(x.len()), scratch(rows.len()));
         norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
         let normed = how.blocks.left(MatrixRef::new(&normed, rows.len(), hidden), rows.start);
         for (index, ((of, result), width)) in of.iter().zip(&results).zip(widths).enumerate() {
@@ -177,12 +178,11 @@ pub fn forward(
         positional.rotate(&mut k, layout.positions(), false);
     }
     let (mut out, mut log_sum_exp) = (zeros(tokens * query_width), zeros(shape.heads.heads * tokens));
-    attention(&mut out, &mut log_sum_exp, &q, &k, &v, positional.slopes(), shape.heads, shape.window, layout);
+    attention(&mut out, &mut log_sum_exp, &q, &k, &v, positional.slopes(), shape.heads, shape.window, layout, shape.arithmetic);
     let (output, y) = (how.forward(Projection::Output, weights.o, query_width), Parts::new(tokens * hidden));
     how.blocks.each(|rows| {
         // SAFETY: each block has its own rows.
-        let y = unsafe { y.zeroed(rows.start * hidden..rows.end * hidden) };
-        y.copy_from_slice(&x[rows.start * hidden..rows.end * hidden]);
+        let y = unsafe { y.copied(rows.start * hidden, &x[rows.start * hidden..rows.end * hidden]) };
         output.run(y, Into::Add, &how.blocks.left(MatrixRef::of_rows(&out, &rows, query_width), rows.start));
     });
     // SAFETY: the blocks are all rows.
@@ -229,7 +229,22 @@ pub fn backward(
     let (mut dq, mut dk, mut dv) = (zeros(tokens * query_width), zeros(tokens * kv_width), zeros(tokens * kv_width));
     let AttentionSaved { q, k, v, out, log_sum_exp, .. } = saved;
     let slopes = positional.slopes();
-    attention_backward(&mut dq, &mut dk, &mut dv, &dout, out, log_sum_exp, q, k, v, slopes, shape.heads, shape.window, layout);
+    attention_backward(
+        &mut dq,
+        &mut dk,
+        &mut dv,
+        &dout,
+        out,
+        log_sum_exp,
+        q,
+        k,
+        v,
+        slopes,
+        shape.heads,
+        shape.window,
+        layout,
+        shape.arithmetic,
+    );
     positional.rotate(&mut dq, layout.positions(), true);
     positional.rotate(&mut dk, layout.positions(), true);
     let q_norm = head_norm_backward(&mut dq, saved.q_norm.as_ref(), weights.q_norm);
@@ -242,7 +257,8 @@ pub fn backward(
     let norms = how.blocks.map(|rows| {
         let all = rows.start * hidden..rows.end * hidden;
         let (x, dy) = (&x[all.clone()], &dy[all.clone()]);
-        let mut dnormed = zeros(x.len());
+        let mut dnormed = scratch(x.len());
+        dnormed.fill(0.0);
         for ((of, (.., gradients)), kept) in of.iter().zip(projections).zip(&kept) {
             let width = gradients.len() / tokens.max(1);
             let gradients = MatrixRef::of_rows(gradients, &rows, width);
@@ -251,14 +267,13 @@ pub fn backward(
             unsafe { put(kept, gradients, rows.start) };
         }
         // The normalised input is cheaper to compute again than to keep.
-        let (mut normed, mut inverse) = (zeros(x.len()), zeros(rows.len()));
+        let (mut normed, mut inverse) = (scratch(x.len()), scratch(rows.len()));
         norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
         // SAFETY: as above.
         let dx = unsafe {
             put(&inputs, MatrixRef::new(&normed, rows.len(), hidden), rows.start);
-            dx.zeroed(all)
+            dx.copied(all.start, dy)
         };
-        dx.copy_from_slice(dy);
         norm_backward(dx, &dnormed, x, &inverse, weights.norm)
     });
     // SAFETY: the blocks are all rows.

@@ -49,6 +49,15 @@ impl<'a> MatrixRef<'a> {
         Self::new(&data[rows.start * width..rows.end * width], rows.len(), width)
     }
 
+    /// Some rows and some columns of it.
+    pub(crate) fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows && columns.start <= columns.end && columns.end <= self.columns);
+        // A part without elements begins nowhere.
+        let start =
+            if rows.is_empty() || columns.is_empty() { 0 } else { rows.start * self.row_stride + columns.start * self.column_stride };
+        Self { data: &self.data[start..], rows: rows.len(), columns: columns.len(), ..self }
+    }
+
     /// A row, of elements side by side.
     pub(crate) fn row(&self, row: usize) -> &'a [f32] {
         assert!(self.column_stride == 1, "rows lie across");

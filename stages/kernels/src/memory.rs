@@ -4,6 +4,8 @@ use std::{mem::MaybeUninit, ops::Range};
 
 use rayon::prelude::*;
 
+pub use crate::scratch::scratch_bytes;
+
 /// Lets the allocator keep large blocks that are freed, for the whole process. A training step frees what the next one asks
 /// for again; from the system such memory would come as fresh pages each time, a tenth of a step's time. Only glibc is told.
 pub fn keep_freed_memory() {
@@ -51,6 +53,24 @@ impl<T: bytemuck::Zeroable> Parts<T> {
             let start = self.start.add(part.start);
             start.write_bytes(0, part.len());
             std::slice::from_raw_parts_mut(start, part.len())
+        }
+    }
+
+    /// A part, copied from elsewhere.
+    ///
+    /// # Safety
+    /// As for [`Self::zeroed`].
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn copied(&self, start: usize, from: &[T]) -> &mut [T]
+    where
+        T: Copy,
+    {
+        assert!(start <= self.len && from.len() <= self.len - start);
+        // SAFETY: as in `zeroed`; the source is a slice, which nothing that is written to can be.
+        unsafe {
+            let start = self.start.add(start);
+            start.copy_from_nonoverlapping(from.as_ptr(), from.len());
+            std::slice::from_raw_parts_mut(start, from.len())
         }
     }
 

@@ -7,10 +7,11 @@ use crate::{
     affine::{Affine, Backward, Forward, MlpParts, Projecting},
     low_rank::{Dropout, Projection},
     matmul::{Arithmetic, Into, MatrixRef},
-    memory::{Parts, zeros},
+    memory::Parts,
     norm::{norm, norm_backward, sum_of_norms},
     operand::{Blocks, Keep, Kept, Role, finish},
     saved::{Saved, Saving},
+    scratch::scratch,
     simd::{fmadd, multiversion, sigmoid},
 };
 
@@ -61,15 +62,14 @@ pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32, arithmetic: Arithme
         let all = rows.start * hidden..rows.end * hidden;
         let x = &x[all.clone()];
         // SAFETY: each block has its own rows.
-        let y = unsafe { y.zeroed(all) };
-        y.copy_from_slice(x);
-        let (mut normed, mut inverse) = (zeros(x.len()), zeros(rows.len()));
+        let y = unsafe { y.copied(all.start, x) };
+        let (mut normed, mut inverse) = (scratch(x.len()), scratch(rows.len()));
         norm(&mut normed, &mut inverse, x, weights.norm, eps);
         let normed = how.blocks.left(MatrixRef::new(&normed, rows.len(), hidden), rows.start);
         for part in how.blocks.parts(width) {
             let first = rows.start * width + part.start;
             let project = |of: &Forward<'_>, saving: &Saving| {
-                let mut projected = zeros(rows.len() * part.len());
+                let mut projected = scratch(rows.len() * part.len());
                 of.columns(&mut projected, part.len(), Into::Overwrite, &normed, part.clone(), 0..hidden);
                 // SAFETY: as above.
                 unsafe { saving.put(&mut projected, part.len(), first, width) };
@@ -127,14 +127,15 @@ pub fn backward(
         };
         put(&upstream, dy, 0);
         let dout = how.blocks.left(dy, rows.start);
-        let mut dnormed = zeros(x.len());
+        let mut dnormed = scratch(x.len());
+        dnormed.fill(0.0);
         for part in how.blocks.parts(width) {
             let len = part.len();
-            let mut dactivated = zeros(rows.len() * len);
+            let mut dactivated = scratch(rows.len() * len);
             down_of.columns(&mut dactivated, Into::Overwrite, &dout, part.clone(), 0..hidden);
-            let (mut activated, mut dup) = (zeros(rows.len() * len), zeros(rows.len() * len));
+            let (mut activated, mut dup) = (scratch(rows.len() * len), scratch(rows.len() * len));
             let read = |saved: &Saved| {
-                let mut values = zeros(rows.len() * len);
+                let mut values = scratch(rows.len() * len);
                 each_row(&mut values, len).enumerate().for_each(|(row, to)| {
                     let first = (rows.start + row) * width + part.start;
                     saved.read(to, first..first + len);
@@ -165,12 +166,11 @@ pub fn backward(
             put(&activations, MatrixRef::new(&activated, rows.len(), len), part.start);
         }
         // The normalised input is cheaper to compute again than to keep.
-        let (mut normed, mut inverse) = (zeros(x.len()), zeros(rows.len()));
+        let (mut normed, mut inverse) = (scratch(x.len()), scratch(rows.len()));
         norm(&mut normed, &mut inverse, x, weights.norm, eps);
         put(&inputs, MatrixRef::new(&normed, rows.len(), hidden), 0);
         // SAFETY: as above.
-        let dx = unsafe { dx.zeroed(all) };
-        dx.copy_from_slice(dy.parts().0);
+        let dx = unsafe { dx.copied(all.start, dy.parts().0) };
         norm_backward(dx, &dnormed, x, &inverse, weights.norm)
     });
     // SAFETY: the blocks are all rows.

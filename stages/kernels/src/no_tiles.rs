@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use crate::matmul::{Into, MatrixRef};
 
+pub(crate) const DEPTH: usize = 1;
+pub(crate) const PANEL: usize = 1;
+
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Kernel {
     Amx,
@@ -26,6 +29,10 @@ pub(crate) enum Packed {}
 
 impl Packed {
     pub(crate) fn left(_: MatrixRef<'_>) -> Self {
+        unreachable!("this processor has no tiles")
+    }
+
+    pub(crate) fn passing_right(_: MatrixRef<'_>) -> Self {
         unreachable!("this processor has no tiles")
     }
 

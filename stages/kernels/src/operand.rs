@@ -13,13 +13,13 @@ use crate::{
     low_rank::How,
     matmul::{Arithmetic, Into, MatrixRef},
     memory::{Parts, zeros},
-    panels::Panels,
+    panels::{self, PackedRows, Panels},
     simd,
     tiles::{self, Kernel},
 };
 
-/// Rows of a block: a multiple of what every unit computes at once.
-const ROWS: usize = 96;
+/// Rows of a block at least; with what units compute at once, 128 or 132.
+const ROWS: usize = 128;
 /// Columns of a part of a wide intermediate result, likewise.
 const COLUMNS: usize = 384;
 
@@ -32,6 +32,15 @@ pub(crate) struct Blocks {
     arithmetic: Arithmetic,
 }
 
+/// What multiplies tiles in this arithmetic, where the processor has it.
+pub(crate) fn tile_kernel(arithmetic: Arithmetic) -> Option<Kernel> {
+    match (arithmetic, bf16::unit()) {
+        (Arithmetic::Bf16, Unit::Amx) => Some(Kernel::Amx),
+        (Arithmetic::Bf16, Unit::Avx512) => Some(Kernel::Avx512),
+        (Arithmetic::F32, _) | (_, Unit::Rounded) => None,
+    }
+}
+
 /// What multiplies a block on one core.
 #[derive(Clone, Copy)]
 enum BlockUnit {
@@ -42,18 +51,20 @@ enum BlockUnit {
 impl Blocks {
     /// For `rows` rows.
     pub(crate) fn new(rows: usize, arithmetic: Arithmetic) -> Self {
-        let unit = match (arithmetic, bf16::unit()) {
-            (Arithmetic::F32, _) => (simd::level() == simd::Level::Avx512).then_some(BlockUnit::Panels),
-            (Arithmetic::Bf16, Unit::Amx) => Some(BlockUnit::Tiles(Kernel::Amx)),
-            (Arithmetic::Bf16, Unit::Avx512) => Some(BlockUnit::Tiles(Kernel::Avx512)),
-            (Arithmetic::Bf16, Unit::Rounded) => None,
+        let unit = match arithmetic {
+            Arithmetic::F32 => (simd::level() == simd::Level::Avx512).then_some(BlockUnit::Panels),
+            Arithmetic::Bf16 => tile_kernel(arithmetic).map(BlockUnit::Tiles),
         };
         Self { rows, unit, arithmetic }
     }
 
     /// Rows of each block but perhaps the last.
     pub(crate) fn block_size(self) -> usize {
-        if self.unit.is_some() { ROWS } else { self.rows.max(1) }
+        match self.unit {
+            None => self.rows.max(1),
+            Some(BlockUnit::Panels) => ROWS.next_multiple_of(panels::ROWS),
+            Some(BlockUnit::Tiles(_)) => ROWS.next_multiple_of(tiles::DEPTH),
+        }
     }
 
     /// Runs `work` with every block, on all threads.
@@ -84,7 +95,11 @@ impl Blocks {
 
     /// Rows of the block that begins at row `first_row`, as a left operand.
     pub(crate) fn left<'a>(self, rows: MatrixRef<'a>, first_row: usize) -> Left<'a> {
-        let packed = matches!(self.unit, Some(BlockUnit::Tiles(_))).then(|| tiles::Packed::left(rows));
+        let packed = match self.unit {
+            None => PackedLeft::Plain,
+            Some(BlockUnit::Panels) => PackedLeft::Panels(PackedRows::new(rows)),
+            Some(BlockUnit::Tiles(_)) => PackedLeft::Tiles(tiles::Packed::left(rows)),
+        };
         Left { rows, first_row, packed }
     }
 
@@ -146,12 +161,9 @@ impl Blocks {
         }
     }
 
-    /// Elements that all threads together hold of what a block has for each row.
+    /// Elements of what a block has for each row. Those of small blocks are scratch that threads keep in any case.
     pub(crate) fn working_size(self, per_row: usize) -> usize {
-        match self.unit {
-            None => self.rows * per_row,
-            Some(_) => self.rows.min(ROWS * rayon::current_num_threads()) * per_row,
-        }
+        if self.unit.is_some() { 0 } else { self.rows * per_row }
     }
 
     /// Columns of a part of `columns` columns.
@@ -172,9 +184,8 @@ impl<'a> Keep<'a> {
             Self::Given(..) => {}
             Self::Rows(parts, width) => {
                 (0..rows.rows()).into_par_iter().with_min_len(32).for_each(|row| {
-                    let start = (first_row + row) * width + first_column;
                     // SAFETY: as the caller promises.
-                    unsafe { parts.zeroed(start..start + rows.columns()) }.copy_from_slice(rows.row(row));
+                    unsafe { parts.copied((first_row + row) * width + first_column, rows.row(row)) };
                 });
             }
         }
@@ -264,7 +275,13 @@ pub(crate) struct Left<'a> {
     pub(crate) rows: MatrixRef<'a>,
     /// Number of the first of them.
     pub(crate) first_row: usize,
-    packed: Option<tiles::Packed>,
+    packed: PackedLeft,
+}
+
+enum PackedLeft {
+    Panels(PackedRows),
+    Tiles(tiles::Packed),
+    Plain,
 }
 
 impl Right<'_> {
@@ -280,13 +297,15 @@ impl Right<'_> {
         into: Into,
     ) {
         match (self, &left.packed) {
-            (Self::Panels(right), _) => right.multiply(out, out_row_stride, left.rows, columns, terms, into),
-            (Self::Tiles(kernel, right), Some(left)) => right.multiply(*kernel, out, out_row_stride, left, columns, terms, into),
-            (Self::Plain(arithmetic, right), _) => {
+            (Self::Panels(right), PackedLeft::Panels(left)) => right.multiply(out, out_row_stride, left, columns, terms, into),
+            (Self::Tiles(kernel, right), PackedLeft::Tiles(left)) => {
+                right.multiply(*kernel, out, out_row_stride, left, columns, terms, into)
+            }
+            (Self::Plain(arithmetic, right), PackedLeft::Plain) => {
                 assert!(columns == (0..right.columns()) && terms == (0..right.rows()), "a plain operand is not cut");
                 arithmetic.multiply(out, out_row_stride, left.rows, *right, into, true);
             }
-            (Self::Tiles(..), None) => unreachable!("operands of one operation are packed alike"),
+            _ => unreachable!("operands of one operation are packed alike"),
         }
     }
 }

@@ -10,16 +10,17 @@ use rayon::prelude::*;
 use crate::{
     matmul::{Into, MatrixRef},
     memory::Parts,
+    scratch::{Scratch, scratch},
     simd::{LANES, transpose},
 };
 
 /// Vectors of columns of a panel, and rows whose sums are in registers at once.
 const VECTORS: usize = 2;
-const ROWS: usize = 12;
+pub(crate) const ROWS: usize = 12;
 /// Columns of a panel.
 pub(crate) const PANEL: usize = VECTORS * LANES;
 /// Terms that are summed before the result is touched: a panel of them stays in the second-level cache.
-const DEPTH: usize = 1024;
+const DEPTH: usize = 256;
 
 /// A right operand in panels of [`PANEL`] columns; within one, each step of the depth has its columns side by side. Columns
 /// beyond the operand are zeros.
@@ -45,48 +46,82 @@ impl Panels {
     }
 
     /// `out = left right` or `out += left right` for the given columns and terms of the right operand, on the calling thread.
-    /// `columns` and `terms` begin at multiples of [`PANEL`].
+    /// `columns` begin at a multiple of [`PANEL`].
     pub(crate) fn multiply(
         &self,
         out: &mut [f32],
         out_row_stride: usize,
-        left: MatrixRef<'_>,
+        left: &PackedRows,
         columns: Range<usize>,
         terms: Range<usize>,
         into: Into,
     ) {
-        let (data, row_stride, column_stride) = left.parts();
-        assert!(column_stride == 1 && left.columns() == terms.len() && terms.end <= self.depth && columns.end <= self.columns);
+        assert!(left.terms == terms.len() && terms.end <= self.depth && columns.end <= self.columns);
         assert!(columns.start.is_multiple_of(PANEL), "columns begin within a panel");
-        if left.rows() == 0 || columns.is_empty() {
+        if left.rows == 0 || columns.is_empty() {
             return;
         }
         assert!(
-            columns.len() <= out_row_stride && (left.rows() - 1) * out_row_stride + columns.len() <= out.len(),
+            columns.len() <= out_row_stride && (left.rows - 1) * out_row_stride + columns.len() <= out.len(),
             "result leaves its slice"
         );
-        for start in terms.clone().step_by(DEPTH) {
-            let depth = DEPTH.min(terms.end - start);
-            let into = if start > terms.start { Into::Add } else { into };
+        for start in (0..terms.len()).step_by(DEPTH) {
+            let depth = DEPTH.min(terms.len() - start);
+            let into = if start > 0 { Into::Add } else { into };
             for first in columns.clone().step_by(PANEL) {
                 let width = PANEL.min(columns.end - first);
                 let masks = [0, LANES].map(|skipped| ((1_u32 << width.saturating_sub(skipped).min(LANES)) - 1) as u16);
-                let right = &self.data[first * self.depth + start * PANEL..][..depth * PANEL];
-                let mut row = 0;
-                while row < left.rows() {
-                    let rows = left.rows() - row;
-                    let part = Part { left: &data[row * row_stride + start - terms.start..], row_stride, right, depth, masks, into };
+                let right = &self.data[first * self.depth + (terms.start + start) * PANEL..][..depth * PANEL];
+                for row in (0..left.rows).step_by(ROWS) {
+                    let rows = ROWS.min(left.rows - row);
+                    let left = &left.data[row * left.terms + start * ROWS..][..depth * ROWS];
                     let out = &mut out[row * out_row_stride + first - columns.start..];
-                    // SAFETY: the assertions keep rows, columns and terms within the slices; the processor has the instructions.
-                    row += unsafe {
-                        match rows {
-                            ROWS.. => part.compute::<ROWS>(out, out_row_stride),
-                            4.. => part.compute::<4>(out, out_row_stride),
-                            _ => part.compute::<1>(out, out_row_stride),
-                        }
-                    };
+                    // SAFETY: the assertions keep rows and columns within the result; the processor has the instructions.
+                    unsafe { compute(left, right, out, out_row_stride, rows, masks, into) };
                 }
             }
+        }
+    }
+}
+
+/// Rows in groups of [`ROWS`]; within one, each step of the depth has its rows side by side. Rows beyond the operand are zeros.
+pub(crate) struct PackedRows {
+    data: Scratch<f32>,
+    rows: usize,
+    terms: usize,
+}
+
+impl PackedRows {
+    /// Packs rows on the calling thread. The processor must have AVX-512.
+    pub(crate) fn new(left: MatrixRef<'_>) -> Self {
+        let (rows, terms) = (left.rows(), left.columns());
+        let mut data = scratch(rows.div_ceil(ROWS) * ROWS * terms);
+        for (group, packed) in data.chunks_exact_mut((ROWS * terms).max(1)).enumerate() {
+            // SAFETY: the processor has the instructions.
+            unsafe { pack_rows(packed, left, group * ROWS) };
+        }
+        Self { data, rows, terms }
+    }
+}
+
+/// Packs the group that begins at row `first`.
+#[target_feature(enable = "avx512f")]
+fn pack_rows(packed: &mut [f32], left: MatrixRef<'_>, first: usize) {
+    const MASK: u16 = (1 << ROWS) - 1;
+    let count = ROWS.min(left.rows() - first);
+    for start in (0..left.columns()).step_by(LANES) {
+        let terms = LANES.min(left.columns() - start);
+        let mask = ((1_u32 << terms) - 1) as u16;
+        let mut lines = [_mm512_setzero_si512(); LANES];
+        for (row, line) in lines.iter_mut().enumerate().take(count) {
+            let from = &left.row(first + row)[start..start + terms];
+            // SAFETY: the mask keeps the load within `from`.
+            *line = unsafe { _mm512_maskz_loadu_epi32(mask, from.as_ptr().cast()) };
+        }
+        transpose(&mut lines);
+        for (to, line) in packed[start * ROWS..].chunks_exact_mut(ROWS).zip(lines).take(terms) {
+            // SAFETY: the mask keeps the store within `to`.
+            unsafe { _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), MASK, line) };
         }
     }
 }
@@ -124,49 +159,34 @@ fn pack(packed: &mut [f32], right: MatrixRef<'_>, first: usize) {
     }
 }
 
-/// Some rows by a panel.
-struct Part<'a> {
-    left: &'a [f32],
-    row_stride: usize,
-    right: &'a [f32],
-    depth: usize,
-    /// Columns that each vector has.
-    masks: [u16; VECTORS],
-    into: Into,
-}
-
-impl Part<'_> {
-    /// Computes `R` rows, and says how many that were.
-    ///
-    /// # Safety
-    /// `left` and `out` must have `R` rows of this depth and width.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn compute<const R: usize>(&self, out: &mut [f32], out_row_stride: usize) -> usize {
-        let mut sums = [[_mm512_setzero_ps(); VECTORS]; R];
-        let (left, right) = (self.left.as_ptr(), self.right.as_ptr());
-        // SAFETY: as the caller promises.
-        unsafe {
-            for term in 0..self.depth {
-                let right = right.add(term * PANEL);
-                let columns = [_mm512_loadu_ps(right), _mm512_loadu_ps(right.add(LANES))];
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let value = _mm512_set1_ps(*left.add(row * self.row_stride + term));
-                    for (sum, columns) in sums.iter_mut().zip(columns) {
-                        *sum = _mm512_fmadd_ps(value, columns, *sum);
-                    }
-                }
-            }
-            for (row, sums) in sums.iter().enumerate() {
-                for (vector, (sum, mask)) in sums.iter().zip(self.masks).enumerate() {
-                    let to = out.as_mut_ptr().wrapping_add(row * out_row_stride + vector * LANES);
-                    let sum = match self.into {
-                        Into::Overwrite => *sum,
-                        Into::Add => _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), *sum),
-                    };
-                    _mm512_mask_storeu_ps(to, mask, sum);
-                }
+/// A group of rows by a panel; `rows` of them and the columns of `masks` are written.
+///
+/// # Safety
+/// `out` must have these rows and columns.
+#[target_feature(enable = "avx512f")]
+unsafe fn compute(left: &[f32], right: &[f32], out: &mut [f32], out_row_stride: usize, rows: usize, masks: [u16; VECTORS], into: Into) {
+    let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+    for (left, right) in left.as_chunks::<ROWS>().0.iter().zip(right.as_chunks::<PANEL>().0) {
+        // SAFETY: two vectors are a panel's columns.
+        let columns = unsafe { [_mm512_loadu_ps(right.as_ptr()), _mm512_loadu_ps(right.as_ptr().add(LANES))] };
+        for (sums, value) in sums.iter_mut().zip(left) {
+            let value = _mm512_set1_ps(*value);
+            for (sum, columns) in sums.iter_mut().zip(columns) {
+                *sum = _mm512_fmadd_ps(value, columns, *sum);
             }
         }
-        R
+    }
+    for (row, sums) in sums.iter().enumerate().take(rows) {
+        for (vector, (sum, mask)) in sums.iter().zip(masks).enumerate() {
+            let to = out.as_mut_ptr().wrapping_add(row * out_row_stride + vector * LANES);
+            // SAFETY: as the caller promises.
+            unsafe {
+                let sum = match into {
+                    Into::Overwrite => *sum,
+                    Into::Add => _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), *sum),
+                };
+                _mm512_mask_storeu_ps(to, mask, sum);
+            }
+        }
     }
 }

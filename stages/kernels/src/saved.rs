@@ -39,12 +39,12 @@ impl Saving {
     /// No other task may save the same elements.
     pub(crate) unsafe fn put(&self, rows: &mut [f32], width: usize, first: usize, row_stride: usize) {
         rows.par_chunks_mut(width).enumerate().with_min_len(32).for_each(|(row, from)| {
-            let at = first + row * row_stride..first + row * row_stride + width;
+            let at = first + row * row_stride;
             // SAFETY: as the caller promises.
             unsafe {
                 match self {
-                    Self::F32(parts) => parts.zeroed(at).copy_from_slice(from),
-                    Self::Bf16(parts) => round_row(parts.zeroed(at), from),
+                    Self::F32(parts) => _ = parts.copied(at, from),
+                    Self::Bf16(parts) => round_row(parts.zeroed(at..at + width), from),
                 }
             }
         });

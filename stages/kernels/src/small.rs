@@ -6,15 +6,15 @@ use crate::matmul::{Into, MatrixRef};
 #[cfg(target_arch = "x86_64")]
 use crate::simd;
 
-/// `out = a b * scale` or `out += a b * scale` on the calling thread, `out` row-major with the given row stride. Columns of
+/// `out = a b` or `out += a b` on the calling thread, `out` row-major with the given row stride. Columns of
 /// `b` should lie side by side.
-pub(crate) fn multiply(out: &mut [f32], out_row_stride: usize, a: MatrixRef<'_>, b: MatrixRef<'_>, scale: f32, into: Into) {
+pub(crate) fn multiply(out: &mut [f32], out_row_stride: usize, a: MatrixRef<'_>, b: MatrixRef<'_>, into: Into) {
     #[cfg(target_arch = "x86_64")]
     if simd::level() == simd::Level::Avx512 && b.parts().2 == 1 {
         // SAFETY: the processor has the instructions.
-        return unsafe { avx512::multiply(out, out_row_stride, a, b, scale, into) };
+        return unsafe { avx512::multiply(out, out_row_stride, a, b, into) };
     }
-    crate::matmul::matmul_serial(out, out_row_stride, a, b, scale, into);
+    crate::matmul::matmul_serial(out, out_row_stride, a, b, 1.0, into);
 }
 
 /// `out[c, r] = rows[r, c]`, with `out_row_stride` elements from row to row of `out`.
@@ -55,12 +55,11 @@ mod avx512 {
         depth: usize,
         /// Columns that the last vector has.
         mask: u16,
-        scale: f32,
         into: Into,
     }
 
     #[target_feature(enable = "avx512f")]
-    pub(super) fn multiply(out: &mut [f32], out_row_stride: usize, a: MatrixRef<'_>, b: MatrixRef<'_>, scale: f32, into: Into) {
+    pub(super) fn multiply(out: &mut [f32], out_row_stride: usize, a: MatrixRef<'_>, b: MatrixRef<'_>, into: Into) {
         let (m, n, depth) = (a.rows(), b.columns(), a.columns());
         assert_eq!(depth, b.rows(), "inner dimensions differ");
         if m == 0 || n == 0 {
@@ -75,7 +74,7 @@ mod avx512 {
             let mask = ((1_u32 << (width - (vectors - 1) * LANES)) - 1) as u16;
             for row in (0..m).step_by(ROWS) {
                 let (a, b) = (&a_data[row * row_stride..], b_data.get(column..).unwrap_or_default());
-                let part = Part { a, a_strides: [row_stride, depth_stride], b, b_stride, depth, mask, scale, into };
+                let part = Part { a, a_strides: [row_stride, depth_stride], b, b_stride, depth, mask, into };
                 let out = &mut out[row * out_row_stride + column..];
                 // SAFETY: `MatrixRef` and the assertions keep all rows and columns of the part within their slices.
                 unsafe {
@@ -127,14 +126,13 @@ mod avx512 {
                     a = a.wrapping_add(depth_stride);
                     b = b.wrapping_add(self.b_stride);
                 }
-                let scale = _mm512_set1_ps(self.scale);
                 for (row, sums) in sums.iter().enumerate() {
                     for (vector, sum) in sums.iter().enumerate() {
                         let to = out.as_mut_ptr().add(row * out_row_stride + vector * LANES);
                         let mask = if vector + 1 == V { self.mask } else { !0 };
                         let result = match self.into {
-                            Into::Overwrite => _mm512_mul_ps(*sum, scale),
-                            Into::Add => _mm512_fmadd_ps(*sum, scale, _mm512_maskz_loadu_ps(mask, to)),
+                            Into::Overwrite => *sum,
+                            Into::Add => _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), *sum),
                         };
                         _mm512_mask_storeu_ps(to, mask, result);
                     }
@@ -161,13 +159,13 @@ mod tests {
                 let a = if is_transposed { MatrixRef::new(&a, k, m).t() } else { MatrixRef::new(&a, m, k) };
                 let b = MatrixRef::strided(&b, k, n, n + 3);
                 let mut out = vec![1.0; m * out_stride];
-                multiply(&mut out, out_stride, a, b, 0.5, Into::Add);
+                multiply(&mut out, out_stride, a, b, Into::Add);
                 let mut written = vec![7.0; m * out_stride];
-                multiply(&mut written, out_stride, a, b, 1.0, Into::Overwrite);
+                multiply(&mut written, out_stride, a, b, Into::Overwrite);
                 for row in 0..m {
                     for column in 0..out_stride {
                         let sum: f32 = if column < n { (0..k).map(|i| a.get(row, i) * b.get(i, column)).sum() } else { 0.0 };
-                        assert_eq!(out[row * out_stride + column], 1.0 + 0.5 * sum, "{m} {n} {k}: {row} {column}");
+                        assert_eq!(out[row * out_stride + column], 1.0 + sum, "{m} {n} {k}: {row} {column}");
                         let expected = if column < n { sum } else { 7.0 };
                         assert_eq!(written[row * out_stride + column], expected);
                     }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::{
     matmul::{Arithmetic, Into, MatrixRef},
     operand::{Blocks, Left, Right, Role, finish, put},
-    scratch::with_scratch,
+    scratch::scratch,
     simd::{LANES, exp, fmadd, lane_sum, max, multiversion},
 };
 
@@ -87,10 +87,9 @@ fn lefts<'a>(blocks: Blocks, rows: &'a [f32], width: usize) -> Vec<Left<'a>> {
 
 /// Calls `f` with the logits of a block of rows for some tokens, which stay in a core's cache.
 fn with_logits(right: &Right<'_>, left: &Left<'_>, tokens: usize, f: impl FnOnce(&mut [f32])) {
-    with_scratch(left.rows.rows() * tokens, |logits| {
-        right.multiply(logits, tokens, left, 0..tokens, 0..left.rows.columns(), Into::Overwrite);
-        f(logits);
-    });
+    let mut logits = scratch(left.rows.rows() * tokens);
+    right.multiply(&mut logits, tokens, left, 0..tokens, 0..left.rows.columns(), Into::Overwrite);
+    f(&mut logits);
 }
 
 /// Of the scaled logits `z` seen so far.

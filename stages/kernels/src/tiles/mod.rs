@@ -8,7 +8,6 @@
 
 mod amx;
 mod avx512;
-mod buffer;
 mod pack;
 mod packed;
 
@@ -18,12 +17,10 @@ use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
-use self::{
-    buffer::{LEFT, RIGHT, with_buffer},
-    pack::Side,
-};
+use self::pack::Side;
 use crate::{
     matmul::{Into, MatrixRef},
+    scratch::scratch,
     shared::Shared,
     simd,
 };
@@ -31,9 +28,9 @@ use crate::{
 /// Rows of a tile of the left operand, columns of one of the right.
 const TILE: usize = 16;
 /// Rows or columns that a kernel computes at once: two tiles.
-const PANEL: usize = 2 * TILE;
+pub(crate) const PANEL: usize = 2 * TILE;
 /// Elements of the depth that a tile holds.
-const DEPTH: usize = 32;
+pub(crate) const DEPTH: usize = 32;
 /// Numbers of one block of a panel: two tiles.
 const BLOCK: usize = PANEL * DEPTH;
 /// Blocks of the depth that are summed before the result is touched (a panel of them, 32 KiB, stays in the first-level
@@ -100,35 +97,32 @@ pub(crate) fn multiply(
         let panels = (PACKED / panel_len).max(1);
         let into = if start > 0 { Into::Add } else { into };
         for rows in parts(m.div_ceil(PANEL), panels) {
-            with_buffer(&LEFT, rows.len() * panel_len, |packed_left| {
-                for (part, columns) in parts(n.div_ceil(PANEL), panels).enumerate() {
-                    with_buffer(&RIGHT, columns.len() * panel_len, |packed_right| {
-                        let group = PACK_PANELS * panel_len;
-                        let lefts = packed_left.chunks_mut(group).zip(rows.clone().step_by(PACK_PANELS)).filter(|_| part == 0);
-                        let rights = packed_right.chunks_mut(group).zip(columns.clone().step_by(PACK_PANELS));
-                        let packs: Vec<_> = lefts.map(|task| (left, task)).chain(rights.map(|task| (right, task))).collect();
-                        let pack =
-                            |(side, (packed, panel)): (Side<'_>, (&mut [u16], usize))| side.pack(packed, panel_len, panel * PANEL, start);
-                        if parallel {
-                            packs.into_par_iter().for_each(pack)
-                        } else {
-                            packs.into_iter().for_each(pack)
-                        }
-                        let product = Product {
-                            kernel,
-                            left: (packed_left, rows.start),
-                            right: (packed_right, columns.start),
-                            panel_len,
-                            sizes: [m, n],
-                            out,
-                            out_row_stride,
-                            scale,
-                            into,
-                        };
-                        product.run([rows.len(), columns.len()], parallel);
-                    });
+            let mut packed_left = scratch(rows.len() * panel_len);
+            for (part, columns) in parts(n.div_ceil(PANEL), panels).enumerate() {
+                let mut packed_right = scratch(columns.len() * panel_len);
+                let group = PACK_PANELS * panel_len;
+                let lefts = packed_left.chunks_mut(group).zip(rows.clone().step_by(PACK_PANELS)).filter(|_| part == 0);
+                let rights = packed_right.chunks_mut(group).zip(columns.clone().step_by(PACK_PANELS));
+                let packs: Vec<_> = lefts.map(|task| (left, task)).chain(rights.map(|task| (right, task))).collect();
+                let pack = |(side, (packed, panel)): (Side<'_>, (&mut [u16], usize))| side.pack(packed, panel_len, panel * PANEL, start);
+                if parallel {
+                    packs.into_par_iter().for_each(pack)
+                } else {
+                    packs.into_iter().for_each(pack)
                 }
-            });
+                let product = Product {
+                    kernel,
+                    left: (&packed_left, rows.start),
+                    right: (&packed_right, columns.start),
+                    panel_len,
+                    sizes: [m, n],
+                    out,
+                    out_row_stride,
+                    scale,
+                    into,
+                };
+                product.run([rows.len(), columns.len()], parallel);
+            }
         }
     }
 }

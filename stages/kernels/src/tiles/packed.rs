@@ -4,16 +4,15 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{
-    BLOCK, DEPTH, DEPTH_BLOCKS, Kernel, PANEL, amx,
-    buffer::{LINE, Line},
-    pack::Side,
-};
+use super::{BLOCK, DEPTH, DEPTH_BLOCKS, Kernel, PANEL, amx, pack::Side};
 use crate::{
     matmul::{Into, MatrixRef},
     memory::Parts,
+    scratch::{Line, Scratch, scratch},
 };
 
+/// Numbers of a line of the cache.
+const LINE: usize = size_of::<Line>() / size_of::<u16>();
 /// Panels of a task of [`Packed::product`], at most.
 const TASK_PANELS: usize = 4;
 
@@ -53,49 +52,69 @@ impl Writer {
     /// All terms of all lines must have been put.
     pub(crate) unsafe fn finish(self) -> Packed {
         // SAFETY: as the caller promises.
-        Packed { tiles: unsafe { self.tiles.finish() }, lines: self.lines, terms: self.terms }
+        Packed { tiles: Tiles::Kept(unsafe { self.tiles.finish() }), lines: self.lines, terms: self.terms }
     }
 }
 
 /// One side of products, in panels of lines (rows of a left, columns of a right operand) with all of the summed dimension.
 pub(crate) struct Packed {
-    tiles: Vec<Line>,
+    tiles: Tiles,
     lines: usize,
     /// Terms of each line.
     terms: usize,
 }
 
+/// Where packed numbers are.
+enum Tiles {
+    Kept(Vec<Line>),
+    Passing(Scratch<u16>),
+}
+
+impl Tiles {
+    fn numbers(&self) -> &[u16] {
+        match self {
+            Self::Kept(lines) => bytemuck::cast_slice(lines),
+            Self::Passing(numbers) => numbers,
+        }
+    }
+}
+
 impl Packed {
-    /// Packs rows on the calling thread.
+    /// Packs rows on the calling thread, into its scratch.
     pub(crate) fn left(rows: MatrixRef<'_>) -> Self {
-        Self::new(Side::left(rows), rows.rows(), rows.columns(), false)
+        Self::passing(Side::left(rows), rows.rows(), rows.columns())
+    }
+
+    /// Packs columns on the calling thread, into its scratch.
+    pub(crate) fn passing_right(columns: MatrixRef<'_>) -> Self {
+        Self::passing(Side::right(columns), columns.columns(), columns.rows())
+    }
+
+    fn passing(side: Side<'_>, lines: usize, terms: usize) -> Self {
+        let panel_len = terms.div_ceil(DEPTH) * BLOCK;
+        let mut tiles = scratch(lines.div_ceil(PANEL) * panel_len);
+        side.pack(&mut tiles, panel_len.max(1), 0, 0);
+        Self { tiles: Tiles::Passing(tiles), lines, terms }
     }
 
     /// Packs columns on all threads.
     pub(crate) fn right(columns: MatrixRef<'_>) -> Self {
-        Self::new(Side::right(columns), columns.columns(), columns.rows(), true)
-    }
-
-    fn new(side: Side<'_>, lines: usize, terms: usize, parallel: bool) -> Self {
+        let (side, lines, terms) = (Side::right(columns), columns.columns(), columns.rows());
         let panel_len = terms.div_ceil(DEPTH) * BLOCK;
         let panels = lines.div_ceil(PANEL);
         let tiles = Parts::<Line>::new(panels * panel_len / LINE);
-        let pack = |panel: usize| {
-            // SAFETY: each call has a panel of its own.
+        (0..panels).into_par_iter().for_each(|panel| {
+            // SAFETY: each task has a panel of its own.
             let packed = unsafe { tiles.zeroed(panel * panel_len / LINE..(panel + 1) * panel_len / LINE) };
             side.pack(bytemuck::cast_slice_mut(packed), panel_len, panel * PANEL, 0);
-        };
-        match parallel {
-            true => (0..panels).into_par_iter().for_each(pack),
-            false => (0..panels).for_each(pack),
-        }
+        });
         // SAFETY: all panels were packed.
-        Self { tiles: unsafe { tiles.finish() }, lines, terms }
+        Self { tiles: Tiles::Kept(unsafe { tiles.finish() }), lines, terms }
     }
 
     fn panel(&self, panel: usize, blocks: Range<usize>) -> &[u16] {
         let panel_len = self.terms.div_ceil(DEPTH) * BLOCK;
-        &bytemuck::cast_slice(&self.tiles)[panel * panel_len + blocks.start * BLOCK..][..blocks.len() * BLOCK]
+        &self.tiles.numbers()[panel * panel_len + blocks.start * BLOCK..][..blocks.len() * BLOCK]
     }
 
     /// Number of lines.
