@@ -158,8 +158,8 @@ impl StageKind for Dpo {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
             let total = 2 * plan.steps * (plan.batch_size * model.context) as u64;
-            let tokens = train::tokens_of_rows(context, "data", plan.micro_batch_size, model.context, plan.shuffle);
-            let pass = plan.pass(Head::Language, 2 * tokens, &config.execution);
+            let tokens = train::tokens_of_rows(context, "data", 2 * plan.micro_batch_size, model.context, plan.shuffle);
+            let pass = plan.pass(Head::Language, tokens, &config.execution);
             let needs = train::training_needs(model, config.lora.as_ref(), pass, Sharding::of(context), total);
             // Only the divergence of KTO needs the reference while training; else its log-probabilities are computed before. Below
             // an adapter it is there anyway.

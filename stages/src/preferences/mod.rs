@@ -46,7 +46,7 @@ impl StageKind for Preferences {
         ("margins", "rows with a margin"),
         ("tokens", "tokens of all prompts and answers"),
         ("longest_row", "tokens of the longest prompt with its longest answer"),
-        ("mean_row", "mean of the same over all rows"),
+        ("mean_row", "mean tokens of a prompt with an answer"),
         ("row_deviation", "its standard deviation"),
     ];
     const DRAWS: bool = false;
@@ -91,7 +91,7 @@ impl StageKind for Preferences {
             answers += row.answers.len() as u64;
             margins += u64::from(row.margin.is_some());
             tokens += row.prompt.len() as u64 + lengths.clone().sum::<u64>();
-            rows.add(row.prompt.len() as u64 + lengths.max().unwrap_or(0));
+            lengths.for_each(|answer| rows.add(row.prompt.len() as u64 + answer));
             writer.push(split, &row)
         })?;
         let metrics = [("answers", answers), ("margins", margins), ("tokens", tokens)];

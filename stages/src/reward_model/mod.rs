@@ -101,8 +101,8 @@ impl StageKind for RewardModel {
             let Some(model) = &meta.model else { return Default::default() };
             let plan = config.train.plan(context.input("data").and_then(|data| data.meta.rows).unwrap_or(0) as usize);
             let total = 2 * plan.steps * (plan.batch_size * model.context) as u64;
-            let tokens = train::tokens_of_rows(context, "data", plan.micro_batch_size, model.context, plan.shuffle);
-            let pass = plan.pass(Head::Score, 2 * tokens, &config.execution);
+            let tokens = train::tokens_of_rows(context, "data", 2 * plan.micro_batch_size, model.context, plan.shuffle);
+            let pass = plan.pass(Head::Score, tokens, &config.execution);
             train::training_needs(model, config.lora.as_ref(), pass, Sharding::of(context), total)
         })
     }
