@@ -16,8 +16,9 @@ use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, me
 
 use crate::{Digest, Result, StoreError};
 
-/// A power of two of BLAKE3's chunks, few enough to stay in a core's cache between reading and hashing.
-const PIECE_BYTES: u64 = 256 << 10;
+/// A power of two of BLAKE3's chunks, few enough to stay in a core's cache between reading and hashing. Where the file lies in large
+/// pages of memory, half as many took 6 % longer.
+const PIECE_BYTES: u64 = 512 << 10;
 
 /// Digest of a file's first `size_bytes` bytes, each read once and handed to `take` with its offset, in no particular order.
 pub(crate) fn hash_file(path: &Path, file: &File, size_bytes: u64, take: impl Fn(&[u8], u64) -> Result<()> + Sync) -> Result<Digest> {
