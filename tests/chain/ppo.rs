@@ -74,11 +74,11 @@ fn settings_have_their_effect() {
     assert_eq!(scaled.first("objective/rlhf_reward").signum(), score.signum());
 
     // KL divergence.
-    assert_eq!(base.series("objective/kl_coef"), [0.05; 3]);
+    assert_eq!(base.series("objective/kl_coef"), [1.0; 3]);
     let adaptive = with(&["stage.ppo.kl_controller={ type = \"adaptive\", target = 0.5, horizon = 100 }"]);
     let coefficients = adaptive.series("objective/kl_coef");
     let moved = 1.0 + (adaptive.first("objective/kl") / 0.5 - 1.0).clamp(-0.2, 0.2) * answers / 100.0;
-    assert!((coefficients[1] - 0.05 * moved).abs() < 1e-12, "{coefficients:?}");
+    assert!((coefficients[1] - moved).abs() < 1e-12, "{coefficients:?}");
     let k3 = with(&["stage.ppo.kl_estimator=\"k3\""]);
     assert!(k3.last("objective/non_score_reward") < 0.0, "k3 is never negative, so its penalty is never a gain");
     let k2 = with(&["stage.ppo.kl_estimator=\"k2\""]);
