@@ -51,19 +51,24 @@ impl LanguageBatch {
     }
 }
 
-/// Sum of cross-entropies over counted tokens, of which there is one at least; gradients are handed to `take`. Returns loss,
-/// entropy and tokens, summed.
+/// Sum of cross-entropies over counted tokens, of which there is one at least; gradients are handed to `take`. Returns sums for
+/// [`metrics`].
 pub fn backward(model: &Decoder, micro: &LanguageBatch, checkpointing: bool, take: Take<'_>) -> Sums {
     model.backward(
         &micro.batch,
         checkpointing,
         |head| {
             let stats = head.token_stats(micro.targets.clone());
-            let sums = vec![-sum(&stats.logprobs), sum(&stats.entropies), micro.counted() as f64];
+            let sums = vec![-sum(&stats.logprobs), sum(&stats.entropies), sum(&stats.correct), micro.counted() as f64];
             (stats.logprobs.sum().neg(), sums)
         },
         take,
     )
+}
+
+/// Metrics of a step whose passes gave `sums`, over `counted` tokens.
+pub fn metrics(sums: &Sums, counted: f64) -> Vec<(&'static str, f64)> {
+    vec![("loss", sums[0] / counted), ("entropy", sums[1] / counted), ("mean_token_accuracy", sums[2] / counted), ("num_tokens", sums[3])]
 }
 
 /// Sum of a tensor's elements, in order, in f64.

@@ -160,6 +160,16 @@ fn fifty_steps_of_sft_are_those_of_trl() {
     let inputs = [("model", &model), ("data", &data)];
     let trained = bench.train("sft", &inputs, 2, json!({}));
     bench.check(&trained, &COMMON);
+    // What TRL measured in a pass over two rows, weighted by their counted tokens.
+    let counts: Vec<f64> =
+        bench.recorded("chosen").chunks(2).map(|rows| rows.iter().map(|(ids, start)| (ids.len() - start) as f64).sum()).collect();
+    for name in ["entropy", "mean_token_accuracy"] {
+        let passes: Vec<(f64, f64)> = numbers(&bench.fixture.json["passes"][name]).into_iter().zip(counts.clone()).collect();
+        let mean = |passes: &[(f64, f64)]| {
+            passes.iter().map(|(value, count)| value * count).sum::<f64>() / passes.iter().map(|(_, count)| count).sum::<f64>()
+        };
+        close(name, &trained.series[name], &passes.chunks(2).map(mean).collect::<Vec<_>>(), RELATIVE, ABSOLUTE);
+    }
     // A step's loss is over its counted tokens, however they are spread over micro-batches of unequal counts.
     bench.check(&bench.train("sft", &inputs, 3, json!({})), &COMMON);
     // Computing blocks again instead of keeping them changes no bit.
@@ -174,7 +184,7 @@ fn fifty_steps_of_the_reward_model_are_those_of_trl() {
     let weight = |name: &str| (if name == parameters::SCORE_WEIGHT { &bench.fixture } else { &initial }, name.to_owned());
     let model = bench.model(ArtifactType::Reward, Head::Score, weight);
     let data = bench.preferences();
-    let metrics = [&COMMON[..], &["accuracy", "margin", "mean_reward"].map(|name| (name, name))].concat();
+    let metrics = [&COMMON[..], &["accuracy", "margin", "min_reward", "mean_reward", "max_reward"].map(|name| (name, name))].concat();
     for micro_batch_size in [4, 1] {
         bench.check(&bench.train("reward_model", &[("model", &model), ("data", &data)], micro_batch_size, json!({})), &metrics);
     }
@@ -187,8 +197,9 @@ fn fifty_steps_of_dpo_are_those_of_trl() {
     let model = bench.model(ArtifactType::Policy, Head::Language, |name| (&initial, format!("final.{name}")));
     let data = bench.preferences();
     let settings = json!({ "beta": bench.fixture.json["beta"], "label_smoothing": bench.fixture.json["label_smoothing"] });
-    let logged = ["rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "entropy"];
-    let metrics = [&COMMON[..], &logged.map(|name| (name, name))].concat();
+    let logged = ["rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"];
+    let more = ["logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"];
+    let metrics = [&COMMON[..], &logged.map(|name| (name, name)), &more.map(|name| (name, name))].concat();
     for micro_batch_size in [4, 1] {
         let trained = bench.train("dpo", &[("model", &model), ("ref", &model), ("data", &data)], micro_batch_size, settings.clone());
         bench.check(&trained, &metrics);

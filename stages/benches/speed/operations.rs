@@ -11,7 +11,7 @@ use rlflow_kernels::{
     matmul::{Arithmetic, MatrixRef},
     mlp_block, norm,
     rope::RopeTable,
-    token_head,
+    token_head::{self, TokenStatistics},
 };
 use rlflow_model::{Gradients, Head, Optimizer, OptimizerSettings, ParameterSpec, Parameters, parameters};
 
@@ -162,10 +162,17 @@ pub fn operations(size: &Size, arithmetic: Arithmetic, repeats: usize) -> Vec<Op
         backward: time(repeats, || norm::norm_backward(&mut vec![0.0; tokens * hidden], &dy, &x, &inverse, plain(&ones))),
     };
 
-    let [mut logprobs, mut entropies, mut log_sum_exp] = [(); 3].map(|()| vec![0.0; tokens]);
+    let [mut logprobs, mut entropies, mut log_sum_exp, mut correct, mut mean_logits] = [(); 5].map(|()| vec![0.0; tokens]);
     let dlogprobs = vec![-1.0; tokens];
     let forward = time(repeats, || {
-        token_head::forward(&mut logprobs, &mut entropies, &mut log_sum_exp, &normed, &table, &ids, 1.0, arithmetic);
+        let statistics = TokenStatistics {
+            logprobs: &mut logprobs,
+            entropies: &mut entropies,
+            log_sum_exp: &mut log_sum_exp,
+            correct: &mut correct,
+            mean_logits: &mut mean_logits,
+        };
+        token_head::forward(statistics, &normed, &table, &ids, 1.0, arithmetic);
     });
     let head = Operation {
         name: "output projection with loss",

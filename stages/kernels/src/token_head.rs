@@ -22,29 +22,36 @@ pub fn held_logits(rows: usize, vocab: usize) -> usize {
     rows.min(ROWS) * vocab.min(TOKENS)
 }
 
-/// Log-probability of `targets[r]` and entropy (nats) of `softmax(hidden[r] weight^T * scale)` for every row.
+/// What [`forward`] tells of the distribution `softmax(z)` of each row, `z = hidden[r] weight^T * scale`; each `[rows]`.
+pub struct TokenStatistics<'a> {
+    /// Log-probability of the row's target, nats.
+    pub logprobs: &'a mut [f32],
+    /// Entropy, nats.
+    pub entropies: &'a mut [f32],
+    /// `log sum exp(z)`.
+    pub log_sum_exp: &'a mut [f32],
+    /// 1 where no token is more probable than the target, else 0.
+    pub correct: &'a mut [f32],
+    /// Mean of `z` over the vocabulary.
+    pub mean_logits: &'a mut [f32],
+}
+
+/// Statistics of every row's distribution and of its target.
 ///
 /// # Shapes
-/// - hidden: `[rows, width]`; weight: `[vocab, width]`; targets, logprobs, entropies, log_sum_exp: `[rows]`
-pub fn forward(
-    logprobs: &mut [f32],
-    entropies: &mut [f32],
-    log_sum_exp: &mut [f32],
-    hidden: &[f32],
-    weight: &[f32],
-    targets: &[u32],
-    scale: f32,
-    arithmetic: Arithmetic,
-) {
+/// - hidden: `[rows, width]`; weight: `[vocab, width]`; targets: `[rows]`
+pub fn forward(out: TokenStatistics<'_>, hidden: &[f32], weight: &[f32], targets: &[u32], scale: f32, arithmetic: Arithmetic) {
     if targets.is_empty() {
         return;
     }
+    let TokenStatistics { logprobs, entropies, log_sum_exp, correct, mean_logits } = out;
     let width = hidden.len() / targets.len();
+    let vocab = weight.len() / width;
     let mut statistics = vec![Statistics::NONE; targets.len()];
     for rows in ranges(targets.len(), ROWS) {
         let blocks = Blocks::new(rows.len(), arithmetic);
         let lefts = lefts(blocks, &hidden[rows.start * width..], width);
-        for tokens in ranges(weight.len() / width, TOKENS) {
+        for tokens in ranges(vocab, TOKENS) {
             let right = blocks.right(MatrixRef::of_rows(weight, &tokens, width).t());
             let size = blocks.block_size();
             let of_rows = statistics[rows.clone()].par_chunks_mut(size).zip(logprobs[rows.clone()].par_chunks_mut(size));
@@ -65,10 +72,14 @@ pub fn forward(
             );
         }
     }
-    for ((statistics, logprob), (entropy, lse)) in statistics.iter().zip(logprobs).zip(entropies.iter_mut().zip(log_sum_exp)) {
+    for (row, statistics) in statistics.into_iter().enumerate() {
         let log_total = statistics.total.ln();
-        (*lse, *entropy) = (statistics.largest + log_total, log_total - statistics.weighted / statistics.total);
-        *logprob -= *lse;
+        entropies[row] = log_total - statistics.weighted / statistics.total;
+        log_sum_exp[row] = statistics.largest + log_total;
+        mean_logits[row] = statistics.sum / vocab as f32;
+        // Until here, this is the target's logit.
+        correct[row] = f32::from(logprobs[row] == statistics.largest);
+        logprobs[row] -= log_sum_exp[row];
     }
 }
 
@@ -96,6 +107,8 @@ fn with_logits(right: &Right<'_>, left: &Left<'_>, tokens: usize, f: impl FnOnce
 #[derive(Clone, Copy)]
 struct Statistics {
     largest: f32,
+    /// `sum z`
+    sum: f32,
     /// `sum exp(z - largest)`
     total: f32,
     /// `sum exp(z - largest) (z - largest)`
@@ -103,7 +116,7 @@ struct Statistics {
 }
 
 impl Statistics {
-    const NONE: Self = Self { largest: f32::NEG_INFINITY, total: 0.0, weighted: 0.0 };
+    const NONE: Self = Self { largest: f32::NEG_INFINITY, sum: 0.0, total: 0.0, weighted: 0.0 };
 }
 
 multiversion!(fn add_to_statistics(statistics: &mut Statistics, logits: &mut [f32], scale: f32) = add_to_statistics_inner);
@@ -125,10 +138,11 @@ fn add_to_statistics_inner<const FMA: bool>(statistics: &mut Statistics, logits:
         }
         statistics.largest = largest;
     }
-    let (mut totals, mut lanes) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (mut sums, mut totals, mut lanes) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
     let (chunks, tail) = logits.as_chunks::<LANES>();
     for chunk in chunks {
         for lane in 0..LANES {
+            sums[lane] += chunk[lane];
             let shifted = chunk[lane] - statistics.largest;
             let value = exp::<FMA>(shifted);
             totals[lane] += value;
@@ -136,13 +150,15 @@ fn add_to_statistics_inner<const FMA: bool>(statistics: &mut Statistics, logits:
             lanes[lane] = fmadd::<FMA>(value, if value == 0.0 { 0.0 } else { shifted }, lanes[lane]);
         }
     }
-    let (mut total, mut weighted) = (lane_sum(totals), lane_sum(lanes));
+    let (mut sum, mut total, mut weighted) = (lane_sum(sums), lane_sum(totals), lane_sum(lanes));
     for logit in tail {
+        sum += logit;
         let shifted = *logit - statistics.largest;
         let value = exp::<FMA>(shifted);
         total += value;
         weighted = fmadd::<FMA>(value, if value == 0.0 { 0.0 } else { shifted }, weighted);
     }
+    statistics.sum += sum;
     statistics.total += total;
     statistics.weighted += weighted;
 }

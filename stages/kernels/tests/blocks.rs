@@ -2,8 +2,13 @@
 //! gradients are differences of its values, and with other numbers of threads.
 
 use rlflow_kernels::{
-    Affine, AttentionParts, AttentionShape, LowRank, MlpParts, Positional, Projection, SequenceLayout, attention::Heads, attention_block,
-    matmul::Arithmetic, mlp_block, rope::RopeTable, token_head,
+    Affine, AttentionParts, AttentionShape, LowRank, MlpParts, Positional, Projection, SequenceLayout,
+    attention::Heads,
+    attention_block,
+    matmul::Arithmetic,
+    mlp_block,
+    rope::RopeTable,
+    token_head::{self, TokenStatistics},
 };
 
 const EPS: f32 = 1e-5;
@@ -189,21 +194,23 @@ fn head() -> Case {
         let statistics = logits.chunks(VOCAB).zip(&of).map(|(logits, target)| {
             let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
             let entropy = total.ln() - logits.iter().map(|logit| logit.exp() / total * logit).sum::<f64>();
-            [logits[*target as usize] - total.ln(), entropy]
+            (logits[*target as usize] - total.ln(), entropy)
         });
-        let (logprobs, entropies): (Vec<f64>, Vec<f64>) = statistics.map(|[logprob, entropy]| (logprob, entropy)).unzip();
+        let (logprobs, entropies): (Vec<f64>, Vec<f64>) = statistics.unzip();
         [logprobs, entropies].concat()
     };
     let kernel = move |inputs: &[Vec<f32>], dy: &[f32], arithmetic: Arithmetic| {
-        let mut results = [vec![0.0; TOKENS], vec![0.0; TOKENS], vec![0.0; TOKENS]];
-        let [logprobs, entropies, lse] = &mut results;
+        let mut results = [(); 5].map(|()| vec![0.0; TOKENS]);
+        let [logprobs, entropies, lse, correct, mean_logits] = &mut results;
         let (hidden, weight) = (&inputs[0], &inputs[1]);
-        token_head::forward(logprobs, entropies, lse, hidden, weight, &targets, 1.0, arithmetic);
+        let statistics = TokenStatistics { logprobs, entropies, log_sum_exp: lse, correct, mean_logits };
+        token_head::forward(statistics, hidden, weight, &targets, 1.0, arithmetic);
+        let [logprobs, entropies, lse, ..] = &results;
         let (mut dhidden, mut dweight) = (vec![f32::NAN; hidden.len()], vec![0.0; weight.len()]);
         let (dlogprobs, dentropies) = dy.split_at(TOKENS);
         let dweight_to = Some(&mut dweight[..]);
         token_head::backward(&mut dhidden, dweight_to, dlogprobs, dentropies, entropies, lse, hidden, weight, &targets, 1.0, arithmetic);
-        let [logprobs, entropies, _] = results;
+        let [logprobs, entropies, ..] = results;
         ([logprobs, entropies].concat(), vec![dhidden, dweight])
     };
     Case { name: "head", inputs, exact: Box::new(exact), kernel: Box::new(kernel) }
@@ -254,6 +261,27 @@ fn operations_and_their_gradients_are_those_of_float64() {
             assert!(off > 1e-6 && off < 2e-2, "{} in bfloat16, gradient {index}: {off}", case.name);
         }
     }
+}
+
+/// The most probable token and the mean of the logits are found over all parts of the vocabulary.
+#[test]
+fn the_head_tells_what_is_most_probable() {
+    let (hidden, weight) = (values(TOKENS * HIDDEN, 1, 2.0), values(VOCAB * HIDDEN, 2, 1.0));
+    let logits = project(&hidden, &weight, HIDDEN);
+    let rows = || logits.chunks(VOCAB);
+    let best = rows().map(|row| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0 as u32);
+    // Every third row asks for another token than the most probable one.
+    let targets: Vec<u32> = best.enumerate().map(|(row, best)| if row % 3 == 0 { (best + 1) % VOCAB as u32 } else { best }).collect();
+    assert!(targets.iter().any(|target| *target > 1024), "no target in the second part of the vocabulary");
+    let mut results = [(); 5].map(|()| vec![0.0; TOKENS]);
+    let [logprobs, entropies, log_sum_exp, correct, mean_logits] = &mut results;
+    let statistics = TokenStatistics { logprobs, entropies, log_sum_exp, correct, mean_logits };
+    token_head::forward(statistics, &narrow(&hidden), &narrow(&weight), &targets, 0.5, Arithmetic::F32);
+    let expected: Vec<f32> = (0..TOKENS).map(|row| f32::from(row % 3 != 0)).collect();
+    assert_eq!(*correct, expected);
+    let means: Vec<f64> = rows().map(|row| 0.5 * row.iter().sum::<f64>() / VOCAB as f64).collect();
+    let off = distance(&wide(mean_logits), &means);
+    assert!(off < 1e-5, "{off}");
 }
 
 #[test]

@@ -166,15 +166,17 @@ fn gelu(x: Tensor<2>) -> Tensor<2> {
     x * 0.5 * (inner.tanh() + 1.0)
 }
 
-/// Log-probabilities (row 0) and entropies (row 1), `[2, rows]`.
+/// Log-probabilities (row 0), entropies (1), whether no token is more probable than the target (2), mean logits (3): `[4, rows]`.
 pub fn token_head(hidden: Tensor<2>, weight: Tensor<2>, targets: TokenTargets, arithmetic: Arithmetic) -> Tensor<2> {
     let device = hidden.device();
     let count = targets.rows.len();
     let rows = hidden.select(0, indices(&targets.rows, &device));
-    let logprobs = activation::log_softmax(rounded(rows, arithmetic).matmul(rounded(weight, arithmetic).transpose()) * targets.scale, 1);
+    let logits = rounded(rows, arithmetic).matmul(rounded(weight, arithmetic).transpose()) * targets.scale;
+    let logprobs = activation::log_softmax(logits.clone(), 1);
     let picked = logprobs.clone().gather(1, indices(&targets.targets, &device).reshape([count, 1]));
+    let correct = picked.clone().detach().greater_equal(logprobs.clone().detach().max_dim(1)).float();
     let entropy = (logprobs.clone().exp() * logprobs).sum_dim(1).neg();
-    Tensor::cat(vec![picked, entropy], 1).transpose()
+    Tensor::cat(vec![picked, entropy, correct, logits.detach().mean_dim(1)], 1).transpose()
 }
 
 /// Scalar head, `[1, rows]`.

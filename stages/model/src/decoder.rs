@@ -82,12 +82,17 @@ pub struct HeadView<'a> {
     score: Option<Tensor<2>>,
 }
 
-/// Log-probabilities of tokens, and entropies of the distributions they were taken from; each `[rows]`.
+/// Log-probabilities of tokens, and what is known of the distributions they were taken from; each `[rows]`. Gradients go through
+/// the first two.
 pub struct TokenStats {
     /// Natural logarithm of the probability.
     pub logprobs: Tensor<1>,
     /// Entropy in nats.
     pub entropies: Tensor<1>,
+    /// 1 where no token is more probable, else 0.
+    pub correct: Tensor<1>,
+    /// Logits, the mean over the vocabulary.
+    pub mean_logits: Tensor<1>,
 }
 
 impl HeadView<'_> {
@@ -101,7 +106,7 @@ impl HeadView<'_> {
         let head = if self.decoder.fused { flex::token_head } else { composed::token_head };
         let stats = head(self.normed.clone(), weight, targets, self.decoder.arithmetic);
         let row = |index: usize| stats.clone().narrow(0, index, 1).reshape([count]);
-        TokenStats { logprobs: row(0), entropies: row(1) }
+        TokenStats { logprobs: row(0), entropies: row(1), correct: row(2), mean_logits: row(3) }
     }
 
     /// Values of the scalar head at `rows` of the batch, `[rows]`.

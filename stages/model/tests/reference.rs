@@ -189,11 +189,22 @@ fn token_statistics_agree_with_transformers() {
         let rows: Vec<u32> = (0..batch.tokens() as u32).filter(|row| !(*row as usize + 1).is_multiple_of(width)).collect();
         let next: Vec<u32> = rows.iter().map(|row| batch.ids[*row as usize + 1]).collect();
         let targets = TokenTargets { rows: rows.clone().into(), targets: next.into(), scale: 1.0 };
-        let stats = decoder.evaluate(&batch, |head| head.token_stats(targets));
+        let stats = decoder.evaluate(&batch, |head| head.token_stats(targets.clone()));
         close(name, &parameters::host(&stats.logprobs), &floats(&view, "token_logprobs"), 1e-5, 1e-6);
         let entropy = floats(&view, "entropy");
         let expected: Vec<f32> = rows.iter().map(|row| entropy[*row as usize]).collect();
         close(name, &parameters::host(&stats.entropies), &expected, 1e-5, 1e-6);
+        let logits = floats(&view, "logits");
+        let of_row = |row: &u32| &logits[*row as usize * case.config.vocab_size..][..case.config.vocab_size];
+        let means: Vec<f32> = rows.iter().map(|row| of_row(row).iter().sum::<f32>() / case.config.vocab_size as f32).collect();
+        let is_best = |(row, target): (&u32, &u32)| f32::from(of_row(row).iter().all(|logit| *logit <= of_row(row)[*target as usize]));
+        let correct: Vec<f32> = rows.iter().zip(&*targets.targets).map(is_best).collect();
+        let composed = decoder.clone().without_fused_operations();
+        for decoder in [&decoder, &composed] {
+            let stats = decoder.evaluate(&batch, |head| head.token_stats(targets.clone()));
+            close(name, &parameters::host(&stats.mean_logits), &means, 1e-5, 1e-6);
+            assert_eq!(parameters::host(&stats.correct), correct, "{name}");
+        }
     }
 }
 

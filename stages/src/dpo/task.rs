@@ -72,8 +72,13 @@ enum Sum {
     Accurate,
     LogpsChosen,
     LogpsRejected,
+    LogitsChosen,
+    LogitsRejected,
     Entropy,
     AnswerTokens,
+    /// Of tokens of chosen answers: those that were the most probable ones.
+    Correct,
+    ChosenTokens,
     Tokens,
     Nll,
     NllTokens,
@@ -181,7 +186,13 @@ impl DpoTask {
         set(Sum::LogpsChosen, chosen_logps.iter().sum());
         set(Sum::LogpsRejected, rejected_logps.iter().sum());
         set(Sum::Entropy, answered.of_answers(&host(&stats.entropies)).map(f64::from).sum());
+        let chosen_tokens = answered.answer_lens[..pairs].iter().sum::<usize>();
         set(Sum::AnswerTokens, answered.answer_lens.iter().sum::<usize>() as f64);
+        set(Sum::ChosenTokens, chosen_tokens as f64);
+        set(Sum::Correct, answered.of_answers(&host(&stats.correct)).take(chosen_tokens).map(f64::from).sum());
+        let logits: Vec<f32> = answered.of_answers(&host(&stats.mean_logits)).collect();
+        set(Sum::LogitsChosen, total(&logits[..chosen_tokens]));
+        set(Sum::LogitsRejected, total(&logits[chosen_tokens..]));
         set(Sum::Tokens, answered.batch.tokens() as f64);
         if self.config.loss == DpoLoss::Orpo {
             let log_odds = |logp: f64| logp - (-logp.exp()).ln_1p();
@@ -255,7 +266,10 @@ impl Task for DpoTask {
             ("rewards/margins", (sum(Sum::RewardChosen) - sum(Sum::RewardRejected)) / pairs),
             ("logps/chosen", sum(Sum::LogpsChosen) / pairs),
             ("logps/rejected", sum(Sum::LogpsRejected) / pairs),
+            ("logits/chosen", sum(Sum::LogitsChosen) / sum(Sum::ChosenTokens).max(1.0)),
+            ("logits/rejected", sum(Sum::LogitsRejected) / (sum(Sum::AnswerTokens) - sum(Sum::ChosenTokens)).max(1.0)),
             ("entropy", sum(Sum::Entropy) / sum(Sum::AnswerTokens).max(1.0)),
+            ("mean_token_accuracy", sum(Sum::Correct) / sum(Sum::ChosenTokens).max(1.0)),
             ("num_tokens", sum(Sum::Tokens)),
         ];
         if self.nll_weight() > 0.0 {

@@ -68,6 +68,7 @@ impl StageKind for Pretrain {
     const METRICS: &'static [(&'static str, &'static str)] = &[
         ("loss", "mean cross-entropy per token, in nats"),
         ("entropy", "mean entropy of the predictions, in nats"),
+        ("mean_token_accuracy", "share of tokens that were the most probable ones"),
         ("num_tokens", "tokens of the step"),
         ("grad_norm", "gradient norm before clipping"),
         ("learning_rate", "learning rate of the step"),
@@ -228,7 +229,7 @@ impl Task for PretrainTask {
     }
 
     fn metrics(&self, sums: &Sums, denominator: f64) -> Vec<(&'static str, f64)> {
-        vec![("loss", sums[0] / denominator), ("entropy", sums[1] / denominator), ("num_tokens", sums[2])]
+        language::metrics(sums, denominator)
     }
 
     fn evaluate(&self, model: &Group) -> StageResult<Vec<(&'static str, f64)>> {

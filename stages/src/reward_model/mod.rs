@@ -69,7 +69,9 @@ impl StageKind for RewardModel {
         ("loss", "mean loss per pair"),
         ("accuracy", "share of pairs ranked right"),
         ("margin", "mean of chosen minus rejected score"),
+        ("min_reward", "least score"),
         ("mean_reward", "mean score"),
+        ("max_reward", "greatest score"),
         ("num_tokens", "tokens of the step"),
         ("dropped_pairs", "pairs longer than the context, not trained on"),
         ("grad_norm", "gradient norm before clipping"),
@@ -186,7 +188,7 @@ impl PairBatch {
         pairwise_reward_loss(scores.clone().narrow(0, 0, pairs), scores.narrow(0, pairs, pairs), margins, centering)
     }
 
-    /// Loss, accuracy, margin, scores, tokens: summed.
+    /// Loss, accuracy, margin, scores, tokens: summed; then the least and the greatest score.
     fn statistics(&self, losses: &Tensor<1>, scores: &Tensor<1>) -> Sums {
         let (losses, scores) = (host(losses), host(scores));
         let (chosen, rejected) = scores.split_at(losses.len());
@@ -198,9 +200,14 @@ impl PairBatch {
             sum(&mut both().map(|(c, r)| f64::from(c - r))),
             sum(&mut scores.iter().map(|score| f64::from(*score))),
             self.scored.batch.tokens() as f64,
+            scores.iter().map(|score| f64::from(*score)).fold(f64::INFINITY, f64::min),
+            scores.iter().map(|score| f64::from(*score)).fold(f64::NEG_INFINITY, f64::max),
         ]
     }
 }
+
+/// Where the sums end and the least score stands, then the greatest.
+const LEAST: usize = 5;
 
 struct RewardTask {
     pairs: Vec<Pair>,
@@ -248,12 +255,20 @@ impl Task for RewardTask {
         )
     }
 
+    fn merge(&self, sums: &mut Sums, next: &Sums) {
+        sums[..LEAST].iter_mut().zip(next).for_each(|(sum, value)| *sum += value);
+        sums[LEAST] = sums[LEAST].min(next[LEAST]);
+        sums[LEAST + 1] = sums[LEAST + 1].max(next[LEAST + 1]);
+    }
+
     fn metrics(&self, sums: &Sums, pairs: f64) -> Vec<(&'static str, f64)> {
         vec![
             ("loss", sums[0] / pairs),
             ("accuracy", sums[1] / pairs),
             ("margin", sums[2] / pairs),
+            ("min_reward", sums[LEAST]),
             ("mean_reward", sums[3] / (2.0 * pairs)),
+            ("max_reward", sums[LEAST + 1]),
             ("num_tokens", sums[4]),
         ]
     }
@@ -269,8 +284,9 @@ impl Task for RewardTask {
             let losses = batch.losses(scores.clone(), self.config.center_rewards_coefficient);
             batch.statistics(&losses, &scores)
         })?;
-        let mut sums = [0.0; 5];
-        each.into_iter().for_each(|more| sums.iter_mut().zip(more).for_each(|(sum, value)| *sum += value));
+        let mut each = each.into_iter();
+        let mut sums = each.next().unwrap_or_default();
+        each.for_each(|next| self.merge(&mut sums, &next));
         let pairs = self.heldout.len() as f64;
         Ok(vec![("eval/loss", sums[0] / pairs), ("eval/accuracy", sums[1] / pairs)])
     }

@@ -60,6 +60,7 @@ impl StageKind for Sft {
     const METRICS: &'static [(&'static str, &'static str)] = &[
         ("loss", "mean cross-entropy per counted token, in nats"),
         ("entropy", "mean entropy of the predictions at counted tokens, in nats"),
+        ("mean_token_accuracy", "share of counted tokens that were the most probable ones"),
         ("num_tokens", "counted tokens of the step"),
         ("truncated_rows", "conversations longer than the context, cut at its end"),
         ("dropped_rows", "conversations left without a counted token, not trained on"),
@@ -222,7 +223,7 @@ impl Task for SftTask {
     }
 
     fn metrics(&self, sums: &Sums, denominator: f64) -> Vec<(&'static str, f64)> {
-        vec![("loss", sums[0] / denominator), ("entropy", sums[1] / denominator), ("num_tokens", sums[2])]
+        language::metrics(sums, denominator)
     }
 
     fn evaluate(&self, model: &Group) -> StageResult<Vec<(&'static str, f64)>> {

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{TrainExecution, TrainPlan};
 
-/// Sums over a micro-batch that metrics are made of. Added over micro-batches in their order.
+/// Sums over a micro-batch that metrics are made of. Merged over micro-batches in their order.
 pub type Sums = Vec<f64>;
 
 /// What a trainer does with its data; the loop around it is [`train`].
@@ -39,6 +39,11 @@ pub trait Task: Sync {
     /// Gradients of the *sum* of losses, handed to `take` as [`Decoder::backward`] does; returns sums for metrics, the loss
     /// first.
     fn backward(&self, model: &Decoder, micro_batch: &Self::MicroBatch, checkpointing: bool, take: Take<'_>) -> Sums;
+
+    /// Adds the sums of the next micro-batch of a step to those before it.
+    fn merge(&self, sums: &mut Sums, next: &Sums) {
+        sums.iter_mut().zip(next).for_each(|(sum, value)| *sum += value);
+    }
 
     /// Metrics of a step from its sums, the loss first.
     fn metrics(&self, sums: &Sums, denominator: f64) -> Vec<(&'static str, f64)>;
@@ -97,11 +102,9 @@ pub fn train<T: Task>(
         let counted: Vec<&T::MicroBatch> = micro_batches.iter().filter(|micro_batch| task.counts(micro_batch)).collect();
         let checkpointing = execution.gradient_checkpointing;
         let each = model.backward(&counted, |decoder, micro_batch, take| task.backward(decoder, micro_batch, checkpointing, take))?;
-        let mut sums: Sums = Vec::new();
-        for more in each {
-            sums.resize(more.len().max(sums.len()), 0.0);
-            sums.iter_mut().zip(more).for_each(|(sum, value)| *sum += value);
-        }
+        let mut each = each.into_iter();
+        let mut sums = each.next().unwrap_or_default();
+        each.for_each(|next| task.merge(&mut sums, &next));
         let lr = plan.learning_rate.at(step);
         let norm = model.update(denominator, lr)?;
         let metrics = task.metrics(&sums, denominator);

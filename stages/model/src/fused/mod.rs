@@ -131,7 +131,8 @@ pub trait FusedOps: Backend {
     fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
     /// LayerNorm: `[tokens, hidden]`.
     fn fused_layer_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
-    /// Log-probabilities (row 0) and entropies (row 1) of the targets: `[2, rows]`.
+    /// Log-probabilities (row 0) of the targets, entropies (1), whether no token is more probable (2), mean logits (3): `[4, rows]`.
+    /// Gradients go through the first two.
     fn fused_token_head(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -387,7 +388,7 @@ pub mod flex {
         })
     }
 
-    /// Log-probabilities and entropies, `[2, rows]`.
+    /// Log-probabilities and what else is known of the targets' distributions, `[4, rows]`.
     pub fn token_head(hidden: Tensor<2>, weight: Tensor<2>, targets: TokenTargets, arithmetic: Arithmetic) -> Tensor<2> {
         Tensor::from_dispatch(Dispatch::fused_token_head(hidden.into_dispatch(), weight.into_dispatch(), targets, arithmetic))
     }

@@ -2,7 +2,11 @@ use std::sync::Arc;
 
 use rlflow_kernels::{
     Affine, AttentionGrads, AttentionSaved, AttentionWeights, Dropout, MlpGrads, MlpSaved, MlpWeights, Positional, attention_block,
-    embedding, matmul::Arithmetic, memory::zeros, mlp_block, norm, token_head,
+    embedding,
+    matmul::Arithmetic,
+    memory::zeros,
+    mlp_block, norm,
+    token_head::{self, TokenStatistics},
 };
 
 use super::{AttentionContext, Extras, MlpContext, TokenTargets, slice_op::SliceOp};
@@ -346,16 +350,22 @@ impl SliceOp<2> for TokenHeadOp {
         let TokenTargets { rows, targets, scale } = &self.targets;
         let gathered = gather(hidden, rows, self.width);
         let count = rows.len();
-        let (mut out, mut entropies, mut log_sum_exp) = (zeros(count), zeros(count), zeros(count));
-        token_head::forward(&mut out, &mut entropies, &mut log_sum_exp, &gathered, weight, targets, *scale, self.arithmetic);
-        out.extend_from_slice(&entropies);
-        (out, [2, count], TokenHeadSaved { entropies, log_sum_exp })
+        let (mut out, mut log_sum_exp) = (zeros(4 * count), zeros(count));
+        let (logprobs, rest) = out.split_at_mut(count);
+        let (entropies, rest) = rest.split_at_mut(count);
+        let (correct, mean_logits) = rest.split_at_mut(count);
+        let statistics = TokenStatistics { logprobs, entropies, log_sum_exp: &mut log_sum_exp, correct, mean_logits };
+        token_head::forward(statistics, &gathered, weight, targets, *scale, self.arithmetic);
+        let entropies = out[count..2 * count].to_vec();
+        (out, [4, count], TokenHeadSaved { entropies, log_sum_exp })
     }
 
     fn backward(&self, [hidden, weight]: [&[f32]; 2], saved: &TokenHeadSaved, gradient: &[f32], wanted: [bool; 2]) -> [Vec<f32>; 2] {
         let TokenTargets { rows, targets, scale } = &self.targets;
         let gathered = gather(hidden, rows, self.width);
-        let (dlogprobs, dentropies) = gradient.split_at(rows.len());
+        // The other rows are only looked at.
+        let (dlogprobs, rest) = gradient.split_at(rows.len());
+        let dentropies = &rest[..rows.len()];
         let (mut drows, mut dweight) = (zeros(gathered.len()), zeros(if wanted[1] { weight.len() } else { 0 }));
         let TokenHeadSaved { entropies, log_sum_exp } = saved;
         token_head::backward(
