@@ -1,11 +1,11 @@
 //! Speed on the CPU against what users would pick instead: training against PyTorch, generation against transformers, PPO
-//! and DPO against TRL, on the same networks, batches, lengths, epochs and threads.
+//! and DPO against TRL, on the same networks, batches, lengths, epochs and threads; and tokenising against `tokenizers`.
 //!
 //!     cargo bench -p rlflow-stages --bench speed -- --python PATH_TO_PYTHON
 //!
 //! needs a Python with torch, transformers and trl; without `--python` only rlflow is measured. Both sides take turns, the
 //! one that is not asked is idle, and medians are told. Nothing else should run. `--only train` (or `generate`, `ppo`,
-//! `dpo`; may be repeated) does a part, `--quick` only shows that everything works, `--json` prints one object instead of
+//! `dpo`, `data`; may be repeated) does a part, `--quick` only shows that everything works, `--json` prints one object instead of
 //! Markdown, `--date` says another date than today's.
 //!
 //! What is counted:
@@ -14,10 +14,13 @@
 //! - *PPO*: rollout (as above), scoring by four networks, and 4 epochs of one minibatch each: the stage `ppo`, by what it
 //!   reports, against `PPOTrainer`;
 //! - *DPO*: 8 pairs of 109 tokens (32 of them the prompt), the reference's pass over them included: the stage `dpo`, by
-//!   what it reports, against `DPOTrainer`, which does that pass in the step.
+//!   what it reports, against `DPOTrainer`, which does that pass in the step;
+//! - *data*: 100 MB of made-up text in documents, from stored text to packed ids in the store, against `encode_batch_fast` of
+//!   Python's `tokenizers` with as many threads, whose ids are written to a file.
 //!
 //! Storing and loading checkpoints and the first step are not counted on either side.
 
+mod data;
 mod models;
 mod operations;
 mod peer;
@@ -34,6 +37,7 @@ use rlflow_stages::train::Precision;
 use serde_json::{Value, json};
 
 use self::{
+    data::Data,
     models::{Generation, Training, peak_resident_bytes},
     peer::Peer,
     report::{Anatomy, Comparison, PeakMemory, Report, Unit},
@@ -48,6 +52,7 @@ const NEW_TOKENS: usize = 96;
 const PPO_EPOCHS: usize = 4;
 const PAIRS: usize = 8;
 const PAIR_LEN: usize = 109;
+const TEXT_BYTES: u64 = 100_000_000;
 
 const PRECISIONS: [(Precision, &str); 2] = [(Precision::Fp32, "fp32"), (Precision::Bf16, "bf16")];
 
@@ -77,8 +82,8 @@ impl Arguments {
                 other => return Err(format!("what is `{other}`? There are --python, --only, --quick, --json and --date")),
             }
         }
-        match parsed.only.iter().find(|task| !["train", "generate", "ppo", "dpo"].contains(&task.as_str())) {
-            Some(task) => Err(format!("--only {task}: there are train, generate, ppo and dpo")),
+        match parsed.only.iter().find(|task| !["train", "generate", "ppo", "dpo", "data"].contains(&task.as_str())) {
+            Some(task) => Err(format!("--only {task}: there are train, generate, ppo, dpo and data")),
             None => Ok(parsed),
         }
     }
@@ -124,6 +129,9 @@ fn main() -> Result<(), String> {
     if speed.arguments.wants("dpo") {
         speed.dpo(&Size::small(), &mut report)?;
     }
+    if speed.arguments.wants("data") {
+        speed.data(&Size::small(), &mut report)?;
+    }
     println!("{}", if speed.arguments.json { report.json().to_string() } else { report.markdown() });
     Ok(())
 }
@@ -142,7 +150,7 @@ impl Speed {
     /// The peer as a contender, if there is one.
     fn theirs<'a>(&'a self, name: &str, request: Value, steps: usize, size: &Size) -> Option<Contender<'a>> {
         let (peer, parameters) = (self.peer.as_ref()?, size.config.parameter_count());
-        Some(Contender::new(name, move || peer.borrow_mut().measure(&request, steps, parameters)))
+        Some(Contender::new(name, move || peer.borrow_mut().measure(&request, steps, ("parameters", parameters))))
     }
 
     fn train(&self, size: &Size, report: &mut Report) -> Result<(), String> {
@@ -231,6 +239,34 @@ impl Speed {
         let request = json!({ "task": "dpo", "model": size.config, "batch": PAIRS, "prompt": PROMPT_LEN, "length": PAIR_LEN });
         let task = format!("DPO step, {PAIRS} pairs of {PAIR_LEN} tokens, reference included");
         self.stage(size, &task, "TRL DPOTrainer fp32", stage, request, steps, report)
+    }
+
+    /// Tokenising; and what a trainer of `size` spends on its batches.
+    fn data(&self, size: &Size, report: &mut Report) -> Result<(), String> {
+        eprintln!("data");
+        let data = Data::new(if self.arguments.quick { TEXT_BYTES / 10 } else { TEXT_BYTES }).map_err(text)?;
+        let tokens = data.tokenise().map_err(text)?.1.total_tokens();
+        let [lines, tokenizer, ids] = data.files();
+        let request = json!({
+            "task": "data", "model": null, "text": lines, "tokenizer": tokenizer, "ids": ids, "end": data.document_end_id(), "threads": self.threads,
+        });
+        let mut contenders = vec![Contender::new("rlflow", || data.tokenise().map(|(seconds, _)| vec![seconds]).map_err(text))];
+        if let Some(peer) = &self.peer {
+            let measure = move || peer.borrow_mut().measure(&request, 1, ("tokens", tokens));
+            contenders.push(Contender::new("tokenizers", measure));
+        }
+        let measured = in_turn(contenders, self.arguments.count(5));
+        report.comparisons.push(Comparison {
+            task: format!("tokenising and packing {} MB of text, {} million tokens", data.size_bytes / 1_000_000, tokens / 1_000_000),
+            size: "-".into(),
+            unit: Unit::MegabytesPerSecond(data.size_bytes),
+            ours: measured[0].clone(),
+            theirs: measured.get(1).cloned(),
+            target: Some(1.0),
+        });
+        let seconds = data.batch_seconds(size).map_err(text)?;
+        report.phases.push((format!("a batch of {} x {} tokens from packed ids", size.batch, size.length), vec![("cut".into(), seconds)]));
+        Ok(())
     }
 
     /// A stage in both precisions against one trainer of TRL.

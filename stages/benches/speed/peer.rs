@@ -52,11 +52,11 @@ impl Peer {
         serde_json::from_str(&line).map_err(|_| "peers.py has ended; what it said is above".to_owned())
     }
 
-    /// Seconds of `steps` steps of a task, which is done on a network of `parameters` parameters.
+    /// Seconds of `steps` steps of a task, which is done on as many `parameters`, or makes as many `tokens`, as ours.
     ///
     /// # Errors
-    /// If it fails there, or if the network is not the same.
-    pub fn measure(&mut self, request: &Value, steps: usize, parameters: u64) -> Result<Vec<f64>, String> {
+    /// If it fails there, or if they are not as many.
+    pub fn measure(&mut self, request: &Value, steps: usize, (counted, count): (&str, u64)) -> Result<Vec<f64>, String> {
         let mut request = request.clone();
         request["steps"] = json!(steps);
         writeln!(self.requests, "{request}").and_then(|()| self.requests.flush()).map_err(|error| error.to_string())?;
@@ -65,8 +65,8 @@ impl Peer {
         if let Some(error) = answer["error"].as_str() {
             return Err(error.to_owned());
         }
-        if answer["parameters"] != json!(parameters) {
-            return Err(format!("{} parameters instead of {parameters}", answer["parameters"]));
+        if answer[counted] != json!(count) {
+            return Err(format!("{} {counted} instead of {count}", answer[counted]));
         }
         answer["seconds"].as_array().map(|all| all.iter().filter_map(Value::as_f64).collect()).ok_or_else(|| answer.to_string())
     }

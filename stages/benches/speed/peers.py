@@ -272,7 +272,51 @@ class Dpo:
         return {"parameters": parameters(trained), "seconds": clock.seconds()}
 
 
-TASKS = {"train": Train, "generate": Generate, "ppo": Ppo, "dpo": Dpo}
+class Data:
+    """Documents, one a line, to packed ids in a file, with all threads of `tokenizers`."""
+
+    # As much text at once as rlflow takes.
+    BATCH_CHARACTERS = 8 << 20
+
+    def __init__(self, request):
+        # Both are read when the first batch is encoded.
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        os.environ["RAYON_NUM_THREADS"] = str(request["threads"])
+        from tokenizers import Tokenizer
+
+        self.request, self.tokenizer = request, Tokenizer.from_file(request["tokenizer"])
+
+    def batches(self, lines):
+        batch, characters = [], 0
+        for line in lines:
+            batch.append(line.rstrip("\n"))
+            characters += len(line)
+            if characters >= self.BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def step(self):
+        import numpy
+
+        end, tokens, start = self.request["end"], 0, time.perf_counter()
+        with open(self.request["text"], encoding="utf-8", newline="\n") as lines, open(self.request["ids"], "wb") as out:
+            for batch in self.batches(lines):
+                ids = []
+                for encoding in self.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                    ids += encoding.ids
+                    ids.append(end)
+                tokens += len(ids)
+                out.write(numpy.array(ids, dtype=numpy.uint32).tobytes())
+        return time.perf_counter() - start, tokens
+
+    def measure(self, steps):
+        measured = [self.step() for _ in range(steps)]
+        return {"tokens": measured[0][1], "seconds": [seconds for seconds, _ in measured]}
+
+
+TASKS = {"train": Train, "generate": Generate, "ppo": Ppo, "dpo": Dpo, "data": Data}
 
 
 def peak_resident_bytes():

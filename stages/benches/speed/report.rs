@@ -9,6 +9,8 @@ use super::{operations::Operation, turns::Measured};
 pub enum Unit {
     /// This many tokens per task.
     TokensPerSecond(usize),
+    /// This many bytes per task.
+    MegabytesPerSecond(u64),
     /// Milliseconds per task.
     Milliseconds,
 }
@@ -17,6 +19,7 @@ impl Unit {
     fn name(self) -> &'static str {
         match self {
             Self::TokensPerSecond(_) => "tokens/s",
+            Self::MegabytesPerSecond(_) => "MB/s",
             Self::Milliseconds => "ms",
         }
     }
@@ -24,6 +27,7 @@ impl Unit {
     fn of(self, seconds: f64) -> f64 {
         match self {
             Self::TokensPerSecond(tokens) => tokens as f64 / seconds,
+            Self::MegabytesPerSecond(bytes) => bytes as f64 / seconds / 1e6,
             Self::Milliseconds => 1e3 * seconds,
         }
     }
@@ -131,7 +135,7 @@ impl Report {
             }
         }
         for (name, phases) in &self.phases {
-            let phases: Vec<String> = phases.iter().map(|(phase, seconds)| format!("{phase} {:.0} ms", 1e3 * seconds)).collect();
+            let phases: Vec<String> = phases.iter().map(|(phase, seconds)| format!("{phase} {} ms", milliseconds(*seconds))).collect();
             line(&mut text, &format!("\n{name}: {}", phases.join(", ")));
         }
         if !self.memory.is_empty() {
@@ -227,6 +231,11 @@ impl Anatomy {
 
 fn line(text: &mut String, line: &str) {
     let _ = writeln!(text, "{line}");
+}
+
+/// Whole ones, but where those would say little.
+fn milliseconds(seconds: f64) -> String {
+    if seconds < 0.01 { format!("{:.3}", 1e3 * seconds) } else { format!("{:.0}", 1e3 * seconds) }
 }
 
 fn times(ratio: f64) -> String {

@@ -192,7 +192,7 @@ struct PretrainTask {
 }
 
 /// Rows of `windows` as one pass: every token predicts the next one of its document.
-pub(crate) fn batch(windows: &mut Windows, rows: impl IntoIterator<Item = u64>) -> LanguageBatch {
+pub fn batch(windows: &mut Windows, rows: impl IntoIterator<Item = u64>) -> LanguageBatch {
     let mut builder = LanguageBatchBuilder::default();
     for row in rows {
         for piece in windows.row(row) {
