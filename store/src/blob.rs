@@ -2,7 +2,7 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io::{self, Read},
-    ops::Deref,
+    ops::{Deref, Range},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -16,6 +16,20 @@ pub struct Blob(Content);
 enum Content {
     Owned(Vec<u8>),
     Mapped(memmap2::Mmap),
+}
+
+impl Blob {
+    /// Lets the system read these bytes ahead, where it may not hold them in memory any more: whoever reads them soon does not wait
+    /// for the disk then. Returns at once.
+    pub fn read_ahead(&self, bytes: Range<usize>) {
+        if let Content::Mapped(map) = &self.0
+            && bytes.end <= map.len()
+            && !bytes.is_empty()
+        {
+            // Advice: whoever cannot follow it reads later.
+            let _ = map.advise_range(memmap2::Advice::WillNeed, bytes.start, bytes.len());
+        }
+    }
 }
 
 impl Deref for Blob {

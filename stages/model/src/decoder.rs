@@ -198,8 +198,8 @@ impl Decoder {
         Self { arithmetic: self.arithmetic, ..Self::new(self.config.clone(), head, parameters, self.device.clone()) }
     }
 
-    /// Computes products of weights, activations and their gradients in another format; f32 unless set. Weights, sums,
-    /// norms, attention scores, logits and the optimizer are f32 in any case, and so is generation.
+    /// Computes products of weights, activations and their gradients, attention's among them, in another format; f32 unless set.
+    /// Sums, norms, softmax and the optimizer are f32 in any case, and so is the arithmetic of generation.
     pub fn set_arithmetic(&mut self, arithmetic: Arithmetic) {
         self.arithmetic = arithmetic;
     }

@@ -209,7 +209,10 @@ impl Task for PretrainTask {
     fn micro_batches(&mut self, step: u64) -> StageResult<Vec<LanguageBatch>> {
         let first = step * self.plan.batch_size as u64;
         let rows: Vec<u64> = (first..first + self.plan.batch_size as u64).collect();
-        Ok(rows.chunks(self.plan.micro_batch_size).map(|rows| batch(&mut self.windows, rows.iter().copied())).collect())
+        let batches = rows.chunks(self.plan.micro_batch_size).map(|rows| batch(&mut self.windows, rows.iter().copied())).collect();
+        let next = first + self.plan.batch_size as u64;
+        self.windows.read_ahead(next..next + self.plan.batch_size as u64);
+        Ok(batches)
     }
 
     fn denominator(&self, micro_batches: &[LanguageBatch]) -> f64 {

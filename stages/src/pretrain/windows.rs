@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use rlflow_api::CounterRng;
 use rlflow_text::TokenDataset;
@@ -40,6 +40,19 @@ impl Windows {
     /// Rows per epoch.
     pub fn rows(&self) -> usize {
         self.tokens.total_tokens().div_ceil(self.length as u64) as usize
+    }
+
+    /// Lets the system read ahead the documents of those `rows` that are of the epoch of the row that was cut last: from a corpus that
+    /// is larger than memory, the trainer would wait for the disk.
+    pub fn read_ahead(&self, rows: Range<u64>) {
+        let Some(Epoch { number, order, starts }) = &self.epoch else { return };
+        let of_epoch = self.rows() as u64;
+        let first = (rows.start.max(number * of_epoch) - number * of_epoch) * self.length as u64;
+        let last = (rows.end.saturating_sub(number * of_epoch) * self.length as u64).min(self.tokens.total_tokens());
+        if first < last {
+            let documents = starts.partition_point(|start| *start <= first) - 1..starts.partition_point(|start| *start < last);
+            order[documents].iter().for_each(|document| self.tokens.read_ahead(*document as usize));
+        }
     }
 
     /// The pieces of row `row`, counted over all epochs.

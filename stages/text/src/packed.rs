@@ -1,6 +1,6 @@
 //! Arrays of little-endian numbers in blobs, read in place where alignment allows.
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 use bytemuck::Pod;
 use rlflow_api::{Artifact, ArtifactType, Blob, StageError, StageResult};
@@ -39,6 +39,13 @@ impl<T: Element> Array<T> {
         Ok(Self::new(blob))
     }
 
+    /// Lets the system read these elements ahead ([`Blob::read_ahead`]).
+    pub fn read_ahead(&self, elements: Range<usize>) {
+        if self.copy.is_none() {
+            self.blob.read_ahead(elements.start * size_of::<T>()..elements.end * size_of::<T>());
+        }
+    }
+
     fn new(blob: Blob) -> Self {
         let in_place = cfg!(target_endian = "little") && bytemuck::try_cast_slice::<u8, T>(&blob).is_ok();
         let copy = (!in_place).then(|| blob.chunks_exact(size_of::<T>()).map(T::from_le).collect());
@@ -74,7 +81,7 @@ pub(crate) fn read_selection(artifact: &Artifact, name: &str, rows: usize) -> St
 }
 
 /// The elements of row `row`.
-pub(crate) fn row_range(bounds: &[u64], row: u64) -> std::ops::Range<usize> {
+pub(crate) fn row_range(bounds: &[u64], row: u64) -> Range<usize> {
     bounds[row as usize] as usize..bounds[row as usize + 1] as usize
 }
 

@@ -55,6 +55,11 @@ impl TokenDataset {
         &self.ids[row_range(&self.offsets, self.order[index])]
     }
 
+    /// Lets the system read the `index`th document ahead.
+    pub fn read_ahead(&self, index: usize) {
+        self.ids.read_ahead(row_range(&self.offsets, self.order[index]));
+    }
+
     /// Tokens in the split, counting repeated draws.
     pub fn total_tokens(&self) -> u64 {
         self.total_tokens
