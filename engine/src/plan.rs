@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -114,7 +114,11 @@ impl Plan {
         let mut outputs: Vec<Option<Outputs>> = vec![None; count];
         let mut decided: Vec<Option<PlannedStage>> = (0..count).map(|_| None).collect();
         let mut runs: Vec<Option<Box<Action>>> = (0..count).map(|_| None).collect();
-        for wave in waves(actions) {
+        let mut place = vec![0; count];
+        workflow.order.iter().enumerate().for_each(|(at, stage)| place[*stage] = at);
+        // What runs, in the order in which a run comes to it.
+        let mut readers = BTreeSet::new();
+        for (round, wave) in waves(actions).into_iter().enumerate() {
             let (waiting, known): (Vec<usize>, Vec<usize>) = wave
                 .into_iter()
                 .partition(|index| workflow.stages[*index].inputs.values().flatten().any(|edge| outputs[edge.stage].is_none()));
@@ -140,13 +144,15 @@ impl Plan {
                     Decision::Run(action) => {
                         let planned = PlannedStage::running(actions, index, &action)?;
                         runs[index] = Some(action);
+                        readers.insert((round, place[index]));
                         planned
                     }
                 });
             }
         }
-        // What runs must read its inputs: results that were collected are made again, from the bottom up.
-        for index in workflow.order.iter().copied().rev() {
+        // What runs must read its inputs: results that were collected are made again, for the first that needs them, as in a run.
+        while let Some((round, at)) = readers.pop_first() {
+            let index = workflow.order[at];
             let Some(action) = &runs[index] else { continue };
             for lost in actions.unreadable_inputs(action)? {
                 if runs[lost.stage].is_some() {
@@ -156,6 +162,7 @@ impl Plan {
                 if let Decision::Run(again) = actions.decide(lost.stage, &outputs, Some(&reason))? {
                     decided[lost.stage] = Some(PlannedStage::running(actions, lost.stage, &again)?);
                     runs[lost.stage] = Some(again);
+                    readers.insert((round + 1, place[lost.stage]));
                 }
             }
         }

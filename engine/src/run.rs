@@ -290,7 +290,7 @@ impl<'a> Runner<'a> {
                     self.schedule.ready(stage);
                 } else {
                     for lost in lost {
-                        self.must_run.insert(lost.stage, lost.reason(name));
+                        self.must_run.entry(lost.stage).or_insert_with(|| lost.reason(name));
                         self.schedule.reopen(lost.stage);
                     }
                     self.schedule.retry(stage);

@@ -160,7 +160,7 @@ fn a_damaged_input_is_made_again_in_the_same_run() {
 }
 
 /// Flips a bit of an artifact's first blob.
-fn damage(store: &Store, artifact: Digest) {
+pub fn damage(store: &Store, artifact: Digest) {
     let artifact = store.open_artifact(artifact).unwrap().unwrap();
     damage_blob(store, artifact.manifest().entries[0].digest);
 }

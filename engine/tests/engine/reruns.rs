@@ -1,7 +1,7 @@
 //! What runs again, what does not, and why.
 
 use rlflow_api::{CancelToken, StageEvent};
-use rlflow_engine::{Request, RunOptions, event::Event, report};
+use rlflow_engine::{Request, RunOptions, event::Event, history, report};
 use rlflow_store::Digest;
 
 use crate::world::{CHAIN, CancelAt, Recorder, World, load_file, only, outcomes};
@@ -161,23 +161,37 @@ fn what_cannot_change_a_result_reruns_nothing() {
     assert!(world.run_with(&[], &RunOptions { jobs: 3, ..RunOptions::default() }).is_all_cached());
 }
 
-/// The first stage that runs, with its reason, which is the same, to the last member, in what `plan` and `run` tell scripts.
-fn reason_of_a_run(world: &World) -> String {
+/// The first stage that runs, with its reason, which is the same, to the last member, in what `plan`, `run`, its events and `log` tell
+/// scripts. (`status` is a plan of everything; that the commands agree is tested in the workspace's `tests/cli`.)
+fn reason_of(world: &World, options: &RunOptions) -> String {
     let workflow = world.load();
-    let planned = serde_json::json!(world.plan().to_json(&workflow));
+    let planned = serde_json::json!(world.plan_of(&options.request).to_json(&workflow));
     let first = planned["stages"].as_array().unwrap().iter().find(|stage| !stage["reason"].is_null()).unwrap();
     let (name, reason) = (first["name"].as_str().unwrap(), &first["reason"]);
-    assert!(reason.get("from").is_some() && reason.get("to").is_some(), "{reason}");
-    let ran = world.run().stages.iter().find(|stage| stage.name == name).unwrap().to_json();
-    assert_eq!(ran["reason"], *reason);
+    let kind = reason["kind"].as_str().unwrap();
+    let has_values = kind.ends_with("_changed") || kind == "files_rearranged";
+    assert_eq!(reason.get("from").is_some() && reason.get("to").is_some(), has_values, "{reason}");
+    let recorder = Recorder::default();
+    let summary = world.run_watched(&[], options, &CancelToken::default(), vec![Box::new(recorder.clone())]);
+    assert_eq!(summary.stages.iter().find(|stage| stage.name == name).unwrap().to_json()["reason"], *reason);
+    let events: Vec<serde_json::Value> = recorder.0.lock().unwrap().iter().map(|event| event.to_json(0.0)).collect();
+    for event in ["stage_started", "stage_finished"] {
+        let told = events.iter().find(|told| told["event"] == event && told["stage"] == name).unwrap();
+        assert_eq!(told["reason"], *reason, "{event}");
+    }
+    let run = &history::past_runs(&world.store(), 1).unwrap()[0];
+    assert_eq!(run.stages.iter().find(|stage| stage["stage"] == name).unwrap()["reason"], *reason);
     format!("{name} {}: {}", first["status"].as_str().unwrap(), reason["text"].as_str().unwrap())
+}
+
+fn reason_of_a_run(world: &World) -> String {
+    reason_of(world, &RunOptions::default())
 }
 
 #[test]
 fn every_kind_of_change_has_its_reason() {
-    let world = World::new(CHAIN);
-    world.run();
-    let mut reasons = Vec::new();
+    let world = World::new(&CHAIN.replace("data.txt", "d*.txt"));
+    let mut reasons = vec![reason_of_a_run(&world)];
     let mut with = |from: &str, to: &str| {
         world.edit(from, to);
         reasons.push(reason_of_a_run(&world));
@@ -186,22 +200,64 @@ fn every_kind_of_change_has_its_reason() {
     };
     with("seed = 7", "seed = 8");
     with("steps = 20", "steps = 19");
+    with("steps = 20", "steps = 30");
     with("models = [\"a\", \"b\"]", "models = [\"a\"]");
     with("models = [\"a\", \"b\"]", "models = [\"b\", \"a\"]");
     with("keep = 2", "keep = 1");
-    world.write("data.txt", "one\ntwo\n3\n");
-    reasons.push(reason_of_a_run(&world));
+    let mut after = |change: &dyn Fn()| {
+        change();
+        reasons.push(reason_of_a_run(&world));
+    };
+    after(&|| world.write("data.txt", "one\ntwo\n3\n"));
+    after(&|| world.write("data2.txt", "four\n"));
+    after(&|| {
+        std::fs::rename(world.path("data.txt"), world.path("other")).unwrap();
+        std::fs::rename(world.path("data2.txt"), world.path("data.txt")).unwrap();
+        std::fs::rename(world.path("other"), world.path("data2.txt")).unwrap();
+    });
+    // Names are in no key, so what is left must not have been the data before.
+    after(&|| std::fs::remove_file(world.path("data2.txt")).unwrap());
     assert_eq!(
         reasons,
         [
+            "data run: never ran",
             "base run: seed changed: 7 -> 8",
             "base run: train.steps changed: 20 -> 19",
+            "base extend: train.steps changed: 20 -> 30",
             "all run: input models[1] no longer comes from b",
             "all run: input models[0] now comes from b instead of a, and input models[1] now comes from a instead of b",
             "data run: keep changed: 2 -> 1",
             "data run: data file data.txt changed",
+            "data run: data file data2.txt was added",
+            "data run: its data files are read in another order or as another format",
+            "data run: data file data2.txt was removed",
         ]
     );
+}
+
+#[test]
+fn what_runs_for_another_reason_than_a_change_says_so_everywhere() {
+    let world = World::new(CHAIN);
+    let cancel = CancelToken::default();
+    let at = CancelAt { stage: "base", step: 7, cancel: cancel.clone() };
+    world.run_watched(&[], &RunOptions::default(), &cancel, vec![Box::new(at)]);
+    assert_eq!(reason_of_a_run(&world), "base resume: was interrupted after step 7");
+    assert_eq!(reason_of(&world, &force("base")), "base run: forced by --force base");
+    // Of two that need what is gone, the plan names the one that the run names.
+    let whole = world.run();
+    collect(&world, whole.stages[1].outputs["model"]);
+    world.edit("beta = 0.", "beta = 1.");
+    assert_eq!(reason_of_a_run(&world), "base run: its result model is missing from the store and a must read it");
+    collect(&world, world.run().stages[2].outputs["model"]);
+    let asked = "a run: its result model is missing from the store and it was asked for by name";
+    assert_eq!(reason_of(&world, &only(&["a"])), asked);
+    crate::failures::damage(&world.store(), *world.run().stages[4].outputs.values().next().unwrap());
+    assert!(!world.store().fsck(true).unwrap().problems.is_empty());
+    assert_eq!(reason_of_a_run(&world), "all run: its result results was found damaged and set aside");
+    assert!(world.run().is_all_cached());
+    world.edit("beta = 1.1", "beta = 1.1\nfail_at = 3");
+    let changed = reason_of_a_run(&world);
+    assert_eq!(reason_of_a_run(&world), changed.replacen("a run", "a failed", 1));
 }
 
 #[test]
