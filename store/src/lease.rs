@@ -5,10 +5,10 @@ use std::{
     path::{Path, PathBuf},
     sync::mpsc,
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
-use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
+use rustix::fs::{Timespec, Timestamps, UTIME_NOW, futimens};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -91,7 +91,7 @@ impl Store {
                     let content = serde_json::to_vec(holder).map_err(|error| format_error(&holder_path, &error))?;
                     write_lightly(self.layout(), &holder_path, &content)?;
                     fault_point("lease.written").map_err(StoreError::io("write", &holder_path))?;
-                    let heart = Some(start_heart(&holder_path)?);
+                    let heart = Some(start_heart(&holder_path, HEARTBEAT)?);
                     return Ok(LeaseOutcome::Acquired(Lease { lock_path, holder_path, lock: Some(file), heart }));
                 }
                 Locked::Others => match read_holder(&holder_path)? {
@@ -150,14 +150,14 @@ impl Store {
         if holder.host == host_name() && (locks_work || !is_alive(holder.pid)) {
             return Ok(None);
         }
-        // Both times come from the file server, so that clocks need not agree.
-        let touch = File::open(lock_path).and_then(|file| touch(&file));
-        let now = fs::metadata(lock_path).and_then(|metadata| metadata.modified());
+        // Both times come from the file server, so that clocks need not agree. Ours must do where it cannot be asked.
+        let now = File::open(lock_path).and_then(|file| {
+            touch(&file)?;
+            file.metadata()?.modified()
+        });
+        let now = now.unwrap_or_else(|_| SystemTime::now());
         let beat = fs::metadata(holder_path).and_then(|metadata| metadata.modified());
-        let alive = match (touch, now, beat) {
-            (Ok(()), Ok(now), Ok(beat)) => now.duration_since(beat).unwrap_or_default() < EXPIRY,
-            _ => false,
-        };
+        let alive = beat.is_ok_and(|beat| now.duration_since(beat).unwrap_or_default() < EXPIRY);
         Ok(alive.then_some(holder))
     }
 }
@@ -194,11 +194,13 @@ pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::Unsupported || error.raw_os_error() == Some(rustix::io::Errno::NOLCK.raw_os_error())
 }
 
-fn start_heart(path: &Path) -> Result<(mpsc::Sender<()>, JoinHandle<()>)> {
+fn start_heart(path: &Path, every: Duration) -> Result<(mpsc::Sender<()>, JoinHandle<()>)> {
     let file = File::open(path).map_err(StoreError::io("open", path))?;
+    // Some file systems let the writer's clock say when a file was written.
+    let _ = touch(&file);
     let (stop, stopped) = mpsc::channel::<()>();
     let beat = move || {
-        while stopped.recv_timeout(HEARTBEAT) == Err(mpsc::RecvTimeoutError::Timeout) {
+        while stopped.recv_timeout(every) == Err(mpsc::RecvTimeoutError::Timeout) {
             let _ = touch(&file);
         }
     };
@@ -206,10 +208,14 @@ fn start_heart(path: &Path) -> Result<(mpsc::Sender<()>, JoinHandle<()>)> {
     Ok((stop, thread))
 }
 
-/// Sets a file's time to now by the clock of whoever keeps the file, which may be another machine's.
+/// Sets a file's times to now by the clock of whoever keeps the file, which may be another machine's. Both of them: then who may write
+/// to the file may do so, and not only its owner.
 fn touch(file: &File) -> io::Result<()> {
-    let [omit, now] = [UTIME_OMIT, UTIME_NOW].map(|tv_nsec| Timespec { tv_sec: 0, tv_nsec });
-    Ok(futimens(file, &Timestamps { last_access: omit, last_modification: now })?)
+    let now = || Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    futimens(file, &Timestamps { last_access: now(), last_modification: now() })?;
+    #[cfg(test)]
+    tests::set_by_the_server(file)?;
+    Ok(())
 }
 
 /// What the holder file says. `None` if absent or half-written.
@@ -238,13 +244,42 @@ fn format_error(path: &Path, error: &serde_json::Error) -> StoreError {
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
+    use std::sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    };
 
     use super::*;
+
+    /// Seconds by which the clock of the server that keeps the files is ahead of this machine's.
+    static AHEAD: AtomicI64 = AtomicI64::new(0);
+
+    /// Turns a file's time, which this machine has just set, into what the server would have set.
+    pub(super) fn set_by_the_server(file: &File) -> io::Result<()> {
+        file.set_modified(shifted(file.metadata()?.modified()?))
+    }
+
+    fn shifted(time: SystemTime) -> SystemTime {
+        let ahead = AHEAD.load(Ordering::Relaxed);
+        let by = Duration::from_secs(ahead.unsigned_abs());
+        if ahead < 0 { time - by } else { time + by }
+    }
+
+    /// For a test that sets [`AHEAD`], alone.
+    fn alone() -> MutexGuard<'static, ()> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Seven minutes, this way and that way.
+    const CLOCKS: [i64; 3] = [0, 420, -420];
+    /// Above all numbers that Linux gives to processes.
+    const NOBODY: u32 = (1 << 22) + 1;
 
     /// Where locks say nothing, as between hosts, the holder file does: whose it is, and when it was renewed.
     #[test]
     fn without_locks_a_heartbeat_tells_who_lives() {
+        let _alone = alone();
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).unwrap();
         let (lock_path, holder_path) = store.lease_paths(Digest::of(b"key"));
@@ -254,16 +289,62 @@ mod tests {
         let found = |host: &str, pid: u32, renewed: Duration| {
             let holder = LeaseHolder { host: host.to_owned(), pid, ..unknown_holder() };
             fs::write(&holder_path, serde_json::to_vec(&holder).unwrap()).unwrap();
-            File::open(&holder_path).unwrap().set_modified(SystemTime::now() - renewed).unwrap();
+            File::open(&holder_path).unwrap().set_modified(shifted(SystemTime::now()) - renewed).unwrap();
             is_held()
         };
-        // Above all numbers that Linux gives to processes.
-        const NOBODY: u32 = (1 << 22) + 1;
-        assert!(found("elsewhere", NOBODY, Duration::ZERO));
-        assert!(found(&host_name(), std::process::id(), Duration::ZERO));
-        assert!(!found(&host_name(), NOBODY, Duration::ZERO));
-        assert!(!found("elsewhere", NOBODY, 2 * EXPIRY));
-        touch(&File::open(&holder_path).unwrap()).unwrap();
-        assert!(is_held(), "a beat was not noticed");
+        for ahead in CLOCKS {
+            AHEAD.store(ahead, Ordering::Relaxed);
+            assert!(found("elsewhere", NOBODY, Duration::ZERO), "{ahead}");
+            assert!(found(&host_name(), std::process::id(), Duration::ZERO), "{ahead}");
+            assert!(!found(&host_name(), NOBODY, Duration::ZERO), "{ahead}");
+            assert!(!found("elsewhere", NOBODY, 2 * EXPIRY), "{ahead}");
+            let (stop, heart) = start_heart(&holder_path, Duration::from_secs(3600)).unwrap();
+            assert!(is_held(), "{ahead}: a heart did not beat when it began");
+            drop(stop);
+            heart.join().unwrap();
+            assert!(!found("elsewhere", NOBODY, 2 * EXPIRY), "{ahead}");
+            let (stop, heart) = start_heart(&holder_path, Duration::from_millis(1)).unwrap();
+            File::open(&holder_path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+            while !is_held() {
+                assert!(!heart.is_finished(), "{ahead}: no beat was noticed");
+                std::thread::yield_now();
+            }
+            drop(stop);
+            heart.join().unwrap();
+        }
+        AHEAD.store(0, Ordering::Relaxed);
+    }
+
+    /// Two hosts on one store that do not see each other's locks; their clocks and the server's are minutes apart.
+    #[test]
+    fn hosts_with_other_clocks_wait_for_the_living_and_take_over_from_the_dead() {
+        let _alone = alone();
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap().as_on_network();
+        let key = Digest::of(b"key");
+        for ahead in CLOCKS {
+            AHEAD.store(ahead, Ordering::Relaxed);
+            let holder = |host: &str, since: f64| LeaseHolder { host: host.to_owned(), pid: NOBODY, since, ..unknown_holder() };
+            // What a host thinks that the time is decides nothing.
+            let (first, second) = (holder("first", 1e9), holder("second", 1e10));
+            let LeaseOutcome::Acquired(mut owned) = store.take_lease(key, &first).unwrap() else { panic!("{ahead}: nobody has it") };
+            fs::remove_file(&owned.lock_path).unwrap();
+            let waits = || matches!(store.take_lease(key, &second).unwrap(), LeaseOutcome::Held(other) if other == first);
+            assert!(waits(), "{ahead}: a living owner was taken for dead");
+            assert_eq!(store.find_lease_holder(key).unwrap().as_ref(), Some(&first));
+            // Its host dies: no beat any more, and nothing is tidied up.
+            let (stop, heart) = owned.heart.take().unwrap();
+            drop(stop);
+            heart.join().unwrap();
+            std::mem::forget(owned);
+            AHEAD.store(ahead + 15, Ordering::Relaxed);
+            assert!(waits(), "{ahead}: beats may be late");
+            AHEAD.store(ahead + 31, Ordering::Relaxed);
+            assert_eq!(store.find_lease_holder(key).unwrap(), None);
+            let LeaseOutcome::Acquired(taken) = store.take_lease(key, &second).unwrap() else { panic!("{ahead}: the dead keep it") };
+            drop(taken);
+            assert_eq!(store.find_lease_holder(key).unwrap(), None);
+        }
+        AHEAD.store(0, Ordering::Relaxed);
     }
 }

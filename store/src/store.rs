@@ -145,6 +145,13 @@ impl Store {
         self.0.on_network
     }
 
+    /// The same as it would be on a network file system.
+    #[cfg(test)]
+    pub(crate) fn as_on_network(mut self) -> Self {
+        Arc::get_mut(&mut self.0).expect("nobody else has it yet").on_network = true;
+        self
+    }
+
     /// Starts an artifact of the given type.
     pub fn artifact(&self, artifact_type: &str) -> ArtifactBuilder {
         ArtifactBuilder::new(self.clone(), artifact_type.to_owned())
