@@ -12,6 +12,8 @@ use rlflow_engine::{
     workflow::{WorkflowError, WorkflowErrors},
 };
 
+use crate::terminal::visible;
+
 /// How a command ended when nothing was wrong with the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -72,13 +74,15 @@ impl Failure {
             };
             print_line(&value.to_string());
         } else {
-            match self {
-                Self::Engine(EngineError::Workflow(errors)) => say(&render(errors)),
-                Self::Engine(error) => say(&format!("error: {error}\n")),
-                Self::Request { message, hint: None, .. } => say(&format!("error: {message}\n")),
-                Self::Request { message, hint: Some(hint), .. } => say(&format!("error: {message}\n  hint: {hint}\n")),
-                Self::Other(error) => say(&format!("error: {error:#}\n")),
-            }
+            let plain = |text: String| visible(&text).into_owned();
+            say(&match self {
+                // The engine leaves no control characters in these; the escape sequences are the colours.
+                Self::Engine(EngineError::Workflow(errors)) => render(errors),
+                Self::Engine(error) => plain(format!("error: {error}\n")),
+                Self::Request { message, hint: None, .. } => plain(format!("error: {message}\n")),
+                Self::Request { message, hint: Some(hint), .. } => plain(format!("error: {message}\n  hint: {hint}\n")),
+                Self::Other(error) => plain(format!("error: {error:#}\n")),
+            });
         }
         ExitCode::from(code)
     }
@@ -167,7 +171,7 @@ impl Write for Stdout {
 
 /// Writes a line of data to stdout.
 pub fn print_line(text: &str) {
-    print_text(&format!("{text}\n"));
+    print_as_it_is(&format!("{text}\n"));
 }
 
 /// Writes a value as a line of JSON to stdout.
@@ -177,8 +181,14 @@ pub fn print_json(value: &impl Serialize) {
     written(line.and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()));
 }
 
-/// Writes text that ends itself to stdout.
+/// Writes text for people, which ends itself, to stdout. It may quote names, settings and data: their control characters are shown
+/// and not sent.
 pub fn print_text(text: &str) {
+    print_as_it_is(&visible(text));
+}
+
+/// Writes text that ends itself to stdout, escape sequences too: they are our colours, or the text is data for a program.
+pub fn print_as_it_is(text: &str) {
     let mut out = std::io::stdout().lock();
     written(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
 }

@@ -122,7 +122,7 @@ fn run_command(cli: Cli) -> ExitCode {
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "rlflow", &mut script);
-            failure::print_text(&String::from_utf8_lossy(&script));
+            failure::print_as_it_is(&String::from_utf8_lossy(&script));
             Ok(Outcome::Done)
         }
     };

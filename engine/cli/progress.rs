@@ -12,6 +12,8 @@ use rlflow_engine::{
     text, thousands,
 };
 
+use crate::terminal::visible;
+
 /// Seconds between two progress lines of a stage where there is no terminal.
 const LINE_SECONDS: f64 = 10.0;
 
@@ -111,7 +113,7 @@ impl Sink for Lines {
             event => line(event, self.verbose),
         };
         if let Some(text) = text {
-            let _ = writeln!(std::io::stderr(), "{text}");
+            let _ = writeln!(std::io::stderr(), "{}", visible(&text));
         }
     }
 }
@@ -161,7 +163,7 @@ impl Bars {
                 bar.bar.set_position(*done);
                 let parts = [unit.clone(), detail.clone(), bar.metrics.clone(), rate(*tokens_per_s)];
                 let parts: Vec<String> = parts.into_iter().filter(|part| !part.is_empty()).collect();
-                bar.bar.set_message(parts.join("  "));
+                bar.bar.set_message(visible(&parts.join("  ")).into_owned());
             }
             _ => {}
         }
@@ -184,7 +186,7 @@ impl Sink for Bars {
             _ => {}
         }
         if let Some(text) = line(event, self.verbose) {
-            let _ = self.bars.println(text);
+            let _ = self.bars.println(visible(&text));
         }
     }
 }

@@ -7,7 +7,7 @@ use rlflow_engine::{EngineError, event::now, html::html_report};
 
 use crate::{
     common::{Common, WorkflowArgs},
-    failure::{Failure, Outcome, print_line, print_text},
+    failure::{Failure, Outcome, print_as_it_is, print_line, print_text},
     host::host,
 };
 
@@ -27,7 +27,7 @@ impl Report {
         let html = html_report(&workflow, &store, &host(), &format!("written {}", crate::log::local_time(now())))?;
         let path = self.output.unwrap_or_else(|| workflow.path.with_extension("html"));
         if path.as_os_str() == "-" {
-            print_text(&html);
+            print_as_it_is(&html);
             return Ok(Outcome::Done);
         }
         fs::write(&path, html).map_err(EngineError::io(format!("write {}", path.display())))?;

@@ -14,6 +14,7 @@ use crate::{
     failure::{Failure, Outcome, Stdout, print_text},
     host::host,
     progress,
+    terminal::visible,
 };
 
 /// Run what is not cached
@@ -73,7 +74,7 @@ impl Run {
         if common.quiet {
             // Progress is what nobody wants to read; why it failed is not.
             let failed = summary.stages.iter().filter(|stage| stage.status == StageStatus::Failed && !stage.was_interrupted());
-            failed.for_each(|stage| eprintln!("error: {}: {}", stage.name, stage.error.as_deref().unwrap_or("no message")));
+            failed.for_each(|stage| eprintln!("error: {}: {}", stage.name, visible(stage.error.as_deref().unwrap_or("no message"))));
         }
         if !common.json {
             print_text(&run_report(&workflow, &store, &summary, &self.resume_command(common), &|command, rest| {

@@ -13,7 +13,7 @@ use rlflow_store::{ActionRecord, Artifact, Digest, Store};
 use crate::{
     artifact,
     common::{Common, WorkflowArgs},
-    failure::{Failure, Outcome, print_line, print_text, takes_color},
+    failure::{Failure, Outcome, print_as_it_is, print_line, print_text, takes_color},
     host::host,
     rows::Rows,
 };
@@ -39,7 +39,7 @@ impl Show {
             if common.json {
                 print_line(&json!({ "artifacts": { "artifact": self.describe(&store, &artifact)? } }).to_string());
             } else {
-                print_text(&self.artifact(&store, "artifact", &artifact)?);
+                print_as_it_is(&self.artifact(&store, "artifact", &artifact)?);
             }
             return Ok(Outcome::Done);
         }
@@ -87,7 +87,7 @@ impl Show {
             print_text(&made(&stage.name, stale, &record));
             for (port, artifact, digest) in &outputs {
                 match artifact {
-                    Some(artifact) => print_text(&self.artifact(&store, port, artifact)?),
+                    Some(artifact) => print_as_it_is(&self.artifact(&store, port, artifact)?),
                     None => print_text(&format!("\n{port}: {digest} is not in the store any more; a run that needs it makes it again\n")),
                 }
             }

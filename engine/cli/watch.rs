@@ -96,7 +96,7 @@ impl Watch {
 
 fn say(quiet: bool, text: &str) {
     if !quiet {
-        eprintln!("{text}");
+        eprintln!("{}", crate::terminal::visible(text));
     }
 }
 

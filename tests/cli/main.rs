@@ -2,6 +2,7 @@
 
 mod care;
 mod reasons;
+mod terminal;
 
 use std::{
     fs,
