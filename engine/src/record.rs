@@ -118,9 +118,12 @@ struct Kept {
     record: StageRecord,
     /// Time spent so far, over all sessions.
     seconds: f64,
-    /// Numerics profile that the work so far was done under.
+    /// Numerics profiles that the work so far was done under, each once, with [`THEN`] between them.
     numerics: String,
 }
+
+/// Between numerics profiles.
+const THEN: &str = " then ";
 
 /// What to say of parts of `stage`'s record that cannot be read. `None` if there are none.
 pub fn missing_text(workflow: &Workflow, stage: &str, missing: &[&str]) -> Option<String> {
@@ -169,7 +172,7 @@ pub struct Reported {
     pub seconds: f64,
     /// How it continued, if it did.
     pub continued: Option<Continued>,
-    /// The numerics profile of earlier sessions, where it is another.
+    /// The numerics profiles of all sessions before, where they are not all today's.
     pub other_numerics: Option<String>,
 }
 
@@ -252,7 +255,12 @@ impl Reporter for StageReporter<'_> {
     fn record(&self) -> Vec<u8> {
         let state = self.state();
         let seconds = state.seconds_before + self.started.elapsed().as_secs_f64();
-        let numerics = state.resumed_numerics.clone().unwrap_or_else(|| self.numerics.to_owned());
+        // All of them: a session under the first again must not look as if there had been no other.
+        let numerics = match &state.resumed_numerics {
+            None => self.numerics.to_owned(),
+            Some(before) if before.split(THEN).any(|profile| profile == self.numerics) => before.clone(),
+            Some(before) => format!("{before}{THEN}{}", self.numerics),
+        };
         serde_json::to_vec(&Kept { record: state.record.clone(), seconds, numerics }).unwrap_or_default()
     }
 
@@ -312,7 +320,13 @@ mod tests {
         let kept = StageReporter::new("sft", &events, "avx512").record();
         let second = StageReporter::new("sft", &events, "avx2");
         second.restore(&kept);
+        let kept = second.record();
         assert_eq!(second.finish().other_numerics.as_deref(), Some("avx512"));
+        // Back where it began, it was elsewhere all the same.
+        let third = StageReporter::new("sft", &events, "avx512");
+        third.restore(&kept);
+        assert_eq!(serde_json::from_slice::<Kept>(&third.record()).unwrap().numerics, "avx512 then avx2");
+        assert_eq!(third.finish().other_numerics.as_deref(), Some("avx512 then avx2"));
     }
 
     #[test]

@@ -3,18 +3,20 @@
 
 use std::{collections::BTreeMap, path::Path};
 
+use rlflow_api::{CancelToken, StageEvent};
 use rlflow_engine::{
-    Plan, Registry, Request,
+    Plan, Registry, Request, RunOptions,
     action::Actions,
     adopt,
     docs::Place,
+    event::Event,
     workflow::{LoadOptions, load},
 };
 
 use crate::{
     kinds,
     vary::{Mark, check_key_table, spell_out, vary, write_and_load},
-    world::{CHAIN, World},
+    world::{CHAIN, CancelAt, Recorder, World, outcomes},
 };
 
 #[test]
@@ -139,4 +141,33 @@ fn a_folder_can_be_moved() {
     assert!(moved.run().is_all_cached());
     moved.edit("beta = 0.2", "beta = 0.3");
     assert_eq!(moved.planned()[0], "b run: beta changed: 0.2 -> 0.3");
+}
+
+/// Another machine's rounding is no reason to run again; what was made partly here and partly there says so.
+#[test]
+fn results_of_another_numerics_profile_count_and_mixed_ones_are_marked() {
+    let mut world = World::new(CHAIN);
+    for (profile, step) in [("first", 5), ("second", 11)] {
+        world.host.numerics = profile.to_owned();
+        let cancel = CancelToken::default();
+        let at = CancelAt { stage: "base", step, cancel: cancel.clone() };
+        assert!(world.run_watched(&[], &RunOptions::default(), &cancel, vec![Box::new(at)]).interrupted);
+    }
+    world.host.numerics = "first".to_owned();
+    let recorder = Recorder::default();
+    let ended = world.run_watched(&[], &RunOptions::default(), &CancelToken::default(), vec![Box::new(recorder.clone())]);
+    assert_eq!(outcomes(&ended)[1], "base resumed: was interrupted after step 11");
+    let events = recorder.0.lock().unwrap();
+    let warnings: Vec<&str> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Stage { stage, event: StageEvent::Warning { text } } if stage == "base" => Some(text.as_str()),
+            _ => None,
+        })
+        .collect();
+    assert!(warnings.len() == 1 && warnings[0].contains("`first then second`"), "{warnings:?}");
+    let made_under = |stage: usize| world.store().action(ended.stages[stage].key.unwrap()).unwrap().unwrap().provenance.numerics;
+    assert_eq!([made_under(0), made_under(1), made_under(2)], ["first", "first (continued from first then second)", "first"]);
+    world.host.numerics = "third".to_owned();
+    assert!(world.plan().is_all_cached() && world.run().is_all_cached());
 }

@@ -166,7 +166,9 @@ fn what_cannot_change_a_result_reruns_nothing() {
 fn reason_of(world: &World, options: &RunOptions) -> String {
     let workflow = world.load();
     let planned = serde_json::json!(world.plan_of(&options.request).to_json(&workflow));
-    let first = planned["stages"].as_array().unwrap().iter().find(|stage| !stage["reason"].is_null()).unwrap();
+    let stages = planned["stages"].as_array().unwrap();
+    assert!(stages.iter().all(|stage| stage["reason"].is_null() == (stage["status"] == "cached")), "{planned}");
+    let first = stages.iter().find(|stage| !stage["reason"].is_null()).unwrap();
     let (name, reason) = (first["name"].as_str().unwrap(), &first["reason"]);
     let kind = reason["kind"].as_str().unwrap();
     let has_values = kind.ends_with("_changed") || kind == "files_rearranged";
