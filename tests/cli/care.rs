@@ -149,3 +149,26 @@ fn a_watch_runs_again_until_it_is_stopped() {
     assert!(Command::new("kill").args(["-INT", &watch.id().to_string()]).status().unwrap().success());
     assert_eq!(watch.wait().unwrap().code(), Some(130));
 }
+
+#[test]
+fn the_command_that_a_failure_prints_goes_on() {
+    let world = World::new();
+    fs::write(world.path("flow.toml"), WORKFLOW.replace("texts/*.txt", "rows.jsonl")).unwrap();
+    fs::write(world.path("rows.jsonl"), "{\"other\": 1}\n").unwrap();
+    let kept = ["--set", "stage.tokenizer.vocab_size=301", "--store", "kept here"];
+    let more = ["--jobs", "2", "--keep-going", "--force", "corpus", "--no-cache"];
+    let failed = world.rlflow(&[&["run", "flow.toml", "tokenizer"], &kept[..], &more].concat());
+    assert_eq!(failed.status.code(), Some(1), "{}", stderr(&failed));
+    let told = stdout(&failed);
+    let command = told.split_once("to continue from here:\n  ").unwrap().1.trim_end();
+    // What would start over is left out.
+    let expected = "rlflow run flow.toml --set stage.tokenizer.vocab_size=301 --store 'kept here' tokenizer --jobs 2 --keep-going";
+    assert_eq!(command, expected);
+    let row = |line: usize| format!("{{\"text\": \"Line {line} of a small text that tells of the sea and of ships.\"}}\n");
+    fs::write(world.path("rows.jsonl"), (0..200).map(row).collect::<String>()).unwrap();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &command.replacen("rlflow", "\"$0\"", 1), env!("CARGO_BIN_EXE_rlflow")]);
+    let went_on = shell.current_dir(world.path("")).env_remove("RLFLOW_STORE").output().unwrap();
+    assert!(went_on.status.success(), "{}", stderr(&went_on));
+    assert_eq!(statuses(&world.json(&[&["status", "flow.toml", "--json"], &kept[..]].concat())), ["cached", "cached"]);
+}
