@@ -151,3 +151,40 @@ fn an_empty_table_is_an_adapter() {
     assert_eq!(optimizer(&["defaults.lora={}"]), adapter);
     assert!(adapter > 0 && adapter < optimizer(&[]), "{adapter}");
 }
+
+/// A reference and a reward model that lie below adapters are held once, and planned once; elsewhere they are models of their own.
+#[test]
+fn what_lies_below_an_adapter_is_planned_once() {
+    let fixture = Fixture::new();
+    let of_stage = |sets: &[&str], name: &str| {
+        let plan = fixture.json("store", &["plan"], sets);
+        let stages = plan["stages"].as_array().unwrap_or_else(|| panic!("{plan}"));
+        let bytes = stages.iter().find(|stage| stage["name"] == name).unwrap()["rank_bytes"].clone();
+        let all: u64 = bytes.as_object().unwrap().values().map(|bytes| bytes.as_u64().unwrap()).sum();
+        (bytes["parameters"].as_u64().unwrap(), all)
+    };
+    let held = |sets: &[&str]| {
+        let output = fixture.command("store", sets).args(["--force", "ppo", "ppo"]).output().unwrap();
+        Finished::of(output).succeeded();
+        fixture.json("store", &["metrics"], sets)["stages"]["ppo"]["final"]["memory/peak_bytes"].as_f64().unwrap()
+    };
+    let sets = ["stage.actor.lora={ rank = 2 }", "stage.critic.lora={ rank = 2 }"];
+    let elsewhere = [sets[0], sets[1], "stage.ref.zero=1"];
+    for sets in [&sets[..], &elsewhere] {
+        let (held, (_, planned)) = (held(sets), of_stage(sets, "ppo"));
+        assert!((planned as f64 / held - 1.0).abs() <= 0.1, "{sets:?}: {held} held, {planned} planned");
+    }
+    let (model, _) = of_stage(&sets, "pretrain");
+    let parameters = |more: &str| of_stage(&[sets[0], sets[1], more], "ppo").0;
+    let once = of_stage(&sets, "ppo").0;
+    assert_eq!(parameters("stage.ref.zero=1"), once + model);
+    assert_eq!(parameters("stage.ref.inputs.model=\"pretrain\""), once + model);
+
+    // The reference of DPO is the model itself, unless it is named.
+    let dpo = |more: &[&str]| of_stage(&[&["stage.dpo.lora={ rank = 2 }"][..], more].concat(), "dpo").0;
+    let named = "stage.dpo.inputs.ref=\"pretrain\"";
+    let kto = "stage.dpo.loss=\"kto\"";
+    assert_eq!(dpo(&[kto]), dpo(&[]));
+    assert_eq!(dpo(&[kto, named]), dpo(&[kto]) + model);
+    assert_eq!(dpo(&[kto, "stage.dpo.inputs.ref=\"sft\""]), dpo(&[kto]));
+}

@@ -26,7 +26,7 @@ pub(crate) mod validate;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use rlflow_api::{ArtifactMeta, DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Problem, RowTokens};
+use rlflow_api::{ArtifactMeta, DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Origin, Problem, RowTokens};
 
 pub use dag::Dag;
 pub use described::Described;
@@ -167,6 +167,7 @@ impl Workflow {
             let source = &self.stages[edge.stage];
             let (ranks, zero) = placed(edge.stage);
             let meta = source.described.output(&edge.port)?.clone();
+            let origin = |above: &Edge| Origin { stage: self.stages[above.stage].name.clone(), port: above.port.clone() };
             Some(InputMeta {
                 ranks,
                 zero,
@@ -175,6 +176,7 @@ impl Workflow {
                 kind: source.kind.name().to_owned(),
                 meta: ArtifactMeta { row_tokens: rows(edge.stage), ..meta },
                 settings: source.config.settings().clone(),
+                made_of: source.inputs.values().flatten().map(origin).collect(),
             })
         };
         self.stages[stage].inputs.iter().map(|(port, edges)| (port.clone(), edges.iter().filter_map(meta).collect())).collect()

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use rlflow_store::{Artifact, Snapshot};
 
-use crate::{ArtifactMeta, ArtifactType, Execution, RunContext, StageResult};
+use crate::{ArtifactMeta, ArtifactType, Execution, Origin, RunContext, StageResult};
 
 /// How many edges a port takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,6 +124,8 @@ pub struct InputMeta {
     /// Normalised settings of that stage where the port names the kinds it takes (PPO reads its roles' here), else null: copying
     /// them for every edge would take most of the time that loading takes.
     pub settings: Value,
+    /// Outputs that stage itself takes, known where its settings are: two roles may be of one model.
+    pub made_of: Vec<Origin>,
 }
 
 /// What `describe` may look at.

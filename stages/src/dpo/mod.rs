@@ -163,12 +163,22 @@ impl StageKind for Dpo {
             let total = 2 * plan.steps * (plan.batch_size * model.context) as u64;
             let tokens = train::tokens_of_rows(context, "data", 2 * plan.micro_batch_size, model.context, plan.shuffle);
             let pass = plan.pass(Head::Language, tokens, &config.execution);
-            let needs = train::training_needs(model, config.lora.as_ref(), pass, Sharding::of(context), total);
-            // Only the divergence of KTO needs the reference while training; else its log-probabilities are computed before. Below
-            // an adapter it is there anyway.
-            let is_held = config.loss == DpoLoss::Kto && config.lora.is_none();
-            let reference = if is_held { needs.parameter_bytes } else { 0 };
-            Needs { parameter_bytes: needs.parameter_bytes + reference, ..needs }
+            let sharding = Sharding::of(context);
+            let training = train::training_needs(model, config.lora.as_ref(), pass, sharding, total);
+            if !config.loss.has_reference() {
+                return training;
+            }
+            // Below an adapter the model that it started from is there anyway.
+            let named = |port: &str| context.input(port).map(|input| (&input.stage, &input.port));
+            let is_itself = named("ref").is_none_or(|reference| named("model") == Some(reference));
+            let of = context.input("ref").and_then(|input| input.meta.model.as_ref()).unwrap_or(model);
+            let reference = train::frozen_needs(of, pass, sharding);
+            let copy = if is_itself && config.lora.is_some() { 0 } else { reference.parameter_bytes };
+            // Its log-probabilities are computed first, when there is no optimizer yet; the divergence of KTO asks it again in training.
+            let parameter_bytes = training.parameter_bytes + copy;
+            let before = Needs { parameter_bytes, working_ranks: 0, tokens: total, ..reference };
+            let after = if config.loss == DpoLoss::Kto { Needs { parameter_bytes, ..training } } else { training };
+            if before.peak_bytes() > after.peak_bytes() { before } else { after }
         })
     }
 

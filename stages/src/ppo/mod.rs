@@ -19,8 +19,8 @@ mod update;
 use std::{collections::BTreeMap, time::Instant};
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputPort, ModelConfig, Needs, OutputPort, Problem, Retain,
-    RunContext, Sample, Snapshot, StageError, StageEvent, StageKind, StageResult,
+    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputMeta, InputPort, ModelConfig, Needs, OutputPort, Problem,
+    Retain, RunContext, Sample, Snapshot, StageError, StageEvent, StageKind, StageResult,
 };
 use rlflow_model::{CheckpointInfo, Group, Head, LoraSettings, Use, checkpoint};
 use rlflow_text::{PromptDataset, Split};
@@ -173,6 +173,25 @@ fn prompt_tokens(config: &PpoConfig, context: &DescribeContext<'_>, model: &Mode
     tokens_of_rows(context, "prompts", prompts, model.context.saturating_sub(config.max_new_tokens), config.shuffle)
 }
 
+/// The adapter that a role trains, if it does.
+fn adapter(role: &InputMeta) -> Option<LoraSettings> {
+    role.settings.get("lora").and_then(|lora| serde_json::from_value(lora.clone()).ok())
+}
+
+/// Whether a frozen role is what lies below the adapter of a trained one, in the same place: then one copy is both ([`Run::load`]).
+fn is_below_adapter(config: &PpoConfig, context: &DescribeContext<'_>, port: &str) -> bool {
+    // With a shared trunk the critic gives its head and goes.
+    let trained = match port {
+        "ref" => context.input("actor"),
+        "reward" if !config.share_backbone => context.input("critic"),
+        _ => None,
+    };
+    let (Some(frozen), Some(trained)) = (context.input(port), trained) else { return false };
+    let setting = |name: &str| frozen.settings.get(name) == trained.settings.get(name);
+    let is_same_place = (frozen.ranks, frozen.zero) == (trained.ranks, trained.zero) && setting("device") && setting("offload");
+    is_same_place && adapter(trained).is_some() && frozen.made_of == trained.made_of
+}
+
 /// What the roles hold, per rank of each. A critic that shares the actor's trunk is no model of its own.
 fn held(config: &PpoConfig, context: &DescribeContext<'_>) -> Vec<(&'static str, Needs)> {
     let train = |port: &str| -> RoleTrain {
@@ -194,10 +213,11 @@ fn held(config: &PpoConfig, context: &DescribeContext<'_>) -> Vec<(&'static str,
             // Frozen ones score as many answers at a time as the actor learns from, those of the whole rollout in turn.
             let pass = pass(&train("actor"));
             let micro_batches = pass.micro_batches * config.num_mini_batches as u64;
-            return Some((port, frozen_needs(model, Pass { micro_batches, ..pass }, sharding)));
+            let needs = frozen_needs(model, Pass { micro_batches, ..pass }, sharding);
+            let parameter_bytes = if is_below_adapter(config, context, port) { 0 } else { needs.parameter_bytes };
+            return Some((port, Needs { parameter_bytes, ..needs }));
         }
-        let adapter = input.settings.get("lora").and_then(|lora| serde_json::from_value::<LoraSettings>(lora.clone()).ok());
-        let mut needs = training_needs(model, adapter.as_ref(), pass(&train(port)), sharding, 0);
+        let mut needs = training_needs(model, adapter(input).as_ref(), pass(&train(port)), sharding, 0);
         if port == "actor" && config.ema_decay.is_some() {
             // The average is f32.
             needs.parameter_bytes *= if config.precision == Precision::Bf16 { 3 } else { 2 };
@@ -273,7 +293,11 @@ impl<'a> Run<'a> {
         let actor_head = if config.share_backbone { Head::LanguageAndScore } else { Head::Language };
         let (actor, critic) = (load("actor", actor_head, true)?, load("critic", Head::Score, true)?);
         let reference = load_frozen("ref", Head::Language, "actor", &actor)?;
-        let reward = load_frozen("reward", Head::Score, "critic", &critic)?;
+        // A critic that only gives its head to a shared trunk goes, and takes its count with it.
+        let reward = match config.share_backbone {
+            true => load("reward", Head::Score, false)?.model,
+            false => load_frozen("reward", Head::Score, "critic", &critic)?,
+        };
         let (actor, critic) = (Trained::new(actor)?, Trained::new(critic)?);
         let adapters = [&actor, &critic].map(|role| role.model.first().adapter());
         let dropout = lora::Dropout::of(adapters.into_iter().flatten().find(|lora| lora.dropout > 0.0), context.seed);
