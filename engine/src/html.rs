@@ -22,6 +22,17 @@ const MAX_POINTS: usize = 400;
 /// Prompts whose answers are shown side by side.
 const MAX_PROMPTS: usize = 24;
 
+/// What is said of a rank's bytes: name in its metrics, and column.
+const RANK_BYTES: [(&str, &str); 7] = [
+    ("peak", "peak"),
+    ("parameters", "parameters"),
+    ("gradients", "gradients"),
+    ("optimizer", "optimizer"),
+    ("activations", "activations"),
+    ("buffers", "buffers"),
+    ("now", "at the end"),
+];
+
 const STYLE: &str = "
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --ink: #2563eb; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
@@ -67,6 +78,7 @@ pub fn html_report(workflow: &Workflow, store: &Store, host: &Host, made_at: &st
     tables(&shown, &mut out);
     samples(&shown, &mut out);
     curves(&shown, &mut out);
+    memory(&shown, &mut out);
     details(&shown, &mut out);
     out.push_str("</body></html>\n");
     Ok(out)
@@ -187,6 +199,50 @@ fn curve(points: &[(u64, f64)]) -> String {
     format!("<svg viewBox=\"0 0 230 70\" width=\"100%\" role=\"img\">{labels}<polyline points=\"{}\"/></svg>", line.trim_end())
 }
 
+/// What each rank held, as it counted.
+fn memory(shown: &[Shown], out: &mut String) {
+    let mut rows = String::new();
+    for stage in shown {
+        for ((rank, device), held) in held_by_ranks(&stage.action.provenance.measurements) {
+            let _ = write!(rows, "<tr><td>{}</td><td>{}</td><td>{rank}</td>", escape(&stage.name), escape(device));
+            for bytes in held {
+                let _ = match bytes {
+                    Some(bytes) => write!(rows, "<td title=\"{bytes} bytes\">{}</td>", text::bytes(bytes)),
+                    None => write!(rows, "<td></td>"),
+                };
+            }
+            rows.push_str("</tr>");
+        }
+    }
+    if rows.is_empty() {
+        return;
+    }
+    out.push_str("<h2>Memory of ranks</h2><table>");
+    let columns: Vec<String> =
+        ["stage", "device", "rank"].into_iter().chain(RANK_BYTES.map(|(_, column)| column)).map(str::to_owned).collect();
+    row(&columns, "th", out);
+    let _ = write!(out, "{rows}</table><p class=\"quiet\">The parts are those of the peak.</p>");
+}
+
+/// Bytes by rank and device, in the order of [`RANK_BYTES`], from measurements like `memory/cpu/rank0/peak_bytes`.
+fn held_by_ranks(measurements: &BTreeMap<String, f64>) -> BTreeMap<(u64, &str), [Option<u64>; RANK_BYTES.len()]> {
+    let mut held: BTreeMap<(u64, &str), [Option<u64>; RANK_BYTES.len()]> = BTreeMap::new();
+    for (name, bytes) in measurements {
+        let mut parts = name.split('/');
+        let (Some("memory"), Some(device), Some(rank), Some(part), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            continue;
+        };
+        let column = part.strip_suffix("_bytes").and_then(|part| RANK_BYTES.iter().position(|(name, _)| *name == part));
+        let rank = rank.strip_prefix("rank").and_then(|rank| rank.parse().ok());
+        if let (Some(rank), Some(column)) = (rank, column) {
+            held.entry((rank, device)).or_default()[column] = Some(*bytes as u64);
+        }
+    }
+    held
+}
+
 fn details(shown: &[Shown], out: &mut String) {
     out.push_str("<h2>How it was made</h2>");
     for stage in shown {
@@ -217,6 +273,15 @@ mod tests {
         let svg = curve(&points);
         assert!(svg.contains("points=\"5.0,65.0 ") && svg.contains("225.0,5.0\""), "{svg}");
         assert!(svg.matches(',').count() < MAX_POINTS + 10);
+    }
+
+    #[test]
+    fn ranks_stand_in_the_order_of_their_numbers() {
+        let names =
+            ["memory/peak_bytes", "memory/cpu/rank10/peak_bytes", "memory/cuda:0/rank2/now_bytes", "memory/cpu/rank2/odd", "tokens_per_s"];
+        let measured = names.iter().zip(1..).map(|(name, bytes)| ((*name).to_owned(), f64::from(bytes))).collect();
+        let held: Vec<_> = held_by_ranks(&measured).into_iter().map(|(rank, held)| (rank, held[0], held[6])).collect();
+        assert_eq!(held, [((2, "cuda:0"), None, Some(3)), ((10, "cpu"), Some(2), None)]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The command line from outside: what it prints where, exit codes, and the JSON that scripts rely on.
 
 mod care;
+mod placement;
 mod reasons;
 mod terminal;
 
