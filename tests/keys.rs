@@ -79,7 +79,7 @@ impl World {
         let store = Store::open(&fixture.path("store")).unwrap();
         // Whatever a setting asks for fits.
         let cpu = DeviceInfo { spec: DeviceSpec::Cpu, name: "test".into(), memory_bytes: u64::MAX / 4 };
-        let host = Host { devices: vec![cpu], numerics: "test".into(), crew: None };
+        let host = Host { devices: vec![cpu], numerics: "test".into(), no_gpu: None, crew: None };
         Self { fixture, registry: Registry::new(rlflow_stages::kinds()), store, host }
     }
 

@@ -19,7 +19,7 @@ use rlflow_store::Store;
 
 fn host(crew: Option<Arc<Crew>>) -> Host {
     let cpu = DeviceInfo { spec: DeviceSpec::Cpu, name: "cpu".into(), memory_bytes: 1 << 34 };
-    Host { devices: vec![cpu], numerics: "test".into(), crew }
+    Host { devices: vec![cpu], numerics: "test".into(), no_gpu: None, crew }
 }
 
 /// Asks for a stop at the first snapshot.

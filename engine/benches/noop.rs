@@ -87,7 +87,7 @@ fn workflow(stages: usize) -> String {
 
 fn host() -> Host {
     let cpu = DeviceInfo { spec: DeviceSpec::Cpu, name: "cpu".into(), memory_bytes: 1 << 33 };
-    Host { devices: vec![cpu], numerics: "bench".into(), crew: None }
+    Host { devices: vec![cpu], numerics: "bench".into(), no_gpu: None, crew: None }
 }
 
 fn store(folder: &Path) -> Store {

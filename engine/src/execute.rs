@@ -314,5 +314,5 @@ pub(crate) fn panicked(payload: &(dyn Any + Send)) -> StageError {
         format!("the stage panicked: {message}"),
         "this is a bug in rlflow; please report it with the workflow file",
     )
-    .or_out_of_memory()
+    .or_device_trouble()
 }

@@ -11,6 +11,8 @@ pub struct Host {
     pub devices: Vec<DeviceInfo>,
     /// Numerics profile: SIMD level, kernel version, math library. Recorded with results, never in a key.
     pub numerics: String,
+    /// Why it has no GPU, where that is known.
+    pub no_gpu: Option<String>,
     /// The processes that run stages together, if there are several. Each has these devices.
     pub crew: Option<Arc<Crew>>,
 }
@@ -48,7 +50,7 @@ impl Host {
                 None => devices.push(device.clone()),
             }
         }
-        Self { devices, numerics: self.numerics.clone(), crew: self.crew.clone() }
+        Self { devices, ..self.clone() }
     }
 
     /// How many processes run a stage on ranks together.
@@ -104,10 +106,15 @@ impl Host {
         }
     }
 
+    /// Why it has no GPU, to be said behind that it has not.
+    pub(crate) fn why_no_gpu(&self) -> String {
+        self.no_gpu.as_ref().map(|why| format!(": {why}")).unwrap_or_default()
+    }
+
     fn named(&self, name: &str, setting: impl FnOnce() -> String) -> Result<DeviceSpec, PlacementError> {
         let message = match name.parse::<DeviceSpec>() {
             Ok(spec) if self.device(spec).is_some() => return Ok(spec),
-            Ok(_) => format!("device `{name}` is not available here"),
+            Ok(_) => format!("device `{name}` is not available here{}", self.why_no_gpu()),
             Err(message) => message,
         };
         let known = self.devices.iter().map(|device| device.spec.to_string()).collect::<Vec<_>>().join(", ");
@@ -125,7 +132,7 @@ mod tests {
     fn host(cuda: usize) -> Host {
         let mut devices = vec![DeviceInfo { spec: DeviceSpec::Cpu, name: "cpu".into(), memory_bytes: 100 }];
         devices.extend((0..cuda).map(|at| DeviceInfo { spec: DeviceSpec::Cuda(at), name: "gpu".into(), memory_bytes: 40 }));
-        Host { devices, numerics: "test".into(), crew: None }
+        Host { devices, numerics: "test".into(), no_gpu: None, crew: None }
     }
 
     fn place(
@@ -151,6 +158,15 @@ mod tests {
             "`tpu` is not a device: expected `auto`, `cpu`, `cuda` or `cuda:N`"
         );
         assert!(devices(&host(0), json!([])).is_err());
+    }
+
+    #[test]
+    fn a_gpu_that_is_asked_for_and_missing_is_said_with_the_reason() {
+        let without = Host { no_gpu: Some("the NVIDIA driver (libcuda) is not installed".into()), ..host(0) };
+        let place = |choice| place(&without, json!({ "device": choice }), |_, _| None).map(|(devices, _)| devices);
+        let expected = "device `cuda:1` is not available here: the NVIDIA driver (libcuda) is not installed";
+        assert_eq!(place(json!(["cpu", "cuda:1"])).unwrap_err().message, expected);
+        assert_eq!(place(json!("auto")).unwrap(), ["cpu"]);
     }
 
     #[test]

@@ -152,7 +152,7 @@ impl Actions<'_> {
     pub(crate) fn placement_error(&self, stage: usize, run: bool) -> Option<WorkflowError> {
         let placement = self.placement(stage);
         if run && let Some(device) = placement.devices.iter().find(|device| self.host.device(**device).is_none()) {
-            let message = format!("device `{device}` is declared in `[devices]`, but this machine has none");
+            let message = format!("device `{device}` is declared in `[devices]`, but this machine has none{}", self.host.why_no_gpu());
             let problem = Problem::new("device_unavailable", "device", message);
             return Some(self.workflow.error(stage, &problem.hint("`rlflow plan` plans for it; to run, name devices that are here")));
         }

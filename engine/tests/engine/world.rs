@@ -68,7 +68,11 @@ impl World {
     /// The world that another process made.
     pub fn at(folder: &Path) -> Self {
         let cpu = DeviceInfo { spec: DeviceSpec::Cpu, name: "test".into(), memory_bytes: 1 << 30 };
-        Self { folder: folder.to_owned(), _owned: None, host: Host { devices: vec![cpu], numerics: "test".into(), crew: None } }
+        Self {
+            folder: folder.to_owned(),
+            _owned: None,
+            host: Host { devices: vec![cpu], numerics: "test".into(), no_gpu: None, crew: None },
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

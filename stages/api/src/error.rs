@@ -1,5 +1,7 @@
 use rlflow_store::StoreError;
 
+use crate::GpuTrouble;
+
 /// Result of a stage's work.
 pub type StageResult<T> = Result<T, StageError>;
 
@@ -74,9 +76,26 @@ impl StageError {
         Self::Invalid { message: message.into(), hint: Some(hint.into()) }
     }
 
+    /// The same as what it means for a user, if it quotes a backend that panicked: it ran out of memory, or a GPU, its driver or a library
+    /// is not there.
+    pub fn or_device_trouble(self) -> Self {
+        match self.or_out_of_memory() {
+            Self::Invalid { message, hint } => match GpuTrouble::quoted(&message) {
+                // Who failed stands before what it said.
+                Some(trouble) => {
+                    let who =
+                        message.split_once(": ").map(|(who, _)| who).filter(|who| GpuTrouble::quoted(who).is_none()).unwrap_or("CUDA");
+                    Self::invalid_with_hint(format!("{who}: {trouble}"), trouble.hint())
+                }
+                None => Self::Invalid { message, hint },
+            },
+            other => other,
+        }
+    }
+
     /// The same as an [`StageError::OutOfMemory`] if it quotes a backend that ran out of memory: those only panic, and say it in their
     /// words (cubecl's `IoError` and `LaunchError`, and the driver's).
-    pub fn or_out_of_memory(self) -> Self {
+    fn or_out_of_memory(self) -> Self {
         const WORDS: [&str; 5] =
             ["out of device memory", "out-of-memory", "out of memory", "cuda_error_out_of_memory", "can't allocate buffer of size"];
         let Self::Invalid { message, hint } = self else { return self };
@@ -98,5 +117,28 @@ impl StageError {
             ),
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backend_that_panicked_is_understood() {
+        let said = |message: &str| match StageError::invalid_with_hint(message, "report it").or_device_trouble() {
+            error @ StageError::Invalid { .. } => (error.to_string(), error.hint().unwrap_or_default().to_owned()),
+            error => (format!("{error:?}"), String::new()),
+        };
+        let (message, hint) =
+            said("the stage panicked: Unable to dynamically load the \"nvrtc\" shared library - searched for ...\n 0: trace");
+        assert_eq!(message, "the stage panicked: NVRTC (libnvrtc), which compiles kernels, is not installed");
+        assert!(hint.contains("CUDA toolkit"), "{hint}");
+        let error = "called `Result::unwrap()` on an `Err` value: DriverError(CUDA_ERROR_INVALID_DEVICE, \"invalid device ordinal\")";
+        assert_eq!(said(&format!("rank 2 failed: {error}")).0, "rank 2 failed: the NVIDIA driver has no GPU of this number");
+        let memory = said("rank 0 failed: DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")").0;
+        assert!(memory.starts_with("OutOfMemory") && memory.contains("rank 0 failed"), "{memory}");
+        let bug = "the stage panicked: index out of bounds";
+        assert_eq!(said(bug), (bug.into(), "report it".into()));
     }
 }

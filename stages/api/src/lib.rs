@@ -6,7 +6,8 @@
 //!
 //! In data order: [`ArtifactType`] and [`ArtifactMeta`] are what flows along edges, [`ModelConfig`] the shape of a
 //! network, [`setting`] how settings are marked, [`Placement`] where a stage runs, [`RunContext`] what `run`
-//! may touch, [`StageEvent`] what it reports, [`StageError`] how it fails. Where several processes run a stage, [`Processes`] is what each
+//! may touch, [`StageEvent`] what it reports, [`StageError`] how it fails, [`GpuTrouble`] why
+//! a GPU cannot be used. Where several processes run a stage, [`Processes`] is what each
 //! of them knows of the others, [`Wire`] what carries their messages, and [`Work`] what the leader sends them to do.
 
 mod artifact;
@@ -14,6 +15,7 @@ mod context;
 mod counter_rng;
 mod error;
 mod event;
+mod gpu_trouble;
 mod kind;
 mod model;
 mod placement;
@@ -32,6 +34,7 @@ pub use context::{CancelToken, DataFile, Input, MemoStore, RunContext};
 pub use counter_rng::CounterRng;
 pub use error::{StageError, StageResult};
 pub use event::{Reporter, Sample, StageEvent, Table};
+pub use gpu_trouble::GpuTrouble;
 pub use kind::{
     Arity, DataSource, DescribeContext, Description, ErasedStage, InputMeta, InputPort, Kind, Needs, OutputPort, Problem, StageKind,
     data_format,

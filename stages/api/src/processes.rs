@@ -105,7 +105,7 @@ fn of_process(process: usize) -> Peer {
 
 /// The error of a process that another one took down.
 pub fn ended(why: String) -> StageError {
-    StageError::invalid_with_hint(why, "all ranks were stopped; the last snapshot is kept, and a run continues from it").or_out_of_memory()
+    StageError::invalid_with_hint(why, "all ranks were stopped; the last snapshot is kept, and a run continues from it").or_device_trouble()
 }
 
 fn encoded<T: Portable>(value: &T) -> Message {
