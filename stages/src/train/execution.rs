@@ -2,11 +2,13 @@ use std::time::Duration;
 
 use burn::tensor::Device;
 #[cfg(not(feature = "cuda"))]
-use rlflow_api::StageError;
+use rlflow_api::GpuTrouble;
 use rlflow_api::{DeviceSpec, Execution, SnapshotLimit, SnapshotPolicy, StageResult};
 use rlflow_kernels::matmul::Arithmetic;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::devices;
 
 /// Number format of a model's arithmetic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -90,17 +92,14 @@ impl SnapshotSettings {
 /// A Burn device.
 ///
 /// # Errors
-/// If this build has no such device.
+/// If this build or machine has no such device.
 pub fn burn_device(device: DeviceSpec) -> StageResult<Device> {
     match device {
         DeviceSpec::Cpu => Ok(Device::flex()),
         #[cfg(feature = "cuda")]
-        DeviceSpec::Cuda(index) => Ok(Device::cuda(index)),
+        DeviceSpec::Cuda(index) => devices::check(device, devices::accelerators()).map(|()| Device::cuda(index)),
         #[cfg(not(feature = "cuda"))]
-        device => Err(StageError::invalid_with_hint(
-            format!("{device} was asked for, and this rlflow was built without CUDA"),
-            "build with `--features cuda`, or set `device = \"cpu\"`",
-        )),
+        device => Err(devices::unusable(device, &GpuTrouble::NotBuilt)),
     }
 }
 
