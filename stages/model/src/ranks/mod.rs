@@ -18,6 +18,8 @@
 mod across;
 mod by_shares;
 mod collective;
+#[cfg(test)]
+mod gathers;
 mod group;
 mod in_process;
 mod ordered;
