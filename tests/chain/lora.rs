@@ -169,8 +169,8 @@ fn what_lies_below_an_adapter_is_planned_once() {
         fixture.json("store", &["metrics"], sets)["stages"]["ppo"]["final"]["memory/peak_bytes"].as_f64().unwrap()
     };
     let sets = ["stage.actor.lora={ rank = 2 }", "stage.critic.lora={ rank = 2 }"];
-    let elsewhere = [sets[0], sets[1], "stage.ref.zero=1"];
-    for sets in [&sets[..], &elsewhere] {
+    let [elsewhere, averaged] = ["stage.ref.zero=1", "stage.ppo.ema_decay=0.9"].map(|more| [sets[0], sets[1], more]);
+    for sets in [&sets[..], &elsewhere, &averaged] {
         let (held, (_, planned)) = (held(sets), of_stage(sets, "ppo"));
         assert!((planned as f64 / held - 1.0).abs() <= 0.1, "{sets:?}: {held} held, {planned} planned");
     }
@@ -179,6 +179,8 @@ fn what_lies_below_an_adapter_is_planned_once() {
     let once = of_stage(&sets, "ppo").0;
     assert_eq!(parameters("stage.ref.zero=1"), once + model);
     assert_eq!(parameters("stage.ref.inputs.model=\"pretrain\""), once + model);
+    let average = parameters(averaged[2]) - once;
+    assert!(0 < average && average < model / 4, "of an adapter only its own weights are averaged: {average} of {model}");
 
     // The reference of DPO is the model itself, unless it is named.
     let dpo = |more: &[&str]| of_stage(&[&["stage.dpo.lora={ rank = 2 }"][..], more].concat(), "dpo").0;

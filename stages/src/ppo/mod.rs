@@ -217,10 +217,15 @@ fn held(config: &PpoConfig, context: &DescribeContext<'_>) -> Vec<(&'static str,
             let parameter_bytes = if is_below_adapter(config, context, port) { 0 } else { needs.parameter_bytes };
             return Some((port, Needs { parameter_bytes, ..needs }));
         }
-        let mut needs = training_needs(model, adapter(input).as_ref(), pass(&train(port)), sharding, 0);
+        let adapter = adapter(input);
+        let mut needs = training_needs(model, adapter.as_ref(), pass(&train(port)), sharding, 0);
         if port == "actor" && config.ema_decay.is_some() {
-            // The average is f32.
-            needs.parameter_bytes *= if config.precision == Precision::Bf16 { 3 } else { 2 };
+            needs.parameter_bytes += match &adapter {
+                // What lies below it is not averaged.
+                Some(lora) => 4 * lora.parameter_count(model) / if sharding.zero == 3 { sharding.ranks as u64 } else { 1 },
+                // The average is f32.
+                None => needs.parameter_bytes * if config.precision == Precision::Bf16 { 2 } else { 1 },
+            };
         }
         Some((port, needs))
     };

@@ -50,8 +50,23 @@ impl Rank {
         home: Device,
         ledger: Arc<Ledger>,
     ) -> Self {
+        let bytes = bytes_of(decoder.parameters().tensors());
+        Self::holding(bytes, decoder, world, zero, shares, masters, home, ledger)
+    }
+
+    /// With this many bytes of weights that are its own.
+    fn holding(
+        bytes: u64,
+        decoder: Decoder,
+        world: Option<Arc<dyn Collective>>,
+        zero: ZeroLevel,
+        shares: Arc<[Vec<Range<usize>>]>,
+        masters: Vec<Option<Tensor<2>>>,
+        home: Device,
+        ledger: Arc<Ledger>,
+    ) -> Self {
         let count = decoder.parameters().specs().len();
-        let held = ledger.hold(Purpose::Parameters, bytes_of(decoder.parameters().tensors()));
+        let held = ledger.hold(Purpose::Parameters, bytes);
         let (gradients, frozen) = (Gradients::new(count), vec![false; count].into());
         let (optimizer, held_by_optimizer, held_by_gradients) = (None, None, Vec::new());
         Self {
@@ -77,15 +92,15 @@ impl Rank {
         &self.ledger
     }
 
-    /// Another model, frozen, in the same place. Its bytes are counted unless it shares those of this one.
+    /// Another model, frozen, in the same place, on the tensors of this one. Where it `is_counted`, those that are trained here will not be
+    /// shared for long, and count as its own.
     pub(super) fn with_decoder(&self, decoder: Decoder, is_counted: bool) -> Self {
         let count = decoder.parameters().specs().len();
         let (shares, home) = (self.shares[..count].into(), self.home.clone());
-        let mut rank = Self::new(decoder, self.world.clone(), self.zero, shares, Vec::new(), home, self.ledger.clone());
-        if !is_counted {
-            rank.held = self.ledger.hold(Purpose::Parameters, 0);
-        }
-        rank
+        let weights = decoder.parameters().tensors().iter().zip(self.frozen.iter());
+        let own: u64 =
+            weights.filter(|(_, frozen)| is_counted && !**frozen).map(|(weight, _)| bytes_of(std::slice::from_ref(weight))).sum();
+        Self::holding(own, decoder, self.world.clone(), self.zero, shares, Vec::new(), home, self.ledger.clone())
     }
 
     /// This rank's number.
