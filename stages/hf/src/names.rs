@@ -15,7 +15,7 @@ pub struct WantedTensor {
     pub shape: Vec<u64>,
 }
 
-/// A tensor of a checkpoint file and the weights that it holds.
+/// A tensor of a file and the weights that it holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileTensor {
     /// Name in files.
@@ -24,7 +24,7 @@ pub struct FileTensor {
     pub shape: Vec<u64>,
     /// Whether a matrix is stored as `[in, out]`.
     pub transposed: bool,
-    /// The weights, stacked along their first dimension.
+    /// The weights, stacked along their first dimension; or each the whole of it, where they have its shape.
     pub parts: Vec<WantedTensor>,
 }
 
@@ -72,6 +72,14 @@ pub const fn base_prefix(architecture: Architecture) -> &'static str {
 /// Whether a tensor in a file is a constant that older versions of transformers saved beside the weights.
 pub fn is_buffer(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")
+}
+
+/// What files call a weight.
+pub fn file_name(architecture: Architecture, name: &str) -> String {
+    match architecture {
+        Architecture::Gpt2 => gpt2_name(name).0,
+        _ => name.to_owned(),
+    }
 }
 
 /// The tensors of a file that hold `wanted`, in its order.
@@ -125,8 +133,8 @@ impl FileTensor {
     /// Cuts the bytes of the tensor, elements of `element` bytes, into those of its parts, in order.
     pub fn split(&self, content: Vec<u8>, element: usize) -> Vec<Vec<u8>> {
         let content = if self.transposed { transpose(&content, self.shape[0] as usize, self.shape[1] as usize, element) } else { content };
-        if self.parts.len() == 1 {
-            return vec![content];
+        if self.parts.len() == 1 || self.parts.iter().all(|part| part.shape == self.shape) {
+            return vec![content; self.parts.len()];
         }
         let mut rest = content.as_slice();
         self.parts

@@ -1,18 +1,22 @@
-use std::{collections::BTreeMap, fs::File, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    path::PathBuf,
+};
 
 use rlflow_api::{
     Artifact, ArtifactMeta, ArtifactType, DataFile, Description, Digest, Dtype, InputMeta, ModelConfig, Needs, Problem, RunContext,
     StageError, StageResult,
 };
 use rlflow_hf::{
-    Checkpoint, FileTensor, HfError, Piece, Role, WantedTensor, WeightFile, converted,
-    peft::{ADAPTER_CONFIG, ADAPTER_MODEL, AdapterConfig, is_alike, tensor_name},
+    Checkpoint, HfError, Piece, Role, WantedTensor, WeightFile, converted,
+    peft::{ADAPTER_CONFIG, ADAPTER_MODEL, AdapterConfig, PREFIX, file_tensors, is_called, module_name, module_path},
     pickled,
     safetensors::Header,
 };
 use rlflow_model::{
     CheckpointInfo, LoraSettings, ParameterSpec, adapter,
-    lora::{self, TargetModule, TargetModules},
+    lora::{TargetModule, TargetModules},
     parameters::{SCORE_WEIGHT, specs},
 };
 
@@ -26,7 +30,8 @@ use crate::models;
 /// An adapter in PEFT's format, checked against the model that it is put on.
 struct AdapterFiles {
     config: AdapterConfig,
-    lora: LoraSettings,
+    /// As many as it has ranks and alphas.
+    loras: Vec<LoraSettings>,
     tensors: Checkpoint,
     digest: Option<Digest>,
 }
@@ -45,25 +50,20 @@ impl AdapterFiles {
             return Err(one(pickled(shown, pickles.iter().map(String::as_str), convert).into()));
         }
         let file = find(files, ADAPTER_MODEL, shown).map_err(one)?;
-        if !is_alike(model) {
-            let message = "GPT-2's adapters in PEFT are on queries, keys and values in one projection, and rlflow's on three";
-            let error = HfError::new(shown, message).hint("merge it into its base (`merge_and_unload()` in PEFT) and import the result");
-            return Err(one(error.into()));
-        }
         let digest = file.hashed.as_ref().map(|file| file.digest);
         let file = WeightFile { name: file.name.clone(), shown: format!("{shown}/{}", file.name), path: file.path.clone() };
-        let modules = modules(&config, &file).map_err(one)?;
-        let mut lora =
-            LoraSettings { rank: config.rank, alpha: config.alpha, dropout: config.dropout, target_modules: TargetModules::Named(modules) };
-        lora.normalise();
+        let loras = adapters(&config, &file, model).map_err(one)?;
         let (specs, _) = specs(model, head_of(config.role));
-        let wanted = specs.iter().flat_map(|spec| {
-            let factors = lora.factors(spec).filter(|_| has_adapter(&config, &spec.name));
-            factors.into_iter().flat_map(|factors| [factors.a, factors.b]).chain((spec.name == SCORE_WEIGHT).then(|| spec.clone()))
-        });
-        let wanted: Vec<FileTensor> = wanted.map(file_tensor).collect();
+        let mut wanted: Vec<WantedTensor> = Vec::new();
+        for spec in &specs {
+            if has_adapter(&config, &spec.name) {
+                wanted.extend(loras.iter().filter_map(|lora| lora.factors(spec)).flat_map(|factors| [factors.a, factors.b]).map(tensor));
+            }
+            wanted.extend((spec.name == SCORE_WEIGHT).then(|| tensor(spec.clone())));
+        }
+        let wanted = file_tensors(model.architecture, &wanted);
         let tensors = Checkpoint::open(vec![file], None, model.architecture, wanted, false, ADAPTER_CONFIG, shown).map_err(one)?;
-        Ok(Self { config, lora, tensors, digest })
+        Ok(Self { config, loras, tensors, digest })
     }
 
     /// The type of the model with it, given that of the model below.
@@ -87,37 +87,73 @@ fn has_adapter(config: &AdapterConfig, weight: &str) -> bool {
     config.layers.as_ref().is_none_or(|layers| block().is_some_and(|block| layers.contains(&block)))
 }
 
-/// A tensor that stands in the file as it is in rlflow.
-fn file_tensor(spec: ParameterSpec) -> FileTensor {
-    let shape: Vec<u64> = spec.shape.iter().map(|size| *size as u64).collect();
-    let name = tensor_name(&spec.name);
-    FileTensor { name, shape: shape.clone(), transposed: false, parts: vec![WantedTensor { name: spec.name, shape }] }
+fn tensor(spec: ParameterSpec) -> WantedTensor {
+    WantedTensor { shape: spec.shape.iter().map(|size| *size as u64).collect(), name: spec.name }
 }
 
-/// The projections that have an adapter: those that the config lists, and those that the file has factors of.
-fn modules(config: &AdapterConfig, file: &WeightFile) -> StageResult<Vec<TargetModule>> {
+/// Which of the adapters a factor is of, if it is one.
+fn number_of(factor: &str, loras: &[LoraSettings]) -> Option<usize> {
+    let (stem, _) = factor.split_once(".lora_")?;
+    loras.iter().position(|lora| lora.adapts(&format!("{stem}.weight")))
+}
+
+/// The adapters on the projections that the config lists, and on those that the file has factors of: one for each rank and alpha.
+fn adapters(config: &AdapterConfig, file: &WeightFile, model: &ModelConfig) -> StageResult<Vec<LoraSettings>> {
     let failed = |source| StageError::Io { operation: format!("read {}", file.shown), source };
     let mut input = File::open(&file.path).map_err(failed)?;
     let size_bytes = input.metadata().map_err(failed)?.len();
     let (header, _) = Header::read(&mut input, size_bytes, &file.shown)?;
-    let mut modules: Vec<TargetModule> = header
-        .tensors
-        .iter()
-        .filter_map(|tensor| tensor.name.strip_suffix(".lora_A.weight"))
-        .filter_map(|weight| TargetModule::of(&format!("{weight}.weight")))
-        .collect();
-    for name in &config.target_modules {
-        let known = TargetModule::ALL.into_iter().find(|module| module.name() == name);
-        modules.push(known.ok_or_else(|| {
-            let names = TargetModule::ALL.map(TargetModule::name).join(", ");
-            HfError::new(&file.shown, format!("it has adapters on `{name}`; rlflow's are on {names}"))
-                .hint("merge it into its base (`merge_and_unload()` in PEFT) and import the result")
-        })?);
+    let found: BTreeSet<&str> =
+        header.tensors.iter().filter_map(|tensor| tensor.name.strip_prefix(PREFIX)?.strip_suffix(".lora_A.weight")).collect();
+    // Where PEFT has them, and what they are here: GPT-2's `c_attn` is three.
+    let (specs, _) = specs(model, head_of(config.role));
+    let projections: Vec<(String, TargetModule)> =
+        specs.iter().filter_map(|spec| Some((module_path(model.architecture, &spec.name), TargetModule::of(&spec.name)?))).collect();
+    let refused = |message: String| {
+        HfError::new(&file.shown, message).hint("merge it into its base (`merge_and_unload()` in PEFT) and import the result")
+    };
+
+    let named = config.target_modules.iter().chain(config.ranks.keys()).chain(config.alphas.keys());
+    for name in named {
+        if !projections.iter().any(|(path, _)| is_called(path, name)) {
+            let mut names: Vec<&str> = Vec::new();
+            for name in projections.iter().map(|(path, _)| module_name(model.architecture, path)) {
+                if !names.contains(&name) {
+                    names.push(name);
+                }
+            }
+            return Err(refused(format!("it has adapters on `{name}`; rlflow's are on {}", names.join(", "))).into());
+        }
     }
-    if modules.is_empty() {
+    let mut groups: Vec<((usize, f64), Vec<TargetModule>)> = Vec::new();
+    for module in TargetModule::ALL {
+        let paths: Vec<&str> = projections.iter().filter(|(_, own)| *own == module).map(|(path, _)| path.as_str()).collect();
+        let is_listed = |path: &str| config.target_modules.iter().any(|name| is_called(path, name));
+        if !paths.iter().any(|path| found.contains(path) || is_listed(path)) {
+            continue;
+        }
+        let mut sizes: Vec<(usize, f64)> = paths.iter().map(|path| config.size(path)).collect();
+        sizes.dedup();
+        let [size] = sizes[..] else {
+            let name = module_name(model.architecture, paths[0]);
+            return Err(
+                refused(format!("its adapters on `{name}` have another rank or alpha in some blocks, and rlflow's are alike")).into()
+            );
+        };
+        match groups.iter_mut().find(|(of, _)| *of == size) {
+            Some((_, modules)) => modules.push(module),
+            None => groups.push((size, vec![module])),
+        }
+    }
+    if groups.is_empty() {
         return Err(HfError::new(&file.shown, "it holds no adapter: no tensor is called `...lora_A.weight`").into());
     }
-    Ok(modules)
+    let adapter = |((rank, alpha), modules)| {
+        let mut lora = LoraSettings { rank, alpha, dropout: config.dropout, target_modules: TargetModules::Named(modules) };
+        lora.normalise();
+        lora
+    };
+    Ok(groups.into_iter().map(adapter).collect())
 }
 
 /// What planning knows of the model on `below` with the adapter in a directory.
@@ -139,7 +175,7 @@ pub fn describe(config: &ImportConfig, files: &[PathBuf], below: &InputMeta) -> 
     let sources: Vec<Source> = files.iter().map(|path| Source::of(path, None)).collect();
     let adapter = AdapterFiles::open(&sources, &config.path, model).map_err(|errors| errors.iter().map(problem).collect::<Vec<_>>())?;
     let artifact_type = adapter.artifact_type(meta.artifact_type.name(), &config.path).map_err(|error| vec![problem(&error)])?;
-    let bytes = 4 * adapter.lora.parameter_count(model);
+    let bytes = 4 * adapter.loras.iter().map(|lora| lora.parameter_count(model)).sum::<u64>();
     let described = ArtifactMeta { artifact_type, size_bytes: meta.size_bytes.map(|size| size + bytes), ..meta.clone() };
     let tokenizer =
         ArtifactMeta { tokenizer: meta.tokenizer.clone(), vocab_size: meta.vocab_size, ..ArtifactMeta::new(ArtifactType::Tokenizer) };
@@ -177,7 +213,8 @@ pub fn run(
     let (mut elements, mut size_bytes) = (0, 0);
     adapter.tensors.read(adapter.digest.as_slice(), |Piece { weight, dtype, content }| {
         context.check_cancelled()?;
-        let name = if lora::is_factor(&weight.name) { adapter::entry_name(number, &weight.name) } else { weight.name };
+        let own = number_of(&weight.name, &adapter.loras);
+        let name = own.map_or_else(|| weight.name.clone(), |own| adapter::entry_name(number + own, &weight.name));
         let content = converted(content, dtype, Dtype::F32);
         builder.put_tensor(&name, Dtype::F32, &weight.shape, &content)?;
         elements += content.len() / 4;
@@ -186,12 +223,14 @@ pub fn run(
     })?;
     // Blocks that are left alone have an adapter that adds nothing.
     for spec in specs.iter().filter(|spec| !has_adapter(&adapter.config, &spec.name)) {
-        for factor in adapter.lora.factors(spec).into_iter().flat_map(|factors| [factors.a, factors.b]) {
-            let shape: Vec<u64> = factor.shape.iter().map(|size| *size as u64).collect();
-            builder.put_tensor(&adapter::entry_name(number, &factor.name), Dtype::F32, &shape, &vec![0; 4 * factor.len()])?;
+        for (own, lora) in adapter.loras.iter().enumerate() {
+            for factor in lora.factors(spec).into_iter().flat_map(|factors| [factors.a, factors.b]) {
+                let shape: Vec<u64> = factor.shape.iter().map(|size| *size as u64).collect();
+                builder.put_tensor(&adapter::entry_name(number + own, &factor.name), Dtype::F32, &shape, &vec![0; 4 * factor.len()])?;
+            }
         }
     }
-    let adapters = [info.adapters, vec![adapter.lora]].concat();
+    let adapters = [info.adapters, adapter.loras].concat();
     let info = CheckpointInfo { head, adapters, role: None, ..info };
     builder.metadata(serde_json::to_value(&info).map_err(|error| StageError::invalid(error.to_string()))?);
     let tokenizer = models::tokenizer(below)?;
