@@ -149,10 +149,10 @@ impl<'m> Stack<'m> {
         let (mut a, mut b): (Vec<f32>, Vec<f32>) = (Vec::with_capacity(rank * columns), vec![0.0; out * rank]);
         let mut first = 0;
         for (at, (lora, width)) in adapters.iter().zip(widths).enumerate() {
-            let (mut column, mut row) = (first, 0);
+            let (mut column, mut rows_above) = (first, 0);
             for spec in module {
-                let rows = &mut b[row * rank..][..spec.shape[0] * rank];
-                row += spec.shape[0];
+                let rows = &mut b[rows_above * rank..][..spec.shape[0] * rank];
+                rows_above += spec.shape[0];
                 let Some(LowRank { a: down, b: up, scale }) = adapter::factors(self.model, at, lora, spec)? else { continue };
                 for (row, own) in rows.chunks_exact_mut(rank).zip(up.chunks_exact(lora.rank)) {
                     let own = own.iter().map(|value| if self.scale.is_some() { *value } else { scale * value });

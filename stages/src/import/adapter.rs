@@ -30,7 +30,7 @@ use crate::models;
 /// An adapter in PEFT's format, checked against the model that it is put on.
 struct AdapterFiles {
     config: AdapterConfig,
-    /// As many as it has ranks and alphas.
+    /// One for each rank and alpha that it has.
     loras: Vec<LoraSettings>,
     tensors: Checkpoint,
     digest: Option<Digest>,
