@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
-use rlflow_api::StageResult;
+use rlflow_api::{Dtype, StageResult};
 use rlflow_kernels::{Projection, SequenceLayout};
 use rlflow_model::{
     BlockDropout, DropoutDraws, Layout, LoraSettings, ParameterSpec, TokenTargets, Use, adapter, lora, parameters::flex_view,
@@ -193,6 +193,24 @@ fn fixtures(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
 }
 
+/// Recorded logits, shifted to log-probabilities, and the largest of them.
+fn recorded_distributions(fixture: &Fixture, vocab_size: usize) -> (Vec<f64>, f64) {
+    let logits = fixture.floats("logits");
+    let log_softmax = |row: &[f64]| {
+        let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total = row.iter().map(|logit| (logit - largest).exp()).sum::<f64>().ln();
+        row.iter().map(|logit| logit - largest - total).collect::<Vec<_>>()
+    };
+    (logits.chunks(vocab_size).flat_map(log_softmax).collect(), logits.iter().fold(0.0, |max: f64, logit| max.max(logit.abs())))
+}
+
+/// Scores of a batch's sequences.
+fn scores(model: &Artifact, batch: &PackedBatch) -> Vec<f64> {
+    let (decoder, _) = checkpoint::load(model, Head::Score, 1, &Device::flex()).unwrap();
+    let ends: Arc<[u32]> = (0..2).map(|row| batch.layout.range(row).end as u32 - 1).collect();
+    wide(&decoder.evaluate(batch, |head| head.scores(ends)))
+}
+
 /// Logits of all rows, shifted to log-probabilities.
 fn distributions(decoder: &Decoder, batch: &PackedBatch) -> Vec<f64> {
     let vocab = decoder.config().vocab_size as u32;
@@ -238,14 +256,7 @@ fn adapters_of_peft_give_its_logits_and_gradients_and_go_out_as_they_were() {
     let width = bench.fixture.width("input_ids");
     let ids: Vec<u32> = bench.fixture.integers("input_ids").into_iter().map(|id| id as u32).collect();
     let batch = PackedBatch::new(ids.chunks(width));
-    let logits = bench.fixture.floats("logits");
-    let log_softmax = |row: &[f64]| {
-        let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let total = row.iter().map(|logit| (logit - largest).exp()).sum::<f64>().ln();
-        row.iter().map(|logit| logit - largest - total).collect::<Vec<_>>()
-    };
-    let expected: Vec<f64> = logits.chunks(bench.config.vocab_size).flat_map(log_softmax).collect();
-    let largest = logits.iter().fold(0.0, |max: f64, logit| max.max(logit.abs()));
+    let (expected, largest) = recorded_distributions(&bench.fixture, bench.config.vocab_size);
 
     // Merged when loaded; beside the weights when trained; with plain tensor operations.
     let (merged, _) = checkpoint::load(&model, Head::Language, 1, &Device::flex()).unwrap();
@@ -285,13 +296,87 @@ fn adapters_of_peft_give_its_logits_and_gradients_and_go_out_as_they_were() {
         let model = import(&bench, &fixtures("lora_reward"), Some(below)).unwrap()["model"].clone();
         assert_eq!(CheckpointInfo::of(&model).unwrap().adapters, std::slice::from_ref(&lora));
         assert_eq!(model.manifest().artifact_type, ArtifactType::Reward.name());
-        let (decoder, _) = checkpoint::load(&model, Head::Score, 1, &Device::flex()).unwrap();
-        let ends: Arc<[u32]> = (0..2).map(|row| batch.layout.range(row).end as u32 - 1).collect();
-        close("scores", &wide(&decoder.evaluate(&batch, |head| head.scores(ends))), &bench.fixture.floats("scores"), 1e-4, 1e-6);
+        close("scores", &scores(&model, &batch), &bench.fixture.floats("scores"), 1e-4, 1e-6);
         if below.digest() == reward.digest() {
             check_export(&bench, &model, "lora_reward");
         }
     }
+}
+
+/// `below` with another adapter, of random factors.
+fn with_random_adapter(bench: &Bench, below: &Artifact, lora: &LoraSettings) -> Artifact {
+    let mut info = CheckpointInfo::of(below).unwrap();
+    let mut builder = bench.stage.store.artifact(&below.manifest().artifact_type);
+    below.manifest().entries.iter().for_each(|entry| builder.share(entry).unwrap());
+    let (specs, _) = parameters::specs(&info.model, info.head);
+    for factor in specs.iter().filter_map(|spec| lora.factors(spec)).flat_map(|factors| [factors.a, factors.b]) {
+        // B must not be zero, which it is where it begins.
+        let values = lora::initial(&ParameterSpec { name: format!("{}.lora_A.weight", factor.name), shape: factor.shape.clone() }, 1);
+        let shape: Vec<u64> = factor.shape.iter().map(|size| *size as u64).collect();
+        let name = adapter::entry_name(info.adapters.len(), &factor.name);
+        builder.put_tensor(&name, Dtype::F32, &shape, &checkpoint::bytes(&values)).unwrap();
+    }
+    info.adapters.push(lora.clone());
+    builder.metadata(serde_json::to_value(&info).unwrap());
+    builder.publish().unwrap()
+}
+
+/// Its files hold queries, keys and values in one projection, on which PEFT has one adapter and rlflow three.
+#[test]
+fn adapters_of_gpt2_come_in_from_peft_and_go_out_to_it() {
+    let bench = Bench::new("lora_gpt2");
+    let base = import(&bench, &fixtures("hf_models/gpt2"), None).unwrap()["model"].clone();
+    let width = bench.fixture.width("input_ids");
+    let ids: Vec<u32> = bench.fixture.integers("input_ids").into_iter().map(|id| id as u32).collect();
+    let batch = PackedBatch::new(ids.chunks(width));
+    let (expected, largest) = recorded_distributions(&bench.fixture, CheckpointInfo::of(&base).unwrap().model.vocab_size);
+    let settings = |rank: usize, alpha: f64, modules: &[&str]| {
+        let target_modules = serde_json::from_value(json!(modules)).unwrap();
+        LoraSettings { rank, alpha, target_modules, ..LoraSettings::default() }
+    };
+    let adapters = |model: &Artifact| CheckpointInfo::of(model).unwrap().adapters;
+    let logits = |model: &Artifact| distributions(&checkpoint::load(model, Head::Language, 1, &Device::flex()).unwrap().0, &batch);
+
+    // Both of its `c_proj` are meant by that name.
+    let policy = import(&bench, &fixtures("lora_gpt2_policy"), Some(&base)).unwrap()["model"].clone();
+    assert_eq!(adapters(&policy), [settings(3, 6.0, &["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])]);
+    check_base_is_shared(&base, &policy, &[]);
+    close("policy", &logits(&policy), &expected, 0.0, 1e-4 * largest);
+    check_export(&bench, &policy, "lora_gpt2_policy");
+
+    // Adapters that were trained here have an A for each projection: side by side they are wider than the others. 4 is 2 each of queries and
+    // values; on top of the other, whose A is one, 3 + 4, and elsewhere 3 + 2 or 3. What comes in again adds the same and goes out as it was.
+    let own = settings(2, 3.0, &["q_proj", "v_proj", "o_proj", "up_proj"]);
+    let cases: [(&str, &Artifact, Value); 2] = [
+        ("alone", &base, json!({ "attn.c_attn": 4 })),
+        ("on another", &policy, json!({ "attn.c_attn": 7, "attn.c_proj": 5, "mlp.c_proj": 3 })),
+    ];
+    for (what, below, ranks) in cases {
+        let trained = with_random_adapter(&bench, below, &own);
+        let out = |model: &Artifact, folder: &str| {
+            let folder = bench.stage.path(folder);
+            export(model, &folder, &ExportOptions { dtype: None, max_shard_bytes: u64::MAX, adapter: true }).unwrap();
+            let files = ["adapter_config.json", "adapter_model.safetensors"].map(|name| fs::read(folder.join(name)).unwrap());
+            (folder, files)
+        };
+        let (folder, files) = out(&trained, what);
+        let config: Value = serde_json::from_slice(&files[0]).unwrap();
+        assert_eq!((&config["r"], &config["rank_pattern"]), (&json!(2), &ranks), "{what}");
+        let again = import(&bench, &folder, Some(&base)).unwrap()["model"].clone();
+        let ours = logits(&trained);
+        close(what, &logits(&again), &ours, 0.0, 1e-4 * largest);
+        assert!(logits(below).iter().zip(&ours).any(|(one, other)| (one - other).abs() > 0.01), "{what}: the adapter does something");
+        assert!(out(&again, &format!("{what} again")).1 == files, "{what}");
+    }
+
+    // A rank for some modules, and an alpha for others.
+    let reward = import(&bench, &fixtures("lora_gpt2_reward"), Some(&base)).unwrap()["model"].clone();
+    assert_eq!(adapters(&reward), [settings(2, 6.0, &["q_proj", "k_proj", "v_proj"]), settings(3, 12.0, &["up_proj"])]);
+    close("scores", &scores(&reward, &batch), &bench.fixture.floats("scores"), 1e-4, 1e-6);
+    let folder = bench.stage.path("reward");
+    export(&reward, &folder, &ExportOptions { dtype: None, max_shard_bytes: u64::MAX, adapter: true }).unwrap();
+    let again = import(&bench, &folder, Some(&base)).unwrap()["model"].clone();
+    close("scores again", &scores(&again, &batch), &bench.fixture.floats("scores"), 1e-4, 1e-6);
 }
 
 /// What PEFT can do and rlflow cannot is told; what is another spelling is understood.
@@ -320,6 +405,11 @@ fn adapters_of_peft_that_cannot_be_used_are_told() {
     assert_eq!(lora(&copy(&|config| config["target_modules"] = ".*proj".into())).target_modules, lora::TargetModules::ALL);
     // arXiv:2312.03732: alpha over the root of the rank, 6 / sqrt(3).
     assert!((lora(&copy(&|config| config["use_rslora"] = true.into())).scale() - 3.464_101_615_137_754_4).abs() < 1e-12);
+    // One adapter for each alpha; the name in a pattern is how a module's path ends.
+    let two = copy(&|config| config["alpha_pattern"] = json!({ "self_attn.q_proj": 12 }));
+    let two = CheckpointInfo::of(&import(&bench, &two, Some(&base)).unwrap()["model"]).unwrap().adapters;
+    let two: Vec<(f64, usize)> = two.iter().map(|lora| (lora.scale(), lora.targets(&bench.config).len())).collect();
+    assert_eq!(two, [(4.0, 1), (2.0, 6)]);
 
     let refused = |directory: &Path, below: Option<&Artifact>, expected: &str| {
         let error = import(&bench, directory, below).map(|_| ()).unwrap_err();
@@ -330,7 +420,13 @@ fn adapters_of_peft_that_cannot_be_used_are_told() {
     let wrong: &[(Change<'_>, &str)] = &[
         (&|config| config["use_dora"] = true.into(), "`use_dora` is true, which rlflow cannot compute"),
         (&|config| config["peft_type"] = "IA3".into(), "`peft_type` is \"IA3\""),
-        (&|config| config["rank_pattern"] = json!({ "q_proj": 4 }), "`rank_pattern` is {\"q_proj\":4}"),
+        (&|config| config["rank_pattern"] = json!({ "q_proj": 4 }), "has shape [3, 32], and [4, 32] is expected"),
+        (&|config| config["rank_pattern"] = json!({ ".*proj": 4 }), "`rank_pattern` is {\".*proj\":4}"),
+        (&|config| config["alpha_pattern"] = json!({ "q_proj": 4, "self_attn.q_proj": 5 }), "`alpha_pattern` is {\"q_proj\":4"),
+        (
+            &|config| config["alpha_pattern"] = json!({ "layers.0.self_attn.q_proj": 4 }),
+            "its adapters on `q_proj` have another rank or alpha in some blocks",
+        ),
         (&|config| config["init_lora_weights"] = "pissa".into(), "`init_lora_weights` is \"pissa\""),
         (&|config| config["a_new_thing"] = 1.into(), "`a_new_thing` is 1, which rlflow cannot compute"),
         (&|config| config["modules_to_save"] = json!(["embed_tokens"]), "it replaces `embed_tokens` of the model below"),
@@ -351,6 +447,7 @@ fn adapters_of_peft_that_cannot_be_used_are_told() {
         refused(&copy(change), Some(&base), expected);
     }
     let plain = fixtures("lora_policy");
+    refused(&fixtures("lora_gpt2_policy"), Some(&base), "it has adapters on `c_attn`; rlflow's are on q_proj");
     refused(&plain, None, "give this stage `inputs = { model = ");
     refused(&fixtures("hf_models/llama3"), Some(&base), "there is no `adapter_config.json`");
     let reward = bench.model(ArtifactType::Reward, Head::Score, |name| {
