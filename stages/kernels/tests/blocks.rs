@@ -205,7 +205,7 @@ fn head() -> Case {
         let (hidden, weight) = (&inputs[0], &inputs[1]);
         let statistics = TokenStatistics { logprobs, entropies, log_sum_exp: lse, correct, mean_logits };
         token_head::forward(statistics, hidden, weight, &targets, 1.0, arithmetic);
-        let [logprobs, entropies, lse, ..] = &results;
+        let [_, entropies, lse, ..] = &results;
         let (mut dhidden, mut dweight) = (vec![f32::NAN; hidden.len()], vec![0.0; weight.len()]);
         let (dlogprobs, dentropies) = dy.split_at(TOKENS);
         let dweight_to = Some(&mut dweight[..]);
