@@ -110,7 +110,8 @@ impl<'m> Stack<'m> {
     fn new(model: &'m Artifact, info: &'m CheckpointInfo, modules: &[&[&ParameterSpec]]) -> Self {
         let has_one = |(at, lora): (usize, &LoraSettings), module: &[&ParameterSpec]| {
             let names = module.iter().filter_map(|spec| lora.factors(spec)).map(|factors| adapter::entry_name(at, &factors.a.name));
-            common(names.map(|name| model.manifest().entry(&name).map(|entry| entry.digest))).is_some()
+            let mut digests = names.map(|name| model.manifest().entry(&name).map(|entry| entry.digest));
+            digests.next().is_none_or(|first| digests.all(|digest| digest == first))
         };
         let adapters = info.adapters.iter().enumerate();
         let one_input = adapters.map(|adapter| modules.iter().all(|module| has_one(adapter, module))).collect();

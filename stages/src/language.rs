@@ -59,7 +59,7 @@ pub fn backward(model: &Decoder, micro: &LanguageBatch, checkpointing: bool, tak
         checkpointing,
         |head| {
             let stats = head.token_stats(micro.targets.clone());
-            let sums = vec![-sum(&stats.logprobs), sum(&stats.entropies), sum(&stats.correct), micro.counted() as f64];
+            let sums = vec![-sum(&stats.logprobs), sum(&stats.entropies), micro.counted() as f64, sum(&stats.correct)];
             (stats.logprobs.sum().neg(), sums)
         },
         take,
@@ -68,7 +68,7 @@ pub fn backward(model: &Decoder, micro: &LanguageBatch, checkpointing: bool, tak
 
 /// Metrics of a step whose passes gave `sums`, over `counted` tokens.
 pub fn metrics(sums: &Sums, counted: f64) -> Vec<(&'static str, f64)> {
-    vec![("loss", sums[0] / counted), ("entropy", sums[1] / counted), ("mean_token_accuracy", sums[2] / counted), ("num_tokens", sums[3])]
+    vec![("loss", sums[0] / counted), ("entropy", sums[1] / counted), ("mean_token_accuracy", sums[3] / counted), ("num_tokens", sums[2])]
 }
 
 /// Sum of a tensor's elements, in order, in f64.

@@ -48,6 +48,11 @@ impl WorkflowError {
         Self { hint: Some(without_controls(hint.into())), ..self }
     }
 
+    /// The same about a stage.
+    pub(crate) fn about(self, stage: &str) -> Self {
+        Self { message: without_controls(format!("stage `{stage}`: {}", self.message)), ..self }
+    }
+
     /// The same about the whole of `file`.
     pub fn in_file(self, file: impl Into<String>) -> Self {
         Self { file: file.into(), line: 1, column: 1, ..self }

@@ -159,9 +159,8 @@ impl Loading<'_> {
             let folder = self.sources.get(span.source).map_or(self.folder.as_path(), |source| source.folder.as_path());
             match finder.find(source, folder) {
                 Ok(found) => files.push(found),
-                Err(mut error) => {
-                    error.message = format!("stage `{}`: {}", stage.name, error.message);
-                    self.errors.add(span, error);
+                Err(error) => {
+                    self.errors.add(span, error.about(&stage.name));
                     broken = true;
                 }
             }
