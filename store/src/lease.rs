@@ -320,7 +320,7 @@ mod tests {
     fn hosts_with_other_clocks_wait_for_the_living_and_take_over_from_the_dead() {
         let _alone = alone();
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path()).unwrap().as_on_network();
+        let store = Store::open(folder.path()).unwrap().into_networked();
         let key = Digest::of(b"key");
         for ahead in CLOCKS {
             AHEAD.store(ahead, Ordering::Relaxed);

@@ -147,7 +147,7 @@ impl Store {
 
     /// The same as it would be on a network file system.
     #[cfg(test)]
-    pub(crate) fn as_on_network(mut self) -> Self {
+    pub(crate) fn into_networked(mut self) -> Self {
         Arc::get_mut(&mut self.0).expect("nobody else has it yet").on_network = true;
         self
     }
