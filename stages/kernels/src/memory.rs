@@ -41,6 +41,17 @@ impl<T: bytemuck::Zeroable> Parts<T> {
         Self { start: numbers.as_mut_ptr(), numbers, len }
     }
 
+    /// A part, to be written: all of it, before [`Self::finish`].
+    ///
+    /// # Safety
+    /// Nobody else may have elements of this part while the result lives.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn unwritten(&self, part: Range<usize>) -> &mut [MaybeUninit<T>] {
+        assert!(part.start <= part.end && part.end <= self.len);
+        // SAFETY: the part lies within the vector's room, and the caller has it alone.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(part.start).cast(), part.len()) }
+    }
+
     /// A part, of zeros.
     ///
     /// # Safety
@@ -77,7 +88,7 @@ impl<T: bytemuck::Zeroable> Parts<T> {
     /// All of them.
     ///
     /// # Safety
-    /// Every element must have been in a part.
+    /// Every element must have been in a part, and been written.
     pub(crate) unsafe fn finish(mut self) -> Vec<T> {
         // SAFETY: as the caller promises.
         unsafe { self.numbers.set_len(self.len) };

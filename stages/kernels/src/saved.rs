@@ -1,6 +1,6 @@
 //! Rows that a backward pass reads again, in the number format of the products around them.
 
-use std::ops::Range;
+use std::{mem::MaybeUninit, ops::Range};
 
 use rayon::prelude::*;
 
@@ -44,7 +44,7 @@ impl Saving {
             unsafe {
                 match self {
                     Self::F32(parts) => _ = parts.copied(at, from),
-                    Self::Bf16(parts) => round_row(parts.zeroed(at..at + width), from),
+                    Self::Bf16(parts) => round_row(parts.unwritten(at..at + width), from),
                 }
             }
         });
@@ -81,13 +81,12 @@ impl Saved {
     }
 }
 
-multiversion!(fn round_row(narrow: &mut [u16], wide: &mut [f32]) = round_row_inner);
+multiversion!(fn round_row(narrow: &mut [MaybeUninit<u16>], wide: &mut [f32]) = round_row_inner);
 
 #[inline(always)]
-fn round_row_inner<const FMA: bool>(narrow: &mut [u16], wide: &mut [f32]) {
+fn round_row_inner<const FMA: bool>(narrow: &mut [MaybeUninit<u16>], wide: &mut [f32]) {
     for (narrow, wide) in narrow.iter_mut().zip(wide) {
-        *narrow = round(*wide);
-        *wide = widen(*narrow);
+        *wide = widen(*narrow.write(round(*wide)));
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     marker::PhantomData,
+    mem::MaybeUninit,
     ops::{Deref, DerefMut},
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
@@ -33,6 +34,15 @@ pub(crate) struct Scratch<T: bytemuck::Pod> {
     lines: Vec<Line>,
     len: usize,
     numbers: PhantomData<T>,
+}
+
+impl<T: bytemuck::Pod> Scratch<T> {
+    /// The numbers as places, in which only numbers may be written.
+    pub(crate) fn places(&mut self) -> &mut [MaybeUninit<T>] {
+        let numbers: &mut [T] = self;
+        // SAFETY: the same layout; what is written there is by the numbers' type.
+        unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), numbers.len()) }
+    }
 }
 
 /// `len` numbers of any value.

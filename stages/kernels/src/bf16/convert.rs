@@ -14,9 +14,9 @@ pub fn widen_all(narrow: &[bf16]) -> Vec<f32> {
     let wide = Parts::new(narrow.len());
     narrow.par_chunks(BLOCK).enumerate().for_each(|(block, narrow)| {
         // SAFETY: each task has its own block.
-        let wide = unsafe { wide.zeroed(block * BLOCK..block * BLOCK + narrow.len()) };
+        let wide = unsafe { wide.unwritten(block * BLOCK..block * BLOCK + narrow.len()) };
         for (wide, narrow) in wide.iter_mut().zip(narrow) {
-            *wide = widen(narrow.to_bits());
+            wide.write(widen(narrow.to_bits()));
         }
     });
     // SAFETY: the blocks are all numbers.
@@ -28,9 +28,9 @@ pub fn round_all(wide: &[f32]) -> Vec<bf16> {
     let narrow = Parts::new(wide.len());
     wide.par_chunks(BLOCK).enumerate().for_each(|(block, wide)| {
         // SAFETY: each task has its own block.
-        let narrow: &mut [bf16] = unsafe { narrow.zeroed(block * BLOCK..block * BLOCK + wide.len()) };
+        let narrow = unsafe { narrow.unwritten(block * BLOCK..block * BLOCK + wide.len()) };
         for (narrow, wide) in narrow.iter_mut().zip(wide) {
-            *narrow = bf16::from_bits(round(*wide));
+            narrow.write(bf16::from_bits(round(*wide)));
         }
     });
     // SAFETY: the blocks are all numbers.

@@ -15,6 +15,8 @@ pub(crate) use packed::{Packed, Writer};
 
 use std::sync::OnceLock;
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
 use self::pack::Side;
@@ -101,10 +103,10 @@ pub(crate) fn multiply(
             for (part, columns) in parts(n.div_ceil(PANEL), panels).enumerate() {
                 let mut packed_right = scratch(columns.len() * panel_len);
                 let group = PACK_PANELS * panel_len;
-                let lefts = packed_left.chunks_mut(group).zip(rows.clone().step_by(PACK_PANELS)).filter(|_| part == 0);
-                let rights = packed_right.chunks_mut(group).zip(columns.clone().step_by(PACK_PANELS));
+                let lefts = packed_left.places().chunks_mut(group).zip(rows.clone().step_by(PACK_PANELS)).filter(|_| part == 0);
+                let rights = packed_right.places().chunks_mut(group).zip(columns.clone().step_by(PACK_PANELS));
                 let packs: Vec<_> = lefts.map(|task| (left, task)).chain(rights.map(|task| (right, task))).collect();
-                let pack = |(side, (packed, panel)): (Side<'_>, (&mut [u16], usize))| side.pack(packed, panel_len, panel * PANEL, start);
+                let pack = |(side, (packed, panel)): (Side<'_>, (&mut [MaybeUninit<u16>], usize))| side.pack(packed, panel_len, panel * PANEL, start);
                 if parallel {
                     packs.into_par_iter().for_each(pack)
                 } else {

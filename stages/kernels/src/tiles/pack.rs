@@ -1,6 +1,6 @@
 //! Rounds operands into the order in which tiles take them.
 
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, mem::MaybeUninit};
 
 use super::{BLOCK, DEPTH, TILE};
 use crate::{matmul::MatrixRef, simd::transpose};
@@ -27,18 +27,18 @@ impl<'a> Side<'a> {
         Self { data, lines: matrix.columns(), line_stride, depth: matrix.rows(), depth_stride, is_left: false }
     }
 
-    /// Packs panels of lines from `first` on, each with the depth from `start` on that fills its `panel_len` of `packed`. Lines
+    /// Writes all of `packed`: panels of lines from `first` on, each with the depth from `start` on that fills its `panel_len` of `packed`. Lines
     /// and depth beyond the operand are zeros.
     ///
     /// For each block of the depth a panel has two tiles. A tile of the left side has a line a row; in one of the right side row
     /// `p` holds elements `2p` and `2p + 1` of every line side by side.
-    pub(super) fn pack(&self, packed: &mut [u16], panel_len: usize, first: usize, start: usize) {
+    pub(super) fn pack(&self, packed: &mut [MaybeUninit<u16>], panel_len: usize, first: usize, start: usize) {
         // SAFETY: tiles are used only where the processor has these features (`bf16::Unit::available`).
         unsafe { self.pack_panels(packed, panel_len, first, start) }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    fn pack_panels(&self, packed: &mut [u16], panel_len: usize, first: usize, start: usize) {
+    fn pack_panels(&self, packed: &mut [MaybeUninit<u16>], panel_len: usize, first: usize, start: usize) {
         let across = self.line_stride == 1 && self.depth_stride != 1;
         // Panels side by side block after block: so lines that lie across are read along the memory.
         for block in 0..panel_len / BLOCK {

@@ -1,6 +1,6 @@
 //! Operands that are packed once for several products.
 
-use std::ops::Range;
+use std::{mem::MaybeUninit, ops::Range};
 
 use rayon::prelude::*;
 
@@ -15,6 +15,12 @@ use crate::{
 const LINE: usize = size_of::<Line>() / size_of::<u16>();
 /// Panels of a task of [`Packed::product`], at most.
 const TASK_PANELS: usize = 4;
+
+/// The numbers of lines that are to be written.
+fn numbers(lines: &mut [MaybeUninit<Line>]) -> &mut [MaybeUninit<u16>] {
+    // SAFETY: the same bytes; a line has no byte that is not of a number.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * LINE) }
+}
 
 /// Where tasks put terms of lines, to be packed.
 pub(crate) struct Writer {
@@ -43,8 +49,8 @@ impl Writer {
         for panel in 0..rows.columns().div_ceil(PANEL) {
             let start = (first_line / PANEL + panel) * panel_len + first_term / DEPTH * BLOCK;
             // SAFETY: the caller says that nobody else has these tiles.
-            let tiles = unsafe { self.tiles.zeroed(start / LINE..(start + len) / LINE) };
-            side.pack(bytemuck::cast_slice_mut(tiles), len, panel * PANEL, 0);
+            let tiles = unsafe { self.tiles.unwritten(start / LINE..(start + len) / LINE) };
+            side.pack(numbers(tiles), len, panel * PANEL, 0);
         }
     }
 
@@ -93,7 +99,7 @@ impl Packed {
     fn passing(side: Side<'_>, lines: usize, terms: usize) -> Self {
         let panel_len = terms.div_ceil(DEPTH) * BLOCK;
         let mut tiles = scratch(lines.div_ceil(PANEL) * panel_len);
-        side.pack(&mut tiles, panel_len.max(1), 0, 0);
+        side.pack(tiles.places(), panel_len.max(1), 0, 0);
         Self { tiles: Tiles::Passing(tiles), lines, terms }
     }
 
@@ -105,8 +111,8 @@ impl Packed {
         let tiles = Parts::<Line>::new(panels * panel_len / LINE);
         (0..panels).into_par_iter().for_each(|panel| {
             // SAFETY: each task has a panel of its own.
-            let packed = unsafe { tiles.zeroed(panel * panel_len / LINE..(panel + 1) * panel_len / LINE) };
-            side.pack(bytemuck::cast_slice_mut(packed), panel_len, panel * PANEL, 0);
+            let packed = unsafe { tiles.unwritten(panel * panel_len / LINE..(panel + 1) * panel_len / LINE) };
+            side.pack(numbers(packed), panel_len, panel * PANEL, 0);
         });
         // SAFETY: all panels were packed.
         Self { tiles: Tiles::Kept(unsafe { tiles.finish() }), lines, terms }
