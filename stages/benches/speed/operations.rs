@@ -5,7 +5,7 @@ use std::{convert::Infallible, hint::black_box, time::Instant};
 
 use burn::tensor::Device;
 use rlflow_kernels::{
-    Affine, AttentionParts, AttentionShape, MlpParts, Positional, SequenceLayout,
+    Affine, AttentionParts, AttentionShape, MlpParts, Positional, SequenceLayout, Weight,
     attention::Heads,
     attention_block, embedding,
     matmul::{Arithmetic, MatrixRef},
@@ -127,6 +127,7 @@ pub fn operations(size: &Size, arithmetic: Arithmetic, repeats: usize) -> Vec<Op
         q_norm: None,
         k_norm: None,
     };
+    let weights = weights.map(|weight| Weight::F32(weight));
     let (_, saved) = attention_block::forward(&x, weights, Positional::Rope(&rope), shape, &layout, None);
     let attention = Operation {
         name: "attention half of a block",
@@ -145,6 +146,7 @@ pub fn operations(size: &Size, arithmetic: Arithmetic, repeats: usize) -> Vec<Op
         up: plain(up.as_slice()),
         down: plain(down.as_slice()),
     };
+    let weights = weights.map(|weight| Weight::F32(weight));
     let (_, saved) = mlp_block::forward(&x, weights, eps, arithmetic, None);
     let mlp = Operation {
         name: "feed-forward half of a block",
@@ -172,7 +174,7 @@ pub fn operations(size: &Size, arithmetic: Arithmetic, repeats: usize) -> Vec<Op
             correct: &mut correct,
             mean_logits: &mut mean_logits,
         };
-        token_head::forward(statistics, &normed, &table, &ids, 1.0, arithmetic);
+        token_head::forward(statistics, &normed, Weight::F32(&table), &ids, 1.0, arithmetic);
     });
     let head = Operation {
         name: "output projection with loss",
@@ -188,7 +190,7 @@ pub fn operations(size: &Size, arithmetic: Arithmetic, repeats: usize) -> Vec<Op
                 &entropies,
                 &log_sum_exp,
                 &normed,
-                &table,
+                Weight::F32(&table),
                 &ids,
                 1.0,
                 arithmetic,

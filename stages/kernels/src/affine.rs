@@ -6,6 +6,7 @@ use crate::{
     low_rank::{self, Dropout, LowRank, Projection},
     matmul::{Arithmetic, Into, MatrixRef},
     operand::{Blocks, Keep, Kept, Left, Right, Role},
+    weight::Weight,
 };
 
 /// Rows per partial sum of a bias's gradient.
@@ -48,11 +49,11 @@ impl<T> Affine<T> {
     }
 }
 
-impl<'a> Affine<&'a [f32]> {
+impl<'a> Affine<Weight<'a>> {
     /// Of slices, where one that is not there is empty.
-    pub fn of_slices(weight: &'a [f32], bias: &'a [f32], [a, b]: [&'a [f32]; 2], scale: f32) -> Self {
-        let there = |slice: &'a [f32]| (!slice.is_empty()).then_some(slice);
-        Self { weight, bias: there(bias), low_rank: there(a).map(|a| LowRank { a, b, scale }) }
+    pub fn of_slices(weight: Weight<'a>, bias: &'a [f32], [a, b]: [&'a [f32]; 2], scale: f32) -> Self {
+        let there = |slice: &'a [f32]| (!slice.is_empty()).then_some(Weight::F32(slice));
+        Self { weight, bias: there(bias), low_rank: there(a).map(|a| LowRank { a, b: b.into(), scale }) }
     }
 }
 
@@ -170,7 +171,7 @@ impl<'a> Projecting<'a> {
         rows: usize,
         arithmetic: Arithmetic,
         dropout: Dropout<'a>,
-        parts: [Option<&Affine<&[f32]>>; N],
+        parts: [Option<&Affine<Weight<'_>>>; N],
     ) -> Self {
         let keeps_rows = parts.into_iter().flatten().any(|part| part.low_rank.is_some() || part.bias.is_some());
         Self { blocks: Blocks::new(rows, arithmetic), rows, arithmetic, dropout, keeps_rows }
@@ -182,19 +183,18 @@ impl<'a> Projecting<'a> {
     }
 
     /// `x weight^T + bias` and the low-rank addition, of rows with this many columns.
-    pub(crate) fn forward<'w>(self, projection: Projection, part: Affine<&'w [f32]>, columns: usize) -> Forward<'w> {
-        let weight = MatrixRef::new(part.weight, part.weight.len() / columns.max(1), columns);
-        Forward { right: self.blocks.right(weight.t()), bias: part.bias, addition: self.addition(projection, part, columns) }
+    pub(crate) fn forward<'w>(self, projection: Projection, part: Affine<Weight<'w>>, columns: usize) -> Forward<'w> {
+        let right = self.blocks.weight(part.weight, columns, true);
+        Forward { right, bias: part.bias.map(Weight::plain), addition: self.addition(projection, part, columns) }
     }
 
     /// The gradient of the projection's input.
-    pub(crate) fn backward<'w>(self, projection: Projection, part: Affine<&'w [f32]>, columns: usize) -> Backward<'w> {
-        let weight = MatrixRef::new(part.weight, part.weight.len() / columns.max(1), columns);
-        Backward { right: self.blocks.right(weight), addition: self.addition(projection, part, columns) }
+    pub(crate) fn backward<'w>(self, projection: Projection, part: Affine<Weight<'w>>, columns: usize) -> Backward<'w> {
+        Backward { right: self.blocks.weight(part.weight, columns, false), addition: self.addition(projection, part, columns) }
     }
 
-    fn addition<'w>(self, projection: Projection, part: Affine<&'w [f32]>, columns: usize) -> Option<Addition<'w>> {
-        let factors = part.low_rank?;
+    fn addition<'w>(self, projection: Projection, part: Affine<Weight<'w>>, columns: usize) -> Option<Addition<'w>> {
+        let factors = part.low_rank?.map(|factor| factor.plain());
         let mask = low_rank::mask(self.rows * columns, projection, self.dropout);
         Some(Addition { factors, columns, mask, how: self.blocks.small_products() })
     }
@@ -206,7 +206,7 @@ impl<'a> Projecting<'a> {
         projection: Projection,
         dout: Option<&Kept<'_>>,
         x: Option<&Kept<'_>>,
-        part: Affine<&[f32]>,
+        part: Affine<Weight<'_>>,
         rows: usize,
         frozen: bool,
     ) -> Affine<Vec<f32>> {
@@ -215,7 +215,8 @@ impl<'a> Projecting<'a> {
         let weight = if frozen { Vec::new() } else { dout.product(x, arithmetic) };
         let (mut low_rank, mut bias) = (None, None);
         if let (Some(dout), Some(x)) = (dout.rows(), x.rows()) {
-            low_rank = part.low_rank.map(|part| low_rank::backward_factors(dout, x, part, rows, arithmetic, projection, dropout));
+            let factors = part.low_rank.map(|part| part.map(|factor| factor.plain()));
+            low_rank = factors.map(|part| low_rank::backward_factors(dout, x, part, rows, arithmetic, projection, dropout));
             bias = part.bias.map(|bias| column_sums(dout, bias.len()));
         }
         Affine { weight, bias, low_rank }

@@ -11,6 +11,7 @@ use crate::{
     operand::{Blocks, Kept, Role, finish, put},
     rope::RopeTable,
     scratch::scratch,
+    weight::Weight,
 };
 
 /// How positions enter.
@@ -55,7 +56,7 @@ pub struct AttentionShape {
 }
 
 /// Weights, each projection `[out, in]` row-major as in Llama checkpoints.
-pub type AttentionWeights<'a> = AttentionParts<&'a [f32]>;
+pub type AttentionWeights<'a> = AttentionParts<Weight<'a>>;
 
 /// Gradients, shaped as what they belong to.
 #[allow(missing_docs)]
@@ -145,6 +146,8 @@ pub fn forward(
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
     let how = projecting(&weights, shape, tokens, dropout);
+    let norm_of = weights.norm.map(|part| part.plain());
+    let [of_queries, of_keys] = [weights.q_norm, weights.k_norm].map(|norm| norm.map(Weight::plain));
     let of = [
         how.forward(Projection::Query, weights.q, hidden),
         how.forward(Projection::Key, weights.k, hidden),
@@ -156,7 +159,7 @@ pub fn forward(
     how.blocks.each(|rows| {
         let x = &x[rows.start * hidden..rows.end * hidden];
         let (mut normed, mut inverse) = (scratch(x.len()), scratch(rows.len()));
-        norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
+        norm(&mut normed, &mut inverse, x, norm_of, shape.eps);
         let normed = how.blocks.left(MatrixRef::new(&normed, rows.len(), hidden), rows.start);
         for (index, ((of, result), width)) in of.iter().zip(&results).zip(widths).enumerate() {
             // SAFETY: each block has its own rows.
@@ -172,8 +175,8 @@ pub fn forward(
     let [mut q, mut k, v] = results.map(|result| unsafe { result.finish() });
     let (mut q_norm, mut k_norm) = (None, None);
     if has_head_norms {
-        q_norm = head_norm(&mut q, weights.q_norm, shape.eps);
-        k_norm = head_norm(&mut k, weights.k_norm, shape.eps);
+        q_norm = head_norm(&mut q, of_queries, shape.eps);
+        k_norm = head_norm(&mut k, of_keys, shape.eps);
         positional.rotate(&mut q, layout.positions(), false);
         positional.rotate(&mut k, layout.positions(), false);
     }
@@ -209,6 +212,8 @@ pub fn backward(
     let (tokens, hidden) = (layout.tokens(), shape.hidden);
     let (query_width, kv_width) = (shape.heads.query_width(), shape.heads.kv_width());
     let how = projecting(&weights, shape, tokens, dropout);
+    let norm_of = weights.norm.map(|part| part.plain());
+    let [of_queries, of_keys] = [weights.q_norm, weights.k_norm].map(|norm| norm.map(Weight::plain));
     let (output, dout) = (how.backward(Projection::Output, weights.o, query_width), Parts::new(tokens * query_width));
     let upstream = how.keep(Role::Gradient, hidden, Some(dy), frozen);
     let heads = how.keep(Role::Input, query_width, Some(&saved.out[..]), frozen);
@@ -247,8 +252,8 @@ pub fn backward(
     );
     positional.rotate(&mut dq, layout.positions(), true);
     positional.rotate(&mut dk, layout.positions(), true);
-    let q_norm = head_norm_backward(&mut dq, saved.q_norm.as_ref(), weights.q_norm);
-    let k_norm = head_norm_backward(&mut dk, saved.k_norm.as_ref(), weights.k_norm);
+    let q_norm = head_norm_backward(&mut dq, saved.q_norm.as_ref(), of_queries);
+    let k_norm = head_norm_backward(&mut dk, saved.k_norm.as_ref(), of_keys);
 
     let projections = [(Projection::Query, weights.q, &dq), (Projection::Key, weights.k, &dk), (Projection::Value, weights.v, &dv)];
     let of = projections.map(|(projection, part, _)| how.backward(projection, part, hidden));
@@ -268,17 +273,17 @@ pub fn backward(
         }
         // The normalised input is cheaper to compute again than to keep.
         let (mut normed, mut inverse) = (scratch(x.len()), scratch(rows.len()));
-        norm(&mut normed, &mut inverse, x, weights.norm, shape.eps);
+        norm(&mut normed, &mut inverse, x, norm_of, shape.eps);
         // SAFETY: as above.
         let dx = unsafe {
             put(&inputs, MatrixRef::new(&normed, rows.len(), hidden), rows.start);
             dx.copied(all.start, dy)
         };
-        norm_backward(dx, &dnormed, x, &inverse, weights.norm)
+        norm_backward(dx, &dnormed, x, &inverse, norm_of)
     });
     // SAFETY: the blocks are all rows.
     let (dx, inputs, kept) = unsafe { (dx.finish(), finish(inputs), kept.map(|keep| finish(keep))) };
-    let parts = |(projection, part, _): (Projection, Affine<&[f32]>, _), dout: &Option<Kept<'_>>, x: &Option<Kept<'_>>| {
+    let parts = |(projection, part, _): (Projection, Affine<Weight<'_>>, _), dout: &Option<Kept<'_>>, x: &Option<Kept<'_>>| {
         how.parts(projection, dout.as_ref(), x.as_ref(), part, tokens, frozen)
     };
     let [query, key, value] = projections;

@@ -9,12 +9,13 @@ use crate::{
     affine::{Affine, AttentionParts, MlpParts},
     attention::Heads,
     attention_block::norm_heads,
-    few_rows::{Output, Weight, project},
+    few_rows::{Output, project},
     low_rank::{self, How, LowRank},
     matmul::{Arithmetic, Into, MatrixRef},
     mlp_block::{gelu, swiglu},
     norm::norm,
     simd::{LANES, exp, fmadd, max, multiversion, sum},
+    weight::Weight,
 };
 
 /// Positions of a block of the cache: a vector of scores.

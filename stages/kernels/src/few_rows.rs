@@ -6,51 +6,19 @@
 
 use std::ops::Range;
 
-use half::bf16;
 use rayon::prelude::*;
 
 use crate::{
     matmul::{self, Into, MatrixRef},
     shared::Shared,
     simd,
+    weight::Weight,
 };
 
 /// Columns that a task computes.
 const TASK: usize = 64;
 /// Columns whose sums are in registers at once, with those of six rows.
 const TILE: usize = 4;
-
-/// A weight as it is held.
-#[derive(Debug, Clone, Copy)]
-pub enum Weight<'a> {
-    /// In f32.
-    F32(&'a [f32]),
-    /// In bfloat16.
-    Bf16(&'a [bf16]),
-}
-
-impl<'a> Weight<'a> {
-    /// Number of elements.
-    pub fn len(self) -> usize {
-        match self {
-            Self::F32(elements) => elements.len(),
-            Self::Bf16(elements) => elements.len(),
-        }
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(self) -> bool {
-        self.len() == 0
-    }
-
-    /// As f32: itself or a copy.
-    pub fn wide(self) -> std::borrow::Cow<'a, [f32]> {
-        match self {
-            Self::F32(elements) => elements.into(),
-            Self::Bf16(elements) => crate::bf16::widen_all(elements).into(),
-        }
-    }
-}
 
 /// A projection `out = x weight^T` (or `out += ..`).
 pub struct Output<'a> {
@@ -259,6 +227,8 @@ mod avx512 {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     /// Small whole numbers: every sum is exact, in any order.

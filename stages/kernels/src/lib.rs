@@ -44,12 +44,14 @@ mod tiles;
 #[path = "no_tiles.rs"]
 mod tiles;
 pub mod token_head;
+mod weight;
 
 pub use affine::{Affine, AttentionParts, MlpParts};
 pub use attention_block::{AttentionGrads, AttentionSaved, AttentionShape, AttentionWeights, Positional};
 pub use layout::SequenceLayout;
 pub use low_rank::{Dropout, LowRank, Projection};
 pub use mlp_block::{MlpGrads, MlpSaved, MlpWeights};
+pub use weight::{Weight, reads_narrow_weights};
 
 /// Changes whenever the same inputs may give other bits.
 const VERSION: u32 = 3;

@@ -13,10 +13,11 @@ use crate::{
     saved::{Saved, Saving},
     scratch::scratch,
     simd::{fmadd, multiversion, sigmoid},
+    weight::Weight,
 };
 
 /// Weights, each projection `[out, in]` row-major.
-pub type MlpWeights<'a> = MlpParts<&'a [f32]>;
+pub type MlpWeights<'a> = MlpParts<Weight<'a>>;
 
 /// What the backward pass needs.
 #[derive(Debug, Clone)]
@@ -51,7 +52,7 @@ pub fn workspace(tokens: usize, hidden: usize, width: usize, gated: bool, as_row
 
 /// The block's result, `[tokens, hidden]`.
 pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32, arithmetic: Arithmetic, dropout: Dropout<'_>) -> (Vec<f32>, MlpSaved) {
-    let hidden = weights.norm.weight.len();
+    let (hidden, norm_of) = (weights.norm.weight.len(), weights.norm.map(|part| part.plain()));
     let (tokens, width) = (x.len() / hidden, weights.up.weight.len() / hidden);
     let how = Projecting::new(tokens, arithmetic, dropout, [weights.gate.as_ref(), Some(&weights.up), Some(&weights.down)]);
     let gate_of = weights.gate.map(|gate| how.forward(Projection::Gate, gate, hidden));
@@ -64,7 +65,7 @@ pub fn forward(x: &[f32], weights: MlpWeights<'_>, eps: f32, arithmetic: Arithme
         // SAFETY: each block has its own rows.
         let y = unsafe { y.copied(all.start, x) };
         let (mut normed, mut inverse) = (scratch(x.len()), scratch(rows.len()));
-        norm(&mut normed, &mut inverse, x, weights.norm, eps);
+        norm(&mut normed, &mut inverse, x, norm_of, eps);
         let normed = how.blocks.left(MatrixRef::new(&normed, rows.len(), hidden), rows.start);
         for part in how.blocks.parts(width) {
             let first = rows.start * width + part.start;
@@ -107,7 +108,7 @@ pub fn backward(
     dropout: Dropout<'_>,
     frozen: bool,
 ) -> MlpGrads {
-    let hidden = weights.norm.weight.len();
+    let (hidden, norm_of) = (weights.norm.weight.len(), weights.norm.map(|part| part.plain()));
     let (tokens, width) = (x.len() / hidden, weights.up.weight.len() / hidden);
     let how = Projecting::new(tokens, arithmetic, dropout, [weights.gate.as_ref(), Some(&weights.up), Some(&weights.down)]);
     let gate_of = weights.gate.map(|gate| how.backward(Projection::Gate, gate, hidden));
@@ -167,16 +168,16 @@ pub fn backward(
         }
         // The normalised input is cheaper to compute again than to keep.
         let (mut normed, mut inverse) = (scratch(x.len()), scratch(rows.len()));
-        norm(&mut normed, &mut inverse, x, weights.norm, eps);
+        norm(&mut normed, &mut inverse, x, norm_of, eps);
         put(&inputs, MatrixRef::new(&normed, rows.len(), hidden), 0);
         // SAFETY: as above.
         let dx = unsafe { dx.copied(all.start, dy.parts().0) };
-        norm_backward(dx, &dnormed, x, &inverse, weights.norm)
+        norm_backward(dx, &dnormed, x, &inverse, norm_of)
     });
     // SAFETY: the blocks are all rows.
     let [upstream, inputs, dups, activations] = [upstream, inputs, dups, activations].map(|keep| unsafe { finish(keep) });
     let dgates = gate_of.and(dgates).map(|keep| unsafe { keep.finish() });
-    let parts = |projection: Projection, dout: &Option<Kept<'_>>, x: &Option<Kept<'_>>, part: Affine<&[f32]>| {
+    let parts = |projection: Projection, dout: &Option<Kept<'_>>, x: &Option<Kept<'_>>, part: Affine<Weight<'_>>| {
         how.parts(projection, dout.as_ref(), x.as_ref(), part, tokens, frozen)
     };
     let weights = MlpParts {

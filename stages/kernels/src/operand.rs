@@ -9,13 +9,14 @@ use std::{borrow::Cow, ops::Range};
 use rayon::prelude::*;
 
 use crate::{
-    bf16::{self, Unit},
+    bf16::{self, Unit, widen_all},
     low_rank::How,
     matmul::{Arithmetic, Into, MatrixRef},
     memory::{Parts, zeros},
     panels::{self, PackedRows, Panels},
     simd,
     tiles::{self, Kernel},
+    weight::Weight,
 };
 
 /// Rows of a block at least; with what units compute at once, 128 or 132.
@@ -39,6 +40,11 @@ pub(crate) fn tile_kernel(arithmetic: Arithmetic) -> Option<Kernel> {
         (Arithmetic::Bf16, Unit::Avx512) => Some(Kernel::Avx512),
         (Arithmetic::F32, _) | (_, Unit::Rounded) => None,
     }
+}
+
+fn weight_matrix(elements: &[f32], columns: usize, transposed: bool) -> MatrixRef<'_> {
+    let matrix = MatrixRef::new(elements, elements.len() / columns.max(1), columns);
+    if transposed { matrix.t() } else { matrix }
 }
 
 /// What multiplies a block on one core.
@@ -90,6 +96,22 @@ impl Blocks {
             None => Right::Plain(self.arithmetic, matrix),
             Some(BlockUnit::Panels) => Right::Panels(Panels::new(matrix)),
             Some(BlockUnit::Tiles(kernel)) => Right::Tiles(kernel, tiles::Packed::right(matrix)),
+        }
+    }
+
+    /// A weight of this many columns as a right operand, or its transpose.
+    pub(crate) fn weight<'a>(self, weight: Weight<'a>, columns: usize, transposed: bool) -> Right<'a> {
+        match (weight, self.unit) {
+            (Weight::F32(elements), _) => self.right(weight_matrix(elements, columns, transposed)),
+            (Weight::Bf16(elements), Some(BlockUnit::Tiles(kernel))) => {
+                Right::Tiles(kernel, tiles::Packed::right_weight(elements, columns, transposed))
+            }
+            (Weight::Bf16(elements), Some(BlockUnit::Panels)) => {
+                Right::Panels(Panels::new(weight_matrix(&widen_all(elements), columns, transposed)))
+            }
+            (Weight::Bf16(elements), None) => {
+                Right::Widened { arithmetic: self.arithmetic, elements: widen_all(elements), columns, transposed }
+            }
         }
     }
 
@@ -268,6 +290,13 @@ pub(crate) enum Right<'a> {
     Panels(Panels),
     Tiles(Kernel, tiles::Packed),
     Plain(Arithmetic, MatrixRef<'a>),
+    /// A weight that was held in bfloat16.
+    Widened {
+        arithmetic: Arithmetic,
+        elements: Vec<f32>,
+        columns: usize,
+        transposed: bool,
+    },
 }
 
 /// Rows of a block.
@@ -304,6 +333,11 @@ impl Right<'_> {
             (Self::Plain(arithmetic, right), PackedLeft::Plain) => {
                 assert!(columns == (0..right.columns()) && terms == (0..right.rows()), "a plain operand is not cut");
                 arithmetic.multiply(out, out_row_stride, left.rows, *right, into, true);
+            }
+            (Self::Widened { arithmetic, elements, columns: width, transposed }, PackedLeft::Plain) => {
+                let right = weight_matrix(elements, *width, *transposed);
+                assert!(columns == (0..right.columns()) && terms == (0..right.rows()), "a plain operand is not cut");
+                arithmetic.multiply(out, out_row_stride, left.rows, right, into, true);
             }
             _ => unreachable!("operands of one operation are packed alike"),
         }

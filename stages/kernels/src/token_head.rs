@@ -10,6 +10,7 @@ use crate::{
     operand::{Blocks, Left, Right, Role, finish, put},
     scratch::scratch,
     simd::{LANES, exp, fmadd, lane_sum, max, multiversion},
+    weight::Weight,
 };
 
 /// Rows whose logits are held at once, at most.
@@ -40,7 +41,7 @@ pub struct TokenStatistics<'a> {
 ///
 /// # Shapes
 /// - hidden: `[rows, width]`; weight: `[vocab, width]`; targets: `[rows]`
-pub fn forward(out: TokenStatistics<'_>, hidden: &[f32], weight: &[f32], targets: &[u32], scale: f32, arithmetic: Arithmetic) {
+pub fn forward(out: TokenStatistics<'_>, hidden: &[f32], weight: Weight<'_>, targets: &[u32], scale: f32, arithmetic: Arithmetic) {
     if targets.is_empty() {
         return;
     }
@@ -52,7 +53,7 @@ pub fn forward(out: TokenStatistics<'_>, hidden: &[f32], weight: &[f32], targets
         let blocks = Blocks::new(rows.len(), arithmetic);
         let lefts = lefts(blocks, &hidden[rows.start * width..], width);
         for tokens in ranges(vocab, TOKENS) {
-            let right = blocks.right(MatrixRef::of_rows(weight, &tokens, width).t());
+            let right = blocks.weight(weight.rows(&tokens, width), width, true);
             let size = blocks.block_size();
             let of_rows = statistics[rows.clone()].par_chunks_mut(size).zip(logprobs[rows.clone()].par_chunks_mut(size));
             lefts.par_iter().zip(of_rows).zip(targets[rows.clone()].par_chunks(size)).for_each(
@@ -173,7 +174,7 @@ pub fn backward(
     entropies: &[f32],
     log_sum_exp: &[f32],
     hidden: &[f32],
-    weight: &[f32],
+    weight: Weight<'_>,
     targets: &[u32],
     scale: f32,
     arithmetic: Arithmetic,
@@ -197,8 +198,8 @@ pub fn backward(
             }
         });
         for tokens in ranges(weight.len() / width, TOKENS) {
-            let weights = MatrixRef::of_rows(weight, &tokens, width);
-            let (right, right_back) = (blocks.right(weights.t()), blocks.right(weights));
+            let weights = weight.rows(&tokens, width);
+            let (right, right_back) = (blocks.weight(weights, width, true), blocks.weight(weights, width, false));
             let into = if tokens.start == 0 { Into::Overwrite } else { Into::Add };
             let keep = dweight.is_some().then(|| blocks.keep(Role::Gradient, tokens.len(), None, false));
             lefts.par_iter().zip(dhidden.par_chunks_mut(size * width)).for_each(|(left, dhidden)| {

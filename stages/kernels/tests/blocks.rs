@@ -1,8 +1,9 @@
 //! The operations of a decoder on more rows than a block has and more columns than a part: against the same in float64, whose
 //! gradients are differences of its values, and with other numbers of threads.
 
+use half::bf16;
 use rlflow_kernels::{
-    Affine, AttentionParts, AttentionShape, LowRank, MlpParts, Positional, Projection, SequenceLayout,
+    Affine, AttentionParts, AttentionShape, LowRank, MlpParts, Positional, Projection, SequenceLayout, Weight,
     attention::Heads,
     attention_block,
     matmul::Arithmetic,
@@ -68,13 +69,31 @@ fn adapted(x: &[f64], [weight, a, b]: [&[f64]; 3], columns: usize, scale: f64) -
 type Exact = Box<dyn Fn(&[Vec<f64>]) -> Vec<f64>>;
 
 /// Result and gradients of the inputs (in their order) for a gradient of the result.
-type Kernel = Box<dyn Fn(&[Vec<f32>], &[f32], Arithmetic) -> (Vec<f32>, Vec<Vec<f32>>) + Sync>;
+type Kernel = Box<dyn Fn(&[Held], &[f32], Arithmetic) -> (Vec<f32>, Vec<Vec<f32>>) + Sync>;
 
 struct Case {
     name: &'static str,
     inputs: Vec<Vec<f64>>,
+    /// Which inputs are projections' weights.
+    weights: &'static [usize],
     exact: Exact,
     kernel: Kernel,
+}
+
+/// An input, which a model may hold in bfloat16.
+struct Held {
+    wide: Vec<f32>,
+    narrow: Option<Vec<bf16>>,
+}
+
+impl Held {
+    fn weight(&self) -> Weight<'_> {
+        self.narrow.as_deref().map_or(Weight::F32(&self.wide), Weight::Bf16)
+    }
+}
+
+fn held(inputs: &[Vec<f64>]) -> Vec<Held> {
+    inputs.iter().map(|input| Held { wide: narrow(input), narrow: None }).collect()
 }
 
 fn mlp(gated: bool, rank: usize) -> Case {
@@ -105,21 +124,21 @@ fn mlp(gated: bool, rank: usize) -> Case {
         };
         add(adapted(&activated, part(8), WIDTH, 0.5), &inputs[0])
     };
-    let kernel = move |inputs: &[Vec<f32>], dy: &[f32], arithmetic: Arithmetic| {
+    let kernel = move |inputs: &[Held], dy: &[f32], arithmetic: Arithmetic| {
         let part = |first: usize| affine(inputs, first);
-        let weights = MlpParts { norm: Affine::plain(&inputs[1][..]), gate: gated.then(|| part(2)), up: part(5), down: part(8) };
-        let (y, saved) = mlp_block::forward(&inputs[0], weights, EPS, arithmetic, None);
-        let grads = mlp_block::backward(dy, &inputs[0], &saved, weights, EPS, arithmetic, None, false);
+        let weights = MlpParts { norm: Affine::plain(inputs[1].weight()), gate: gated.then(|| part(2)), up: part(5), down: part(8) };
+        let (y, saved) = mlp_block::forward(&inputs[0].wide, weights, EPS, arithmetic, None);
+        let grads = mlp_block::backward(dy, &inputs[0].wide, &saved, weights, EPS, arithmetic, None, false);
         let empty = || Affine::plain(Vec::new());
         let parts = [grads.weights.gate.unwrap_or_else(empty), grads.weights.up, grads.weights.down];
         (y, [grads.x, grads.weights.norm.weight].into_iter().chain(parts.into_iter().flat_map(gradients)).collect())
     };
     let name = if rank > 0 { "feed-forward with adapters" } else { "feed-forward" };
-    Case { name, inputs, exact: Box::new(exact), kernel: Box::new(kernel) }
+    Case { name, inputs, weights: &[2, 5, 8], exact: Box::new(exact), kernel: Box::new(kernel) }
 }
 
-fn affine(inputs: &[Vec<f32>], first: usize) -> Affine<&[f32]> {
-    Affine::of_slices(&inputs[first], &[], [&inputs[first + 1], &inputs[first + 2]], 0.5)
+fn affine(inputs: &[Held], first: usize) -> Affine<Weight<'_>> {
+    Affine::of_slices(inputs[first].weight(), &[], [&inputs[first + 1].wide, &inputs[first + 2].wide], 0.5)
 }
 
 fn gradients(part: Affine<Vec<f32>>) -> [Vec<f32>; 3] {
@@ -158,19 +177,19 @@ fn attention(rank: usize) -> Case {
         }
         add(adapted(&out, part(11), width, 0.5), &inputs[0])
     };
-    let kernel = |inputs: &[Vec<f32>], dy: &[f32], arithmetic: Arithmetic| {
+    let kernel = |inputs: &[Held], dy: &[f32], arithmetic: Arithmetic| {
         let part = |first: usize| affine(inputs, first);
-        let norm = Affine::plain(&inputs[1][..]);
+        let norm = Affine::plain(inputs[1].weight());
         let weights = AttentionParts { norm, q: part(2), k: part(5), v: part(8), o: part(11), q_norm: None, k_norm: None };
         let shape = AttentionShape { hidden: HIDDEN, heads: HEADS, eps: EPS, window: None, arithmetic };
         let (rope, layout) = (RopeTable::new(128, HEADS.head_dim, 10_000.0, None), SequenceLayout::from_lengths(LENGTHS));
-        let (y, saved) = attention_block::forward(&inputs[0], weights, Positional::Rope(&rope), shape, &layout, None);
-        let grads = attention_block::backward(dy, &inputs[0], &saved, weights, Positional::Rope(&rope), shape, &layout, None, false);
+        let (y, saved) = attention_block::forward(&inputs[0].wide, weights, Positional::Rope(&rope), shape, &layout, None);
+        let grads = attention_block::backward(dy, &inputs[0].wide, &saved, weights, Positional::Rope(&rope), shape, &layout, None, false);
         let parts = [grads.weights.q, grads.weights.k, grads.weights.v, grads.weights.o];
         (y, [grads.x, grads.weights.norm.weight].into_iter().chain(parts.into_iter().flat_map(gradients)).collect())
     };
     let name = if rank > 0 { "attention with adapters" } else { "attention" };
-    Case { name, inputs, exact: Box::new(exact), kernel: Box::new(kernel) }
+    Case { name, inputs, weights: &[2, 5, 8, 11], exact: Box::new(exact), kernel: Box::new(kernel) }
 }
 
 /// Rotary embedding in the half-split layout.
@@ -199,10 +218,10 @@ fn head() -> Case {
         let (logprobs, entropies): (Vec<f64>, Vec<f64>) = statistics.unzip();
         [logprobs, entropies].concat()
     };
-    let kernel = move |inputs: &[Vec<f32>], dy: &[f32], arithmetic: Arithmetic| {
+    let kernel = move |inputs: &[Held], dy: &[f32], arithmetic: Arithmetic| {
         let mut results = [(); 5].map(|()| vec![0.0; TOKENS]);
         let [logprobs, entropies, lse, correct, mean_logits] = &mut results;
-        let (hidden, weight) = (&inputs[0], &inputs[1]);
+        let (hidden, weight) = (&inputs[0].wide, inputs[1].weight());
         let statistics = TokenStatistics { logprobs, entropies, log_sum_exp: lse, correct, mean_logits };
         token_head::forward(statistics, hidden, weight, &targets, 1.0, arithmetic);
         let [_, entropies, lse, ..] = &results;
@@ -213,7 +232,7 @@ fn head() -> Case {
         let [logprobs, entropies, ..] = results;
         ([logprobs, entropies].concat(), vec![dhidden, dweight])
     };
-    Case { name: "head", inputs, exact: Box::new(exact), kernel: Box::new(kernel) }
+    Case { name: "head", inputs, weights: &[1], exact: Box::new(exact), kernel: Box::new(kernel) }
 }
 
 fn distance(a: &[f64], b: &[f64]) -> f64 {
@@ -228,7 +247,7 @@ fn wide(values: &[f32]) -> Vec<f64> {
 #[test]
 fn operations_and_their_gradients_are_those_of_float64() {
     for case in [mlp(true, 0), mlp(true, 3), mlp(false, 0), attention(0), attention(3), head()] {
-        let inputs: Vec<Vec<f32>> = case.inputs.iter().map(|input| narrow(input)).collect();
+        let inputs = held(&case.inputs);
         let expected = (case.exact)(&case.inputs);
         let upstream = values(expected.len(), 99, 2.0);
         let (result, grads) = (case.kernel)(&inputs, &narrow(&upstream), Arithmetic::F32);
@@ -276,7 +295,7 @@ fn the_head_tells_what_is_most_probable() {
     let mut results = [(); 5].map(|()| vec![0.0; TOKENS]);
     let [logprobs, entropies, log_sum_exp, correct, mean_logits] = &mut results;
     let statistics = TokenStatistics { logprobs, entropies, log_sum_exp, correct, mean_logits };
-    token_head::forward(statistics, &narrow(&hidden), &narrow(&weight), &targets, 0.5, Arithmetic::F32);
+    token_head::forward(statistics, &narrow(&hidden), Weight::F32(&narrow(&weight)), &targets, 0.5, Arithmetic::F32);
     let expected: Vec<f32> = (0..TOKENS).map(|row| f32::from(row % 3 != 0)).collect();
     assert_eq!(*correct, expected);
     let means: Vec<f64> = rows().map(|row| 0.5 * row.iter().sum::<f64>() / VOCAB as f64).collect();
@@ -287,7 +306,7 @@ fn the_head_tells_what_is_most_probable() {
 #[test]
 fn the_number_of_threads_changes_no_bit() {
     for case in [mlp(true, 0), mlp(true, 3), attention(0), head()] {
-        let inputs: Vec<Vec<f32>> = case.inputs.iter().map(|input| narrow(input)).collect();
+        let inputs = held(&case.inputs);
         let len = (case.exact)(&case.inputs).len();
         let upstream = narrow(&values(len, 99, 2.0));
         for arithmetic in [Arithmetic::F32, Arithmetic::Bf16] {
@@ -300,6 +319,24 @@ fn the_number_of_threads_changes_no_bit() {
     }
 }
 
+/// A weight in bfloat16 is read as what it is widened to, by units that take it as it is and by those that do not.
+#[test]
+fn weights_in_bfloat16_are_what_they_are_widened_to() {
+    for case in [mlp(true, 0), mlp(false, 3), attention(0), attention(3), head()] {
+        let mut inputs = held(&case.inputs);
+        for at in case.weights {
+            let rounded: Vec<bf16> = inputs[*at].wide.iter().map(|value| bf16::from_f32(*value)).collect();
+            inputs[*at] = Held { wide: rounded.iter().map(|value| value.to_f32()).collect(), narrow: Some(rounded) };
+        }
+        let upstream = narrow(&values((case.exact)(&case.inputs).len(), 99, 2.0));
+        for arithmetic in [Arithmetic::F32, Arithmetic::Bf16] {
+            let as_held = (case.kernel)(&inputs, &upstream, arithmetic);
+            let widened: Vec<Held> = inputs.iter().map(|input| Held { wide: input.wide.clone(), narrow: None }).collect();
+            assert!(as_held == (case.kernel)(&widened, &upstream, arithmetic), "{} in {arithmetic:?}", case.name);
+        }
+    }
+}
+
 /// Adapters that add nothing leave every bit as it is: a fresh adapter's reference is the base.
 #[test]
 fn adapters_of_zeros_change_no_bit() {
@@ -308,7 +345,7 @@ fn adapters_of_zeros_change_no_bit() {
             adapted.inputs[index].fill(0.0);
         }
         let result = |case: &Case, arithmetic| {
-            let inputs: Vec<Vec<f32>> = case.inputs.iter().map(|input| narrow(input)).collect();
+            let inputs = held(&case.inputs);
             (case.kernel)(&inputs, &vec![1.0; TOKENS * HIDDEN], arithmetic).0
         };
         for arithmetic in [Arithmetic::F32, Arithmetic::Bf16] {
@@ -321,16 +358,16 @@ fn adapters_of_zeros_change_no_bit() {
 #[test]
 fn dropout_of_adapters_is_a_change_of_their_input() {
     let case = mlp(true, 3);
-    let inputs: Vec<Vec<f32>> = case.inputs.iter().map(|input| narrow(input)).collect();
+    let inputs = held(&case.inputs);
     let part = |first: usize| affine(&inputs, first);
-    let weights = MlpParts { norm: Affine::plain(&inputs[1][..]), gate: Some(part(2)), up: part(5), down: part(8) };
+    let weights = MlpParts { norm: Affine::plain(inputs[1].weight()), gate: Some(part(2)), up: part(5), down: part(8) };
     let kept = |element: usize| if element.is_multiple_of(3) { 0.0 } else { 1.5 };
     let drop = |projection: Projection, rows: &mut [f32]| {
         if projection == Projection::Down {
             rows.iter_mut().enumerate().for_each(|(element, value)| *value *= kept(element));
         }
     };
-    let (y, _) = mlp_block::forward(&inputs[0], weights, EPS, Arithmetic::F32, Some(&drop));
+    let (y, _) = mlp_block::forward(&inputs[0].wide, weights, EPS, Arithmetic::F32, Some(&drop));
     // The same by hand: y without down's addition, and the addition of what is left of its input.
     let normed = rms_norm(&case.inputs[0], &case.inputs[1]);
     let of = |first: usize| adapted(&normed, [&case.inputs[first], &case.inputs[first + 1], &case.inputs[first + 2]], HIDDEN, 0.5);

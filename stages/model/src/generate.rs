@@ -10,9 +10,9 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use rlflow_api::CounterRng;
 use rlflow_kernels::{
-    AttentionShape, SequenceLayout, attention_block,
+    AttentionShape, SequenceLayout, Weight, attention_block,
     decode::{self, DecodeAttention, DecodeMlp, DecodeScratch, LayerCache},
-    few_rows::{self, Output, Weight},
+    few_rows::{self, Output},
     matmul::{Arithmetic, Into},
     mlp_block, norm,
     simd::softmax_weights,
@@ -211,12 +211,12 @@ pub fn generate(
         attention.map(&mut count);
         mlp.map(&mut count);
         let _widened = hold(Purpose::Buffers, widened);
-        let (y, saved) = attention_block::forward(&x, attention.map(Cow::as_ref), positional, shape, &layout, None);
+        let (y, saved) = attention_block::forward(&x, attention.map(|weight| Weight::F32(weight)), positional, shape, &layout, None);
         let (keys, values) = saved.keys_and_values();
         let caches: Vec<LayerCache> =
             (0..distinct.len()).map(|prompt| LayerCache::from_prefill(keys, values, layout.range(prompt), shape.heads)).collect();
         active.iter_mut().for_each(|active| active.caches.push(caches[numbered[active.index]].clone()));
-        x = mlp_block::forward(&y, mlp.map(Cow::as_ref), shape.eps, Arithmetic::F32, None).0;
+        x = mlp_block::forward(&y, mlp.map(|weight| Weight::F32(weight)), shape.eps, Arithmetic::F32, None).0;
     }
     let last_row = |prompt: &usize| &x[(layout.range(*prompt).end - 1) * hidden..][..hidden];
     let mut last_rows: Vec<f32> = numbered.iter().flat_map(last_row).copied().collect();

@@ -1,7 +1,7 @@
 //! What a rank will hold, predicted before a stage runs.
 
 use rlflow_api::{DescribeContext, ModelConfig, Needs};
-use rlflow_kernels::{AttentionShape, attention::Heads, attention_block, mlp_block, token_head};
+use rlflow_kernels::{AttentionShape, attention::Heads, attention_block, mlp_block, reads_narrow_weights, token_head};
 use rlflow_model::{
     Gathering, Head, LoraSettings,
     ranks::{Shares, largest_shares},
@@ -176,7 +176,7 @@ pub fn training_needs(model: &ModelConfig, lora: Option<&LoraSettings>, pass: Pa
     // Weights that are gathered for a block and dropped after it, and those that an operation widens while it runs.
     let gathered = |weights: u64, factors: u64| if zero == 3 { narrow(weights) + factors } else { 0 };
     let gathered_block = gathered(sizes.block, if lora.is_some() { trained.block } else { 0 });
-    let widened = |weights: u64| if bf16 { weights } else { 0 };
+    let widened = |weights: u64| if bf16 && !reads_narrow_weights(pass.precision.arithmetic()) { weights } else { 0 };
     let (layers, tokens) = (model.layers as u64, pass.tokens);
     let states = tokens * widths.hidden;
     // Activations of the first `blocks` blocks, and of one that is being computed again.
@@ -230,7 +230,7 @@ pub fn frozen_needs(model: &ModelConfig, pass: Pass, sharding: Sharding) -> Need
     let narrow = |elements: u64| elements / if bf16 { 2 } else { 1 };
     let (sizes, widths) = (Sizes::of(model, head), Widths::of(model, pass, false));
     let gathered = |weights: u64| if shared { narrow(weights) } else { 0 };
-    let widened = |weights: u64| if bf16 { weights } else { 0 };
+    let widened = |weights: u64| if bf16 && !reads_narrow_weights(pass.precision.arithmetic()) { weights } else { 0 };
     let logits = match head.has_language() {
         true => token_head::held_logits(tokens as usize, model.vocab_size) as u64 + tokens * widths.hidden + 4 * tokens,
         false => 0,

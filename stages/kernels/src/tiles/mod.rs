@@ -106,7 +106,9 @@ pub(crate) fn multiply(
                 let lefts = packed_left.places().chunks_mut(group).zip(rows.clone().step_by(PACK_PANELS)).filter(|_| part == 0);
                 let rights = packed_right.places().chunks_mut(group).zip(columns.clone().step_by(PACK_PANELS));
                 let packs: Vec<_> = lefts.map(|task| (left, task)).chain(rights.map(|task| (right, task))).collect();
-                let pack = |(side, (packed, panel)): (Side<'_>, (&mut [MaybeUninit<u16>], usize))| side.pack(packed, panel_len, panel * PANEL, start);
+                let pack = |(side, (packed, panel)): (Side<'_>, (&mut [MaybeUninit<u16>], usize))| {
+                    side.pack(packed, panel_len, panel * PANEL, start)
+                };
                 if parallel {
                     packs.into_par_iter().for_each(pack)
                 } else {

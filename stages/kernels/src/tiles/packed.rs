@@ -2,6 +2,7 @@
 
 use std::{mem::MaybeUninit, ops::Range};
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::{BLOCK, DEPTH, DEPTH_BLOCKS, Kernel, PANEL, amx, pack::Side};
@@ -105,7 +106,16 @@ impl Packed {
 
     /// Packs columns on all threads.
     pub(crate) fn right(columns: MatrixRef<'_>) -> Self {
-        let (side, lines, terms) = (Side::right(columns), columns.columns(), columns.rows());
+        Self::kept_right(Side::right(columns))
+    }
+
+    /// Packs the columns of a weight `[any, columns]`, or of its transpose, on all threads.
+    pub(crate) fn right_weight(weight: &[bf16], columns: usize, transposed: bool) -> Self {
+        Self::kept_right(Side::right_weight(weight, columns, transposed))
+    }
+
+    fn kept_right(side: Side<'_>) -> Self {
+        let [lines, terms] = side.size();
         let panel_len = terms.div_ceil(DEPTH) * BLOCK;
         let panels = lines.div_ceil(PANEL);
         let tiles = Parts::<Line>::new(panels * panel_len / LINE);

@@ -1,11 +1,11 @@
 use std::sync::Arc;
 
 use rlflow_kernels::{
-    Affine, AttentionGrads, AttentionSaved, AttentionWeights, Dropout, MlpGrads, MlpSaved, MlpWeights, Positional, attention_block,
+    Affine, AttentionGrads, AttentionSaved, AttentionWeights, Dropout, MlpGrads, MlpSaved, MlpWeights, Positional, Weight, attention_block,
     embedding,
     matmul::Arithmetic,
     memory::zeros,
-    mlp_block, norm,
+    mlp_block, norm, reads_narrow_weights,
     token_head::{self, TokenStatistics},
 };
 
@@ -25,13 +25,13 @@ impl SliceOp<1> for EmbedOp {
         0
     }
 
-    fn forward(&self, [weight]: [&[f32]; 1]) -> (Vec<f32>, [usize; 2], ()) {
+    fn forward(&self, [weight]: [Weight<'_>; 1]) -> (Vec<f32>, [usize; 2], ()) {
         let mut out = zeros(self.ids.len() * self.hidden);
-        embedding::embed(&mut out, weight, &self.ids, self.hidden);
+        embedding::embed(&mut out, &weight.wide(), &self.ids, self.hidden);
         (out, [self.ids.len(), self.hidden], ())
     }
 
-    fn backward(&self, [weight]: [&[f32]; 1], (): &(), gradient: &[f32], _: [bool; 1]) -> [Vec<f32>; 1] {
+    fn backward(&self, [weight]: [Weight<'_>; 1], (): &(), gradient: &[f32], _: [bool; 1]) -> [Vec<f32>; 1] {
         let mut dweight = zeros(weight.len());
         embedding::embed_backward(&mut dweight, gradient, &self.ids, self.hidden);
         [dweight]
@@ -75,10 +75,10 @@ impl AttentionOp {
         }
     }
 
-    fn weights<'a>(&self, [norm, q, k, v, o]: [&'a [f32]; 5], extras: &'a [f32]) -> AttentionWeights<'a> {
+    fn weights<'a>(&self, [norm, q, k, v, o]: [Weight<'a>; 5], extras: &'a [f32]) -> AttentionWeights<'a> {
         let Extras { lengths, scale } = self.extras;
         let [norm_bias, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, qa, qb, ka, kb, va, vb, oa, ob] = cut(extras, lengths);
-        let there = |slice: &'a [f32]| (!slice.is_empty()).then_some(slice);
+        let there = |slice: &'a [f32]| (!slice.is_empty()).then_some(Weight::F32(slice));
         AttentionWeights {
             norm: Affine::new(norm, there(norm_bias)),
             q: Affine::of_slices(q, q_bias, [qa, qb], scale),
@@ -120,17 +120,27 @@ impl SliceOp<6> for AttentionOp {
         saved.size_bytes() / 4
     }
 
-    fn workspace(&self, _: [&[f32]; 6]) -> [usize; 2] {
+    fn workspace(&self, _: [Weight<'_>; 6]) -> [usize; 2] {
         self.needs()
     }
 
-    fn forward(&self, [x, norm, q, k, v, o]: [&[f32]; 6]) -> (Vec<f32>, [usize; 2], AttentionSaved) {
-        self.run(x, self.weights([norm, q, k, v, o], &[]))
+    fn reads_narrow(&self) -> bool {
+        reads_narrow_weights(self.context.shape.arithmetic)
     }
 
-    fn backward(&self, [x, norm, q, k, v, o]: [&[f32]; 6], saved: &AttentionSaved, gradient: &[f32], wanted: [bool; 6]) -> [Vec<f32>; 6] {
+    fn forward(&self, [x, norm, q, k, v, o]: [Weight<'_>; 6]) -> (Vec<f32>, [usize; 2], AttentionSaved) {
+        self.run(&x.wide(), self.weights([norm, q, k, v, o], &[]))
+    }
+
+    fn backward(
+        &self,
+        [x, norm, q, k, v, o]: [Weight<'_>; 6],
+        saved: &AttentionSaved,
+        gradient: &[f32],
+        wanted: [bool; 6],
+    ) -> [Vec<f32>; 6] {
         let frozen = !wanted[2..].contains(&true);
-        let AttentionGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, q, k, v, o], &[]), frozen);
+        let AttentionGrads { x, weights } = self.run_back(gradient, &x.wide(), saved, self.weights([norm, q, k, v, o], &[]), frozen);
         [x, weights.norm.weight, weights.q.weight, weights.k.weight, weights.v.weight, weights.o.weight]
     }
 }
@@ -143,23 +153,28 @@ impl SliceOp<7> for AttentionOp {
         saved.size_bytes() / 4
     }
 
-    fn workspace(&self, _: [&[f32]; 7]) -> [usize; 2] {
+    fn workspace(&self, _: [Weight<'_>; 7]) -> [usize; 2] {
         self.needs()
     }
 
-    fn forward(&self, [x, norm, q, k, v, o, extras]: [&[f32]; 7]) -> (Vec<f32>, [usize; 2], AttentionSaved) {
-        self.run(x, self.weights([norm, q, k, v, o], extras))
+    fn reads_narrow(&self) -> bool {
+        reads_narrow_weights(self.context.shape.arithmetic)
+    }
+
+    fn forward(&self, [x, norm, q, k, v, o, extras]: [Weight<'_>; 7]) -> (Vec<f32>, [usize; 2], AttentionSaved) {
+        self.run(&x.wide(), self.weights([norm, q, k, v, o], &extras.wide()))
     }
 
     fn backward(
         &self,
-        [x, norm, q, k, v, o, extras]: [&[f32]; 7],
+        [x, norm, q, k, v, o, extras]: [Weight<'_>; 7],
         saved: &AttentionSaved,
         gradient: &[f32],
         wanted: [bool; 7],
     ) -> [Vec<f32>; 7] {
         let frozen = !wanted[2..6].contains(&true);
-        let AttentionGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, q, k, v, o], extras), frozen);
+        let AttentionGrads { x, weights } =
+            self.run_back(gradient, &x.wide(), saved, self.weights([norm, q, k, v, o], &extras.wide()), frozen);
         let extras = join(weights.extras());
         [x, weights.norm.weight, weights.q.weight, weights.k.weight, weights.v.weight, weights.o.weight, extras]
     }
@@ -173,17 +188,17 @@ pub struct MlpOp {
 }
 
 impl MlpOp {
-    fn needs(&self, x: &[f32], norm: &[f32], up: &[f32]) -> [usize; 2] {
+    fn needs(&self, x: Weight<'_>, norm: Weight<'_>, up: Weight<'_>) -> [usize; 2] {
         let (hidden, tokens) = (norm.len(), x.len() / norm.len());
         let as_rows = self.extras.lengths[1..].iter().any(|length| *length > 0);
         mlp_block::workspace(tokens, hidden, up.len() / hidden, self.gated, as_rows, self.context.arithmetic)
     }
 
-    fn weights<'a>(&self, [norm, gate, up, down]: [&'a [f32]; 4], extras: &'a [f32]) -> MlpWeights<'a> {
+    fn weights<'a>(&self, [norm, gate, up, down]: [Weight<'a>; 4], extras: &'a [f32]) -> MlpWeights<'a> {
         let Extras { lengths, scale } = self.extras;
         let [norm_bias, gate_bias, up_bias, down_bias, gate_a, gate_b, up_a, up_b, down_a, down_b] = cut(extras, lengths);
         MlpWeights {
-            norm: Affine::new(norm, (!norm_bias.is_empty()).then_some(norm_bias)),
+            norm: Affine::new(norm, (!norm_bias.is_empty()).then_some(Weight::F32(norm_bias))),
             gate: self.gated.then(|| Affine::of_slices(gate, gate_bias, [gate_a, gate_b], scale)),
             up: Affine::of_slices(up, up_bias, [up_a, up_b], scale),
             down: Affine::of_slices(down, down_bias, [down_a, down_b], scale),
@@ -212,17 +227,21 @@ impl SliceOp<5> for MlpOp {
         saved.size_bytes() / 4
     }
 
-    fn workspace(&self, inputs: [&[f32]; 5]) -> [usize; 2] {
+    fn workspace(&self, inputs: [Weight<'_>; 5]) -> [usize; 2] {
         self.needs(inputs[0], inputs[1], inputs[3])
     }
 
-    fn forward(&self, [x, norm, gate, up, down]: [&[f32]; 5]) -> (Vec<f32>, [usize; 2], MlpSaved) {
-        self.run(x, self.weights([norm, gate, up, down], &[]))
+    fn reads_narrow(&self) -> bool {
+        reads_narrow_weights(self.context.arithmetic)
     }
 
-    fn backward(&self, [x, norm, gate, up, down]: [&[f32]; 5], saved: &MlpSaved, gradient: &[f32], wanted: [bool; 5]) -> [Vec<f32>; 5] {
+    fn forward(&self, [x, norm, gate, up, down]: [Weight<'_>; 5]) -> (Vec<f32>, [usize; 2], MlpSaved) {
+        self.run(&x.wide(), self.weights([norm, gate, up, down], &[]))
+    }
+
+    fn backward(&self, [x, norm, gate, up, down]: [Weight<'_>; 5], saved: &MlpSaved, gradient: &[f32], wanted: [bool; 5]) -> [Vec<f32>; 5] {
         let frozen = !wanted[2..].contains(&true);
-        let MlpGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, gate, up, down], &[]), frozen);
+        let MlpGrads { x, weights } = self.run_back(gradient, &x.wide(), saved, self.weights([norm, gate, up, down], &[]), frozen);
         let gate = weights.gate.map(|gate| gate.weight).unwrap_or_default();
         [x, weights.norm.weight, gate, weights.up.weight, weights.down.weight]
     }
@@ -236,23 +255,28 @@ impl SliceOp<6> for MlpOp {
         saved.size_bytes() / 4
     }
 
-    fn workspace(&self, inputs: [&[f32]; 6]) -> [usize; 2] {
+    fn workspace(&self, inputs: [Weight<'_>; 6]) -> [usize; 2] {
         self.needs(inputs[0], inputs[1], inputs[3])
     }
 
-    fn forward(&self, [x, norm, gate, up, down, extras]: [&[f32]; 6]) -> (Vec<f32>, [usize; 2], MlpSaved) {
-        self.run(x, self.weights([norm, gate, up, down], extras))
+    fn reads_narrow(&self) -> bool {
+        reads_narrow_weights(self.context.arithmetic)
+    }
+
+    fn forward(&self, [x, norm, gate, up, down, extras]: [Weight<'_>; 6]) -> (Vec<f32>, [usize; 2], MlpSaved) {
+        self.run(&x.wide(), self.weights([norm, gate, up, down], &extras.wide()))
     }
 
     fn backward(
         &self,
-        [x, norm, gate, up, down, extras]: [&[f32]; 6],
+        [x, norm, gate, up, down, extras]: [Weight<'_>; 6],
         saved: &MlpSaved,
         gradient: &[f32],
         wanted: [bool; 6],
     ) -> [Vec<f32>; 6] {
         let frozen = !wanted[2..5].contains(&true);
-        let MlpGrads { x, weights } = self.run_back(gradient, x, saved, self.weights([norm, gate, up, down], extras), frozen);
+        let MlpGrads { x, weights } =
+            self.run_back(gradient, &x.wide(), saved, self.weights([norm, gate, up, down], &extras.wide()), frozen);
         let extras = join(weights.extras());
         let gate = weights.gate.map_or_else(|| zeros(gate.len()), |gate| gate.weight);
         [x, weights.norm.weight, gate, weights.up.weight, weights.down.weight, extras]
@@ -281,13 +305,13 @@ impl SliceOp<2> for NormOp {
         saved.len()
     }
 
-    fn forward(&self, [x, weight]: [&[f32]; 2]) -> (Vec<f32>, [usize; 2], Vec<f32>) {
-        self.run(x, Affine::plain(weight))
+    fn forward(&self, [x, weight]: [Weight<'_>; 2]) -> (Vec<f32>, [usize; 2], Vec<f32>) {
+        self.run(&x.wide(), Affine::plain(&weight.wide()))
     }
 
-    fn backward(&self, [x, weight]: [&[f32]; 2], inverse: &Vec<f32>, gradient: &[f32], _: [bool; 2]) -> [Vec<f32>; 2] {
+    fn backward(&self, [x, weight]: [Weight<'_>; 2], inverse: &Vec<f32>, gradient: &[f32], _: [bool; 2]) -> [Vec<f32>; 2] {
         let mut dx = zeros(x.len());
-        let grads = norm::norm_backward(&mut dx, gradient, x, inverse, Affine::plain(weight));
+        let grads = norm::norm_backward(&mut dx, gradient, &x.wide(), inverse, Affine::plain(&weight.wide()));
         [dx, grads.weight]
     }
 }
@@ -300,13 +324,13 @@ impl SliceOp<3> for NormOp {
         saved.len()
     }
 
-    fn forward(&self, [x, weight, bias]: [&[f32]; 3]) -> (Vec<f32>, [usize; 2], Vec<f32>) {
-        self.run(x, Affine::new(weight, Some(bias)))
+    fn forward(&self, [x, weight, bias]: [Weight<'_>; 3]) -> (Vec<f32>, [usize; 2], Vec<f32>) {
+        self.run(&x.wide(), Affine::new(&weight.wide(), Some(&bias.wide())))
     }
 
-    fn backward(&self, [x, weight, bias]: [&[f32]; 3], inverse: &Vec<f32>, gradient: &[f32], _: [bool; 3]) -> [Vec<f32>; 3] {
+    fn backward(&self, [x, weight, bias]: [Weight<'_>; 3], inverse: &Vec<f32>, gradient: &[f32], _: [bool; 3]) -> [Vec<f32>; 3] {
         let mut dx = zeros(x.len());
-        let grads = norm::norm_backward(&mut dx, gradient, x, inverse, Affine::new(weight, Some(bias)));
+        let grads = norm::norm_backward(&mut dx, gradient, &x.wide(), inverse, Affine::new(&weight.wide(), Some(&bias.wide())));
         [dx, grads.weight, grads.bias.unwrap_or_default()]
     }
 }
@@ -340,15 +364,19 @@ impl SliceOp<2> for TokenHeadOp {
         saved.entropies.len() + saved.log_sum_exp.len()
     }
 
-    fn workspace(&self, [_, weight]: [&[f32]; 2]) -> [usize; 2] {
+    fn workspace(&self, [_, weight]: [Weight<'_>; 2]) -> [usize; 2] {
         let (rows, vocab) = (self.targets.rows.len(), weight.len() / self.width);
         let logits = token_head::held_logits(rows, vocab);
         [rows * self.width + logits, 2 * rows * self.width + logits]
     }
 
-    fn forward(&self, [hidden, weight]: [&[f32]; 2]) -> (Vec<f32>, [usize; 2], TokenHeadSaved) {
+    fn reads_narrow(&self) -> bool {
+        reads_narrow_weights(self.arithmetic)
+    }
+
+    fn forward(&self, [hidden, weight]: [Weight<'_>; 2]) -> (Vec<f32>, [usize; 2], TokenHeadSaved) {
         let TokenTargets { rows, targets, scale } = &self.targets;
-        let gathered = gather(hidden, rows, self.width);
+        let gathered = gather(&hidden.wide(), rows, self.width);
         let count = rows.len();
         let (mut out, mut log_sum_exp) = (zeros(4 * count), zeros(count));
         let (logprobs, rest) = out.split_at_mut(count);
@@ -360,9 +388,9 @@ impl SliceOp<2> for TokenHeadOp {
         (out, [4, count], TokenHeadSaved { entropies, log_sum_exp })
     }
 
-    fn backward(&self, [hidden, weight]: [&[f32]; 2], saved: &TokenHeadSaved, gradient: &[f32], wanted: [bool; 2]) -> [Vec<f32>; 2] {
+    fn backward(&self, [hidden, weight]: [Weight<'_>; 2], saved: &TokenHeadSaved, gradient: &[f32], wanted: [bool; 2]) -> [Vec<f32>; 2] {
         let TokenTargets { rows, targets, scale } = &self.targets;
-        let gathered = gather(hidden, rows, self.width);
+        let gathered = gather(&hidden.wide(), rows, self.width);
         // The other rows are only looked at.
         let (dlogprobs, rest) = gradient.split_at(rows.len());
         let dentropies = &rest[..rows.len()];
@@ -408,14 +436,14 @@ impl SliceOp<2> for ScoreOp {
         0
     }
 
-    fn forward(&self, [hidden, weight]: [&[f32]; 2]) -> (Vec<f32>, [usize; 2], ()) {
-        let width = weight.len();
-        let scores = self.rows.iter().map(|row| norm::dot(&hidden[*row as usize * width..][..width], weight)).collect();
+    fn forward(&self, [hidden, weight]: [Weight<'_>; 2]) -> (Vec<f32>, [usize; 2], ()) {
+        let (width, hidden, weight) = (weight.len(), hidden.wide(), weight.wide());
+        let scores = self.rows.iter().map(|row| norm::dot(&hidden[*row as usize * width..][..width], &weight)).collect();
         (scores, [1, self.rows.len()], ())
     }
 
-    fn backward(&self, [hidden, weight]: [&[f32]; 2], (): &(), gradient: &[f32], _: [bool; 2]) -> [Vec<f32>; 2] {
-        let width = weight.len();
+    fn backward(&self, [hidden, weight]: [Weight<'_>; 2], (): &(), gradient: &[f32], _: [bool; 2]) -> [Vec<f32>; 2] {
+        let (width, hidden, weight) = (weight.len(), hidden.wide(), weight.wide());
         let (mut dhidden, mut dweight) = (zeros(hidden.len()), zeros(width));
         for (row, gradient) in self.rows.iter().zip(gradient) {
             let at = *row as usize * width;

@@ -1,6 +1,6 @@
 //! Operations on plain slices with hand-written gradients, made into Burn operations.
 
-use std::{borrow::Cow, fmt::Debug, sync::Arc};
+use std::{fmt::Debug, sync::Arc};
 
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -13,47 +13,51 @@ use burn::{
 };
 use burn_flex::FlexTensor;
 use half::bf16;
-use rlflow_kernels::bf16::widen_all;
+use rlflow_kernels::Weight;
 
 use crate::ledger::{Held, Purpose, hold};
 
-/// An operation with `N` dense tensor inputs and one output of rank 2. It sees its inputs as f32: those that are held in bfloat16
-/// are widened while it runs, and stay what they are in between.
+/// An operation with `N` dense tensor inputs and one output of rank 2. It sees its inputs as they are held.
 pub trait SliceOp<const N: usize>: Clone + Debug + Send + Sync + 'static {
     /// What the backward pass needs besides the inputs.
     type Saved: Debug + Send + Sync + 'static;
 
     /// The result, its shape and what to keep.
-    fn forward(&self, inputs: [&[f32]; N]) -> (Vec<f32>, [usize; 2], Self::Saved);
+    fn forward(&self, inputs: [Weight<'_>; N]) -> (Vec<f32>, [usize; 2], Self::Saved);
 
     /// Elements of what is kept.
     fn saved_elements(saved: &Self::Saved) -> usize;
 
     /// Elements that the forward and the backward pass need while they run, beside inputs, results and what is kept.
-    fn workspace(&self, _inputs: [&[f32]; N]) -> [usize; 2] {
+    fn workspace(&self, _inputs: [Weight<'_>; N]) -> [usize; 2] {
         [0, 0]
     }
 
+    /// Whether it reads inputs in bfloat16 as they are; otherwise it widens them while it runs.
+    fn reads_narrow(&self) -> bool {
+        false
+    }
+
     /// Gradients of the inputs, in their order. Only those with `wanted` are used: the others may be empty.
-    fn backward(&self, inputs: [&[f32]; N], saved: &Self::Saved, gradient: &[f32], wanted: [bool; N]) -> [Vec<f32>; N];
+    fn backward(&self, inputs: [Weight<'_>; N], saved: &Self::Saved, gradient: &[f32], wanted: [bool; N]) -> [Vec<f32>; N];
 }
 
 fn contiguous(tensor: FlexTensor) -> FlexTensor {
     if tensor.as_slice::<f32>().is_some() || tensor.as_slice::<bf16>().is_some() { tensor } else { tensor.to_contiguous() }
 }
 
-fn elements(tensor: &FlexTensor) -> Cow<'_, [f32]> {
+fn elements(tensor: &FlexTensor) -> Weight<'_> {
     match (tensor.as_slice(), tensor.as_slice::<bf16>()) {
-        (Some(elements), _) => Cow::Borrowed(elements),
-        (None, Some(narrow)) => Cow::Owned(widen_all(narrow)),
+        (Some(elements), _) => Weight::F32(elements),
+        (None, Some(narrow)) => Weight::Bf16(narrow),
         (None, None) => unreachable!("fused operations take tensors of f32 or bfloat16"),
     }
 }
 
-/// Counts what [`elements`] had to make.
-fn hold_widened(inputs: &[Cow<'_, [f32]>]) -> Option<Held> {
-    let made = inputs.iter().map(|input| if let Cow::Owned(elements) = input { elements.len() } else { 0 });
-    hold(Purpose::Buffers, made.sum())
+/// Counts what `op` widens.
+fn hold_widened<O: SliceOp<N>, const N: usize>(op: &O, inputs: [Weight<'_>; N]) -> Option<Held> {
+    let widened = inputs.into_iter().filter(|input| matches!(input, Weight::Bf16(_)) && !op.reads_narrow());
+    hold(Purpose::Buffers, widened.map(Weight::len).sum())
 }
 
 fn tensor(data: Vec<f32>, shape: impl Into<Vec<usize>>) -> FlexTensor {
@@ -63,9 +67,8 @@ fn tensor(data: Vec<f32>, shape: impl Into<Vec<usize>>) -> FlexTensor {
 /// Runs the operation without recording.
 pub fn run<O: SliceOp<N>, const N: usize>(op: &O, inputs: [FloatTensor<Flex>; N]) -> FloatTensor<Flex> {
     let inputs = inputs.map(contiguous);
-    let wide = inputs.each_ref().map(elements);
-    let _widened = hold_widened(&wide);
-    let slices = wide.each_ref().map(AsRef::as_ref);
+    let slices = inputs.each_ref().map(elements);
+    let _widened = hold_widened(op, slices);
     let _workspace = hold(Purpose::Buffers, op.workspace(slices)[0]);
     let (out, shape, saved) = op.forward(slices);
     let _passing = hold(Purpose::Buffers, O::saved_elements(&saved) + out.len());
@@ -97,12 +100,11 @@ impl<O: SliceOp<N>, const N: usize> Backward<Flex, N> for Step<O> {
         let gradient = contiguous(grads.consume::<Flex>(&ops.node));
         let State { op, inputs, saved } = ops.state;
         let wanted = ops.parents.each_ref().map(Option::is_some);
-        let wide = inputs.each_ref().map(elements);
-        let widened = hold_widened(&wide);
-        let slices = wide.each_ref().map(AsRef::as_ref);
+        let slices = inputs.each_ref().map(elements);
+        let widened = hold_widened(&op, slices);
         let workspace = hold(Purpose::Buffers, op.workspace(slices)[1]);
-        let results = op.backward(slices, &saved.0, &elements(&gradient), wanted);
-        drop((workspace, widened, wide));
+        let results = op.backward(slices, &saved.0, &elements(&gradient).wide(), wanted);
+        drop((workspace, widened));
         for ((parent, result), input) in ops.parents.into_iter().zip(results).zip(inputs) {
             if let Some(parent) = parent {
                 grads.register::<Flex>(parent.id, tensor(result, input.layout().shape().to_vec()));
@@ -118,12 +120,11 @@ pub fn run_recorded<C: CheckpointStrategy, O: SliceOp<N>, const N: usize>(
 ) -> FloatTensor<Autodiff<Flex, C>> {
     let nodes = inputs.each_ref().map(|input| input.node());
     let inputs = inputs.map(|input| contiguous(input.into_primitive()));
-    let wide = inputs.each_ref().map(elements);
-    let widened = hold_widened(&wide);
-    let slices = wide.each_ref().map(AsRef::as_ref);
+    let slices = inputs.each_ref().map(elements);
+    let widened = hold_widened(&op, slices);
     let workspace = hold(Purpose::Buffers, op.workspace(slices)[0]);
     let (out, shape, saved) = op.forward(slices);
-    drop((workspace, widened, wide));
+    drop((workspace, widened));
     let held = hold(Purpose::Activations, O::saved_elements(&saved) + out.len());
     let out = tensor(out, shape);
     match Step::<O>(std::marker::PhantomData).prepare::<C>(nodes).compute_bound().stateful() {
