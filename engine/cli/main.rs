@@ -76,6 +76,9 @@ enum Command {
     },
 }
 
+#[global_allocator]
+static ALLOCATOR: rlflow_model::Allocator = rlflow_model::Allocator;
+
 fn main() -> ExitCode {
     let wants_json = std::env::args_os().any(|argument| argument == "--json");
     rlflow_model::keep_freed_memory();

@@ -98,6 +98,10 @@ impl Arguments {
     }
 }
 
+/// As the program has it.
+#[global_allocator]
+static ALLOCATOR: rlflow_model::Allocator = rlflow_model::Allocator;
+
 fn main() -> Result<(), String> {
     rlflow_model::keep_freed_memory();
     let arguments: Vec<String> = env::args().skip(1).collect();

@@ -13,6 +13,7 @@
 //! log-probabilities, [`optim`] the update. [`decode`] runs the same model one token at a time over a key-value cache, with products of [`few_rows`].
 
 pub mod affine;
+mod allocator;
 pub mod attention;
 pub mod attention_block;
 pub mod bf16;
@@ -47,6 +48,7 @@ pub mod token_head;
 mod weight;
 
 pub use affine::{Affine, AttentionParts, MlpParts};
+pub use allocator::Allocator;
 pub use attention_block::{AttentionGrads, AttentionSaved, AttentionShape, AttentionWeights, Positional};
 pub use layout::SequenceLayout;
 pub use low_rank::{Dropout, LowRank, Projection};

@@ -29,5 +29,5 @@ pub use lora::LoraSettings;
 pub use optimizer::{Gradients, Optimizer, OptimizerSettings};
 pub use parameters::{Head, ParameterSpec, Parameters};
 pub use ranks::{Gathering, Group, Layout, Use};
-pub use rlflow_kernels::{memory::keep_freed_memory, numerics};
+pub use rlflow_kernels::{Allocator, memory::keep_freed_memory, numerics};
 pub use schedule::{LearningRate, Schedule};
