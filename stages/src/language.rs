@@ -51,6 +51,9 @@ impl LanguageBatch {
     }
 }
 
+/// Where the tokens of the inputs stand among the sums of [`backward`].
+pub const TOKENS: usize = 4;
+
 /// Sum of cross-entropies over counted tokens, of which there is one at least; gradients are handed to `take`. Returns sums for
 /// [`metrics`].
 pub fn backward(model: &Decoder, micro: &LanguageBatch, checkpointing: bool, take: Take<'_>) -> Sums {
@@ -59,7 +62,8 @@ pub fn backward(model: &Decoder, micro: &LanguageBatch, checkpointing: bool, tak
         checkpointing,
         |head| {
             let stats = head.token_stats(micro.targets.clone());
-            let sums = vec![-sum(&stats.logprobs), sum(&stats.entropies), micro.counted() as f64, sum(&stats.correct)];
+            let tokens = micro.batch.tokens() as f64;
+            let sums = vec![-sum(&stats.logprobs), sum(&stats.entropies), micro.counted() as f64, sum(&stats.correct), tokens];
             (stats.logprobs.sum().neg(), sums)
         },
         take,
@@ -68,7 +72,12 @@ pub fn backward(model: &Decoder, micro: &LanguageBatch, checkpointing: bool, tak
 
 /// Metrics of a step whose passes gave `sums`, over `counted` tokens.
 pub fn metrics(sums: &Sums, counted: f64) -> Vec<(&'static str, f64)> {
-    vec![("loss", sums[0] / counted), ("entropy", sums[1] / counted), ("mean_token_accuracy", sums[3] / counted), ("num_tokens", sums[2])]
+    vec![
+        ("loss", sums[0] / counted),
+        ("entropy", sums[1] / counted),
+        ("mean_token_accuracy", sums[3] / counted),
+        ("num_tokens", sums[TOKENS]),
+    ]
 }
 
 /// Sum of a tensor's elements, in order, in f64.

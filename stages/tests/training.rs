@@ -136,6 +136,12 @@ impl Bench {
             assert_eq!(expected.len(), 50);
             close(ours, &trained.series[*ours], &expected, RELATIVE, ABSOLUTE);
         }
+        // TRL counts from the beginning.
+        let so_far = trained.series["num_tokens"].iter().scan(0.0, |sum, tokens| {
+            *sum += tokens;
+            Some(*sum)
+        });
+        assert_eq!(so_far.collect::<Vec<f64>>(), numbers(&self.fixture.json["series"]["num_tokens"]));
         let head = CheckpointInfo::of(&trained.model).unwrap().head;
         let (decoder, _) = checkpoint::load(&trained.model, head, 1, &Device::flex()).unwrap();
         self.check_weights("final.", &decoder);

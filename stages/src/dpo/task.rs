@@ -193,7 +193,8 @@ impl DpoTask {
         let logits: Vec<f32> = answered.of_answers(&host(&stats.mean_logits)).collect();
         set(Sum::LogitsChosen, total(&logits[..chosen_tokens]));
         set(Sum::LogitsRejected, total(&logits[chosen_tokens..]));
-        set(Sum::Tokens, answered.batch.tokens() as f64);
+        // The last of a sequence is no input.
+        set(Sum::Tokens, (answered.batch.tokens() + 2 * pairs) as f64);
         if self.config.loss == DpoLoss::Orpo {
             let log_odds = |logp: f64| logp - (-logp.exp()).ln_1p();
             let odds: Vec<f64> = chosen_logps.iter().zip(&rejected_logps).map(|(c, r)| log_odds(*c) - log_odds(*r)).collect();

@@ -61,7 +61,7 @@ impl StageKind for Sft {
         ("loss", "mean cross-entropy per counted token, in nats"),
         ("entropy", "mean entropy of the predictions at counted tokens, in nats"),
         ("mean_token_accuracy", "share of counted tokens that were the most probable ones"),
-        ("num_tokens", "counted tokens of the step"),
+        ("num_tokens", "tokens of the step's conversations"),
         ("truncated_rows", "conversations longer than the context, cut at its end"),
         ("dropped_rows", "conversations left without a counted token, not trained on"),
         ("grad_norm", "gradient norm before clipping"),
@@ -219,7 +219,10 @@ impl Task for SftTask {
     }
 
     fn backward(&self, model: &Decoder, micro_batch: &LanguageBatch, checkpointing: bool, take: Take<'_>) -> Sums {
-        language::backward(model, micro_batch, checkpointing, take)
+        let mut sums = language::backward(model, micro_batch, checkpointing, take);
+        // The last of a conversation is no input.
+        sums[language::TOKENS] += micro_batch.batch.layout.sequences() as f64;
+        sums
     }
 
     fn metrics(&self, sums: &Sums, denominator: f64) -> Vec<(&'static str, f64)> {
