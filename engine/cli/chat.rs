@@ -11,7 +11,7 @@ use crate::{
     common::{Common, WorkflowArgs},
     failure::{Failure, Outcome, print_line},
     generate::{SamplingArgs, load_model, stage_failure},
-    terminal::write_piece,
+    terminal::{visible, write_piece},
 };
 
 /// Talk with a checkpoint of a workflow
@@ -64,7 +64,7 @@ impl Chat {
                 Ok(reply) => reply,
                 // Who types can say it in fewer words.
                 Err(error) if talk => {
-                    eprintln!("{error}");
+                    eprintln!("{}", visible(&error.to_string()));
                     messages.pop();
                     continue;
                 }

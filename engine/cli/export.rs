@@ -13,6 +13,7 @@ use crate::{
     common::{Common, WorkflowArgs},
     failure::{Failure, Outcome, other, print_line, print_text},
     store::parse_size,
+    terminal::visible,
 };
 
 /// Element types of exported weights.
@@ -60,7 +61,7 @@ impl Export {
         let (workflow, store) = self.workflow.look(common)?;
         let digest = artifact::find(&workflow, &store, &self.stage)?;
         if artifact::is_stale(&workflow, &store, &self.stage)? {
-            eprintln!("warning: `{}` has not run with these settings and inputs; this is an older result of it", self.stage);
+            eprintln!("warning: `{}` has not run with these settings and inputs; this is an older result of it", visible(&self.stage));
         }
         let Some(model) = store.open_artifact(digest)? else {
             let hint = format!("rlflow run {} {}", workflow.path.display(), self.stage);
@@ -74,7 +75,7 @@ impl Export {
             error => other(error),
         })?;
         if !common.quiet {
-            exported.notes.iter().for_each(|note| eprintln!("note: {note}"));
+            exported.notes.iter().for_each(|note| eprintln!("note: {}", visible(note)));
         }
         if common.json {
             let object = json!({

@@ -16,6 +16,7 @@ use crate::{
     failure::{Failure, Outcome, print_as_it_is, print_line, print_text, takes_color},
     host::host,
     rows::Rows,
+    terminal::visible,
 };
 
 /// Show a stage's result: what it holds, how it was made, rows as the model sees them
@@ -126,7 +127,7 @@ impl Show {
             .map(|entry| {
                 let dtype = entry.dtype.map(|dtype| format!("{dtype:?}").to_lowercase()).unwrap_or_default();
                 let shape = if entry.dtype.is_some() { format!("{:?}", entry.shape) } else { String::new() };
-                vec![format!("  {}", entry.name), text::bytes(entry.size_bytes), dtype, shape, entry.digest.short()]
+                vec![format!("  {}", visible(&entry.name)), text::bytes(entry.size_bytes), dtype, shape, entry.digest.short()]
             })
             .collect();
         out += &text::table(&["  entry", "size", "dtype", "shape", "digest"], &rows);

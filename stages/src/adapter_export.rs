@@ -90,7 +90,7 @@ pub fn write(model: &Artifact, role: Role, folder: &Path) -> StageResult<Exporte
     }
     let mut notes = Vec::new();
     if info.adapters.len() > 1 {
-        notes.push(format!("{} adapters, one on top of the other, are written as one of rank {rank}", info.adapters.len()));
+        notes.push(format!("{} adapters are written as one", info.adapters.len()));
     }
     notes.push("the model below is that of the stage which the first adapter was trained on: export that one too".into());
     Ok(Exported { files: vec![ADAPTER_CONFIG.into(), ADAPTER_MODEL.into()], size_bytes: start, notes })

@@ -23,15 +23,14 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// Numbers that tasks write part by part. A part is zeros first, in the cache of the core that goes on with it: zeros for all
-/// would go through memory twice.
+/// Numbers that tasks write part by part: zeros for all first would go through memory twice.
 pub(crate) struct Parts<T = f32> {
     numbers: Vec<T>,
     start: *mut T,
     len: usize,
 }
 
-// SAFETY: tasks write to disjoint parts, as `zeroed` asks of them.
+// SAFETY: tasks write to disjoint parts, as every way to a part asks of them.
 unsafe impl<T: Send> Sync for Parts<T> {}
 
 impl<T: bytemuck::Zeroable> Parts<T> {
@@ -41,10 +40,10 @@ impl<T: bytemuck::Zeroable> Parts<T> {
         Self { start: numbers.as_mut_ptr(), numbers, len }
     }
 
-    /// A part, to be written: all of it, before [`Self::finish`].
+    /// A part, to be written.
     ///
     /// # Safety
-    /// Nobody else may have elements of this part while the result lives.
+    /// Nobody else may have elements of this part while the result lives, and all of it must be written before [`Self::finish`].
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn unwritten(&self, part: Range<usize>) -> &mut [MaybeUninit<T>] {
         assert!(part.start <= part.end && part.end <= self.len);
@@ -52,7 +51,7 @@ impl<T: bytemuck::Zeroable> Parts<T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(part.start).cast(), part.len()) }
     }
 
-    /// A part, of zeros.
+    /// A part, of zeros, in the cache of the core that goes on with it.
     ///
     /// # Safety
     /// Nobody else may have elements of this part while the result lives.

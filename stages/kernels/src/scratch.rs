@@ -37,10 +37,13 @@ pub(crate) struct Scratch<T: bytemuck::Pod> {
 }
 
 impl<T: bytemuck::Pod> Scratch<T> {
-    /// The numbers as places, in which only numbers may be written.
-    pub(crate) fn places(&mut self) -> &mut [MaybeUninit<T>] {
+    /// The numbers as places to be written.
+    ///
+    /// # Safety
+    /// Only numbers may be written there: they are read again as such.
+    pub(crate) unsafe fn places(&mut self) -> &mut [MaybeUninit<T>] {
         let numbers: &mut [T] = self;
-        // SAFETY: the same layout; what is written there is by the numbers' type.
+        // SAFETY: the same layout; the caller writes numbers.
         unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), numbers.len()) }
     }
 }

@@ -193,7 +193,7 @@ pub fn training_needs(model: &ModelConfig, lora: Option<&LoraSettings>, pass: Pa
         false => (u128::from(gradients) * u128::from(part.min(trained.all)) / u128::from(trained.all.max(1))) as u64,
     };
     let head = trained.head + 2 * states + logits + gathered(sizes.head, 0) + widened(sizes.head);
-    let mut phases = vec![(sums(0), kept(layers) + states + 5 * tokens, head)];
+    let mut phases = vec![(sums(0), kept(layers) + states + 7 * tokens, head)];
     for blocks in [layers, 1] {
         let done = trained.head + (layers - blocks) * trained.block;
         let attention = widths.attention_workspace[1] + widened(sizes.block - sizes.mlp);
@@ -232,7 +232,7 @@ pub fn frozen_needs(model: &ModelConfig, pass: Pass, sharding: Sharding) -> Need
     let gathered = |weights: u64| if shared { narrow(weights) } else { 0 };
     let widened = |weights: u64| if bf16 && !reads_narrow_weights(pass.precision.arithmetic()) { weights } else { 0 };
     let logits = match head.has_language() {
-        true => token_head::held_logits(tokens as usize, model.vocab_size) as u64 + tokens * widths.hidden + 4 * tokens,
+        true => token_head::held_logits(tokens as usize, model.vocab_size) as u64 + tokens * widths.hidden + 6 * tokens,
         false => 0,
     };
     // A half of a block with its result; a block's weights with those of the next.

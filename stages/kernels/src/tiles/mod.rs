@@ -103,8 +103,10 @@ pub(crate) fn multiply(
             for (part, columns) in parts(n.div_ceil(PANEL), panels).enumerate() {
                 let mut packed_right = scratch(columns.len() * panel_len);
                 let group = PACK_PANELS * panel_len;
-                let lefts = packed_left.places().chunks_mut(group).zip(rows.clone().step_by(PACK_PANELS)).filter(|_| part == 0);
-                let rights = packed_right.places().chunks_mut(group).zip(columns.clone().step_by(PACK_PANELS));
+                // SAFETY: packing writes numbers.
+                let (left_places, right_places) = unsafe { (packed_left.places(), packed_right.places()) };
+                let lefts = left_places.chunks_mut(group).zip(rows.clone().step_by(PACK_PANELS)).filter(|_| part == 0);
+                let rights = right_places.chunks_mut(group).zip(columns.clone().step_by(PACK_PANELS));
                 let packs: Vec<_> = lefts.map(|task| (left, task)).chain(rights.map(|task| (right, task))).collect();
                 let pack = |(side, (packed, panel)): (Side<'_>, (&mut [MaybeUninit<u16>], usize))| {
                     side.pack(packed, panel_len, panel * PANEL, start)

@@ -100,7 +100,8 @@ impl Packed {
     fn passing(side: Side<'_>, lines: usize, terms: usize) -> Self {
         let panel_len = terms.div_ceil(DEPTH) * BLOCK;
         let mut tiles = scratch(lines.div_ceil(PANEL) * panel_len);
-        side.pack(tiles.places(), panel_len.max(1), 0, 0);
+        // SAFETY: packing writes numbers.
+        side.pack(unsafe { tiles.places() }, panel_len.max(1), 0, 0);
         Self { tiles: Tiles::Passing(tiles), lines, terms }
     }
 
