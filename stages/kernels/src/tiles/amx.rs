@@ -86,30 +86,52 @@ impl Drop for Tiles {
     }
 }
 
-/// A panel of rows by a panel of columns. The thread must have [`Tiles`].
-pub(super) fn panel(left: &[u16], right: &[u16], out: &mut [f32], out_row_stride: usize, into: Into) {
+/// A panel of rows by a panel of columns; half a panel from `next` on is fetched meanwhile. The thread must have [`Tiles`].
+///
+/// Where another thread shares the core, loads of tiles and products do not overlap. So what comes from the second-level cache
+/// is fetched into the first before it is loaded, and loads stand together.
+pub(super) fn panel(left: &[u16], right: &[u16], next: *const u16, out: &mut [f32], out_row_stride: usize, into: Into) {
     begin(out, out_row_stride, into);
     let blocks = left.len() / BLOCK;
     assert!(left.len() == right.len() && left.len() == blocks * BLOCK && blocks > 0);
-    // SAFETY: each round reads two tiles (2,048 bytes) from each side, `blocks` times, which the assertion bounds.
+    // SAFETY: each round reads two tiles (2,048 bytes) from each side, `blocks` times, which the assertion bounds; fetching ahead
+    // never fails, wherever.
     // Tiles are configured, as the caller promises; no other code uses them.
     unsafe {
         asm!(
             "2:",
             "tileloadd tmm4, [{left} + {row}*1]",
             "tileloadd tmm6, [{right} + {row}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
             "tileloadd tmm7, [{right} + {row}*1 + 1024]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
             "tileloadd tmm5, [{left} + {row}*1 + 1024]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "prefetcht0 [{next}]",
+            "prefetcht0 [{next} + 64]",
+            "prefetcht0 [{next} + 128]",
+            "prefetcht0 [{next} + 192]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "prefetcht0 [{next} + 256]",
+            "prefetcht0 [{next} + 320]",
+            "prefetcht0 [{next} + 384]",
+            "prefetcht0 [{next} + 448]",
             "tdpbf16ps tmm2, tmm5, tmm6",
+            "prefetcht0 [{next} + 512]",
+            "prefetcht0 [{next} + 576]",
+            "prefetcht0 [{next} + 640]",
+            "prefetcht0 [{next} + 704]",
             "tdpbf16ps tmm3, tmm5, tmm7",
+            "prefetcht0 [{next} + 768]",
+            "prefetcht0 [{next} + 832]",
+            "prefetcht0 [{next} + 896]",
+            "prefetcht0 [{next} + 960]",
             "add {left}, 2048",
             "add {right}, 2048",
+            "add {next}, 1024",
             "dec {blocks}",
             "jnz 2b",
             left = inout(reg) left.as_ptr() => _,
             right = inout(reg) right.as_ptr() => _,
+            next = inout(reg) next => _,
             blocks = inout(reg) blocks => _,
             row = in(reg) 64_usize,
             options(nostack),

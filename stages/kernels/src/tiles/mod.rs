@@ -13,9 +13,7 @@ mod packed;
 
 pub(crate) use packed::{Packed, Writer};
 
-use std::sync::OnceLock;
-
-use std::mem::MaybeUninit;
+use std::{mem::MaybeUninit, ops::Range, sync::OnceLock};
 
 use rayon::prelude::*;
 
@@ -35,9 +33,9 @@ pub(crate) const PANEL: usize = 2 * TILE;
 pub(crate) const DEPTH: usize = 32;
 /// Numbers of one block of a panel: two tiles.
 const BLOCK: usize = PANEL * DEPTH;
-/// Blocks of the depth that are summed before the result is touched (a panel of them, 32 KiB, stays in the first-level
-/// cache); a part of the order of sums.
-const DEPTH_BLOCKS: usize = 16;
+/// Blocks of the depth that are summed before the result is touched: two panels of them, 32 KiB, stay in the first-level cache.
+/// Of a scaled product that is added, they are a part of the order of sums.
+const DEPTH_BLOCKS: usize = 8;
 /// Panels of a task: left ones stay in a core's second-level cache while right ones pass.
 const TASK_PANELS: [usize; 2] = [4, 8];
 /// Panels that a task packs.
@@ -134,7 +132,7 @@ pub(crate) fn multiply(
 }
 
 /// `0..len` in ranges of `size`.
-fn parts(len: usize, size: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+fn parts(len: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len).step_by(size).map(move |start| start..(start + size).min(len))
 }
 
@@ -159,31 +157,60 @@ impl Product<'_> {
         let compute = |task: usize| {
             let firsts = [task / across * TASK_PANELS[0], task % across * TASK_PANELS[1]];
             let _tiles = (self.kernel == Kernel::Amx).then(amx::Tiles::configure);
-            for column in firsts[1]..(firsts[1] + TASK_PANELS[1]).min(panels[1]) {
-                for row in firsts[0]..(firsts[0] + TASK_PANELS[0]).min(panels[0]) {
-                    self.panel(row, column);
-                }
-            }
+            let [rows, columns] = [0, 1].map(|side| firsts[side]..(firsts[side] + TASK_PANELS[side]).min(panels[side]));
+            passes(rows, columns).for_each(|pass| self.panel(pass));
         };
         if parallel { (0..tasks).into_par_iter().for_each(compute) } else { (0..tasks).for_each(compute) }
     }
 
-    fn panel(&self, row: usize, column: usize) {
+    fn panel(&self, pass: Pass) {
+        let Pass { row, column, .. } = pass;
         let left = &self.left.0[row * self.panel_len..][..self.panel_len];
-        let right = &self.right.0[column * self.panel_len..][..self.panel_len];
+        let right = |column: usize| &self.right.0[column * self.panel_len..][..self.panel_len];
+        let (right, next) = (right(column), pass.half(right(pass.next)));
         let (first_row, first_column) = ((self.left.1 + row) * PANEL, (self.right.1 + column) * PANEL);
         let size = [(self.sizes[0] - first_row).min(PANEL), (self.sizes[1] - first_column).min(PANEL)];
         // SAFETY: panels are disjoint parts of the result, and each is computed by one task.
         let out = unsafe { self.out.from(first_row * self.out_row_stride + first_column) };
-        self.kernel.panel(left, right, out, self.out_row_stride, size, self.scale, self.into);
+        self.kernel.panel([left, right, next], out, self.out_row_stride, size, self.scale, self.into);
     }
 }
 
+/// A panel of rows by a panel of columns.
+#[derive(Clone, Copy)]
+struct Pass {
+    row: usize,
+    column: usize,
+    /// Of which panel of columns a half is fetched meanwhile, and whether it is the second.
+    next: usize,
+    is_second: bool,
+}
+
+impl Pass {
+    /// The half of the next panel that is fetched.
+    fn half(self, next: &[u16]) -> &[u16] {
+        &next[if self.is_second { next.len() / 2 } else { 0 }..]
+    }
+}
+
+/// All panels of some rows and columns. Two of rows stay in the first-level cache while those of columns pass.
+fn passes(rows: Range<usize>, columns: Range<usize>) -> impl Iterator<Item = Pass> {
+    let last = rows.end;
+    rows.step_by(2).flat_map(move |first| {
+        let (begin, end) = (columns.start, columns.end);
+        columns.clone().flat_map(move |column| {
+            let next = if column + 1 < end { column + 1 } else { begin };
+            (first..(first + 2).min(last)).map(move |row| Pass { row, column, next, is_second: row > first })
+        })
+    })
+}
+
 impl Kernel {
-    /// A panel of rows by a panel of columns, of which the result has `height` and `width`.
-    fn panel(self, left: &[u16], right: &[u16], out: &mut [f32], stride: usize, [height, width]: [usize; 2], scale: f32, into: Into) {
+    /// A panel of rows by a panel of columns, of which the result has `height` and `width`. Half a panel of what comes `next` is
+    /// fetched meanwhile.
+    fn panel(self, [left, right, next]: [&[u16]; 3], out: &mut [f32], stride: usize, [height, width]: [usize; 2], scale: f32, into: Into) {
         if (height, width, scale) == (PANEL, PANEL, 1.0) {
-            return self.multiply(left, right, out, stride, into);
+            return self.multiply([left, right, next], out, stride, into);
         }
         let mut sums = Sums([0.0; PANEL * PANEL]);
         // A sum that is added to begins with what is there, here as in whole panels; a scaled one cannot.
@@ -192,7 +219,7 @@ impl Kernel {
         if begins {
             rows().for_each(|(at, from)| sums.0[from..from + width].copy_from_slice(&out[at..at + width]));
         }
-        self.multiply(left, right, &mut sums.0, PANEL, if begins { Into::Add } else { Into::Overwrite });
+        self.multiply([left, right, next], &mut sums.0, PANEL, if begins { Into::Add } else { Into::Overwrite });
         for (at, from) in rows() {
             let (out, sums) = (&mut out[at..at + width], &sums.0[from..from + width]);
             match into {
@@ -203,10 +230,10 @@ impl Kernel {
     }
 
     /// A panel of rows by a panel of columns: all of `PANEL` by `PANEL` elements of `out`.
-    fn multiply(self, left: &[u16], right: &[u16], out: &mut [f32], out_row_stride: usize, into: Into) {
+    fn multiply(self, [left, right, next]: [&[u16]; 3], out: &mut [f32], out_row_stride: usize, into: Into) {
         assert!((PANEL - 1) * out_row_stride + PANEL <= out.len() && left.len() == right.len());
         match self {
-            Self::Amx => amx::panel(left, right, out, out_row_stride, into),
+            Self::Amx => amx::panel(left, right, next.as_ptr(), out, out_row_stride, into),
             Self::Avx512 => avx512::panel(left, right, out, out_row_stride, into),
         }
     }

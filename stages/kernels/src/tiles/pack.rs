@@ -69,18 +69,13 @@ impl<'a> Side<'a> {
                 let (tiles, _) = packed[block * BLOCK..].as_chunks_mut::<{ TILE * DEPTH }>();
                 for (tile, to) in tiles.iter_mut().take(2).enumerate() {
                     let (line, depth) = (first + (2 * panel + tile) * TILE, start + block * DEPTH);
-                    let mut rows = [_mm512_setzero_si512(); TILE];
-                    if across {
-                        self.across::<NARROW>(&mut rows, line, depth);
-                    } else {
-                        self.along::<NARROW>(&mut rows, line, depth);
-                    }
-                    if across == self.is_left {
-                        transpose(&mut rows);
-                    }
-                    for (to, row) in to.chunks_exact_mut(DEPTH).zip(rows) {
-                        // SAFETY: 64 bytes.
-                        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row) };
+                    let is_whole = line + TILE <= self.lines && depth + DEPTH <= self.depth;
+                    // Each with its own stores: so a tile stays in registers.
+                    match (across, is_whole && (across || self.depth_stride == 1)) {
+                        (true, true) => self.store(to, self.whole_across::<NARROW>(line, depth), self.is_left),
+                        (true, false) => self.store(to, self.across::<NARROW>(line, depth), self.is_left),
+                        (false, true) => self.store(to, self.whole_along::<NARROW>(line, depth), !self.is_left),
+                        (false, false) => self.store(to, self.along::<NARROW>(line, depth), !self.is_left),
                     }
                 }
             }
@@ -89,21 +84,52 @@ impl<'a> Side<'a> {
 
     /// A line a row: pairs of neighbours in depth.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    #[inline]
-    fn along<const NARROW: bool>(&self, rows: &mut [__m512i; TILE], line: usize, depth: usize) {
+    fn along<const NARROW: bool>(&self, line: usize, depth: usize) -> [__m512i; TILE] {
+        let mut rows = [_mm512_setzero_si512(); TILE];
         for (row, to) in rows.iter_mut().take(self.lines.saturating_sub(line)).enumerate() {
             let from = (line + row) * self.line_stride;
             let low = self.load::<NARROW>(from, self.depth_stride, depth, self.depth);
             let high = self.load::<NARROW>(from, self.depth_stride, depth + TILE, self.depth);
             *to = round(low, high);
         }
+        rows
+    }
+
+    /// [`Self::along`] for a tile that is all there.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    #[inline]
+    fn whole_along<const NARROW: bool>(&self, line: usize, depth: usize) -> [__m512i; TILE] {
+        let stride = self.line_stride;
+        let elements = line * stride + depth..(line + TILE - 1) * stride + depth + DEPTH;
+        let mut rows = [_mm512_setzero_si512(); TILE];
+        match self.data {
+            Weight::F32(data) if !NARROW => {
+                let from = data[elements].as_ptr();
+                for (row, to) in rows.iter_mut().enumerate() {
+                    // SAFETY: the slice has 32 numbers from the beginning of each line on.
+                    unsafe {
+                        let from = from.add(row * stride);
+                        *to = round(_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(TILE)));
+                    }
+                }
+            }
+            Weight::Bf16(data) if NARROW => {
+                let from = data[elements].as_ptr();
+                for (row, to) in rows.iter_mut().enumerate() {
+                    // SAFETY: as above.
+                    *to = unsafe { _mm512_loadu_si512(from.add(row * stride).cast()) };
+                }
+            }
+            _ => {}
+        }
+        rows
     }
 
     /// A pair of depths a row: both numbers of every line.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    #[inline]
-    fn across<const NARROW: bool>(&self, rows: &mut [__m512i; TILE], line: usize, depth: usize) {
+    fn across<const NARROW: bool>(&self, line: usize, depth: usize) -> [__m512i; TILE] {
         let alternating = alternating();
+        let mut rows = [_mm512_setzero_si512(); TILE];
         for (row, to) in rows.iter_mut().enumerate() {
             let at = depth + 2 * row;
             if at >= self.depth {
@@ -115,6 +141,54 @@ impl<'a> Side<'a> {
                 false => _mm512_setzero_ps(),
             };
             *to = _mm512_permutexvar_epi16(alternating, round(even, odd));
+        }
+        rows
+    }
+
+    /// [`Self::across`] for a tile that is all there.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    #[inline]
+    fn whole_across<const NARROW: bool>(&self, line: usize, depth: usize) -> [__m512i; TILE] {
+        let (alternating, stride) = (alternating(), self.depth_stride);
+        let elements = depth * stride + line..(depth + DEPTH - 1) * stride + line + TILE;
+        let mut rows = [_mm512_setzero_si512(); TILE];
+        match self.data {
+            Weight::F32(data) if !NARROW => {
+                let from = data[elements].as_ptr();
+                for (row, to) in rows.iter_mut().enumerate() {
+                    // SAFETY: the slice has 16 numbers of each of 32 depths.
+                    unsafe {
+                        let from = from.add(2 * row * stride);
+                        *to = _mm512_permutexvar_epi16(alternating, round(_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(stride))));
+                    }
+                }
+            }
+            Weight::Bf16(data) if NARROW => {
+                let from = data[elements].as_ptr();
+                for (row, to) in rows.iter_mut().enumerate() {
+                    // SAFETY: as above.
+                    unsafe {
+                        let from = from.add(2 * row * stride);
+                        let [even, odd] = [from, from.add(stride)].map(|from| _mm256_loadu_si256(from.cast()));
+                        let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(even), odd);
+                        *to = _mm512_permutexvar_epi16(alternating, both);
+                    }
+                }
+            }
+            _ => {}
+        }
+        rows
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    #[inline]
+    fn store(&self, to: &mut [MaybeUninit<u16>; TILE * DEPTH], mut rows: [__m512i; TILE], transposed: bool) {
+        if transposed {
+            transpose(&mut rows);
+        }
+        for (to, row) in to.chunks_exact_mut(DEPTH).zip(rows) {
+            // SAFETY: 64 bytes.
+            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row) };
         }
     }
 

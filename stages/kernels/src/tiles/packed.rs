@@ -5,7 +5,7 @@ use std::{mem::MaybeUninit, ops::Range};
 use half::bf16;
 use rayon::prelude::*;
 
-use super::{BLOCK, DEPTH, DEPTH_BLOCKS, Kernel, PANEL, amx, pack::Side};
+use super::{BLOCK, DEPTH, DEPTH_BLOCKS, Kernel, PANEL, amx, pack::Side, passes};
 use crate::{
     matmul::{Into, MatrixRef},
     memory::Parts,
@@ -154,13 +154,13 @@ impl Packed {
             for start in (0..blocks).step_by(DEPTH_BLOCKS) {
                 let some = start..(start + DEPTH_BLOCKS).min(blocks);
                 let into = if start > 0 { Into::Add } else { into };
-                for column in (0..width).step_by(PANEL) {
-                    for row in rows.clone().step_by(PANEL) {
-                        let out = &mut out[(row - rows.start) * width + column..];
-                        let size = [(rows.end - row).min(PANEL), (width - column).min(PANEL)];
-                        let (left, right) = (left.panel(row / PANEL, some.clone()), right.panel(column / PANEL, some.clone()));
-                        kernel.panel(left, right, out, width, size, 1.0, into);
-                    }
+                for pass in passes(rows.start / PANEL..rows.end.div_ceil(PANEL), 0..width.div_ceil(PANEL)) {
+                    let (row, column) = (pass.row * PANEL, pass.column * PANEL);
+                    let out = &mut out[(row - rows.start) * width + column..];
+                    let size = [(rows.end - row).min(PANEL), (width - column).min(PANEL)];
+                    let next = pass.half(right.panel(pass.next, some.clone()));
+                    let operands = [left.panel(pass.row, some.clone()), right.panel(pass.column, some.clone()), next];
+                    kernel.panel(operands, out, width, size, 1.0, into);
                 }
             }
         });
@@ -192,13 +192,13 @@ impl Packed {
         for start in (0..blocks).step_by(DEPTH_BLOCKS) {
             let some = start..(start + DEPTH_BLOCKS).min(blocks);
             let into = if start > 0 { Into::Add } else { into };
-            for column in columns.clone().step_by(PANEL) {
-                let right = self.panel(column / PANEL, first + some.start..first + some.end);
-                for row in (0..left.lines).step_by(PANEL) {
-                    let out = &mut out[row * out_row_stride + column - columns.start..];
-                    let size = [(left.lines - row).min(PANEL), (columns.end - column).min(PANEL)];
-                    kernel.panel(left.panel(row / PANEL, some.clone()), right, out, out_row_stride, size, 1.0, into);
-                }
+            let right = |panel: usize| self.panel(panel, first + some.start..first + some.end);
+            for pass in passes(0..left.lines.div_ceil(PANEL), columns.start / PANEL..columns.end.div_ceil(PANEL)) {
+                let (row, column) = (pass.row * PANEL, pass.column * PANEL);
+                let out = &mut out[row * out_row_stride + column - columns.start..];
+                let size = [(left.lines - row).min(PANEL), (columns.end - column).min(PANEL)];
+                let operands = [left.panel(pass.row, some.clone()), right(pass.column), pass.half(right(pass.next))];
+                kernel.panel(operands, out, out_row_stride, size, 1.0, into);
             }
         }
     }
