@@ -1,8 +1,6 @@
 //! One token at a time over a key-value cache.
 
-use std::sync::Arc;
-
-use rayon::prelude::*;
+use std::{ops::Deref, sync::Arc};
 
 use crate::{
     AttentionShape, Positional,
@@ -14,7 +12,9 @@ use crate::{
     matmul::{Arithmetic, Into, MatrixRef},
     mlp_block::{gelu, swiglu},
     norm::norm,
+    scratch::scratch,
     simd::{LANES, exp, fmadd, max, multiversion, sum},
+    team::Team,
     weight::Weight,
 };
 
@@ -83,95 +83,108 @@ impl LayerCache {
     }
 }
 
-/// Buffers that are used again at every step.
-#[derive(Debug, Default)]
-pub struct DecodeScratch {
-    normed: Vec<f32>,
-    inverse: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    out: Vec<f32>,
-}
-
 /// Norms and biases as f32, matrices as they are held.
 pub type DecodeAttention<'a> = AttentionParts<Weight<'a>>;
 /// The same of a feed-forward half.
 pub type DecodeMlp<'a> = MlpParts<Weight<'a>>;
+
+/// A sequence's part of a step.
+struct Row<'a> {
+    q: &'a mut [f32],
+    k: &'a mut [f32],
+    v: &'a [f32],
+    out: &'a mut [f32],
+    cache: &'a mut LayerCache,
+    position: u32,
+}
 
 /// `x += attention(norm(x))` for one new token per sequence; its key and value are added to the caches.
 ///
 /// # Shapes
 /// - x: `[sequences, hidden]`; caches, positions: `[sequences]`
 pub fn attention_step(
+    team: &Team,
     x: &mut [f32],
     caches: &mut [&mut LayerCache],
     positions: &[u32],
     weights: DecodeAttention<'_>,
     positional: Positional<'_>,
     shape: AttentionShape,
-    scratch: &mut DecodeScratch,
 ) {
-    let (rows, heads) = (caches.len(), shape.heads);
+    let (count, heads) = (caches.len(), shape.heads);
+    if count == 0 {
+        return;
+    }
     let (query_width, kv_width) = (heads.query_width(), heads.kv_width());
-    let DecodeScratch { normed, inverse, q, k, v, out } = scratch;
-    norm_rows(normed, inverse, x, weights.norm, rows, shape.eps);
-    q.resize(rows * query_width, 0.0);
-    k.resize(rows * kv_width, 0.0);
-    v.resize(rows * kv_width, 0.0);
-    project(normed, rows, [(&mut *q, weights.q), (&mut *k, weights.k), (&mut *v, weights.v)].map(|(out, part)| written(out, part)));
-    add_rest(q, normed, weights.q, rows);
-    add_rest(k, normed, weights.k, rows);
-    add_rest(v, normed, weights.v, rows);
-    norm_heads(q, weights.q_norm.map(Weight::wide).as_deref(), shape.eps);
-    norm_heads(k, weights.k_norm.map(Weight::wide).as_deref(), shape.eps);
-    positional.rotate(q, positions, false);
-    positional.rotate(k, positions, false);
-    out.resize(rows * query_width, 0.0);
-    out.par_chunks_mut(query_width)
-        .zip(caches.par_iter_mut())
-        .zip(q.par_chunks(query_width))
-        .zip(k.par_chunks(kv_width).zip(v.par_chunks(kv_width)))
-        .for_each(|(((out, cache), q), (k, v))| {
-            cache.push(k, v, heads);
-            attend(out, q, cache, positional.slopes(), shape);
-        });
-    project(out, rows, [Output { out: x, into: Into::Add, weight: weights.o.weight }]);
-    add_rest(x, out, weights.o, rows);
+    let normed = norm_rows(team, x, weights.norm, shape.eps);
+    let (mut q, mut k, mut v) = (scratch(count * query_width), scratch(count * kv_width), scratch(count * kv_width));
+    project(team, &normed, count, [(&mut *q, weights.q), (&mut *k, weights.k), (&mut *v, weights.v)].map(|(out, part)| written(out, part)));
+    add_rest(&mut q, &normed, weights.q, count);
+    add_rest(&mut k, &normed, weights.k, count);
+    add_rest(&mut v, &normed, weights.v, count);
+    let (q_norm, k_norm) = (weights.q_norm.map(Weight::wide), weights.k_norm.map(Weight::wide));
+    let mut out = scratch(count * query_width);
+    let sequences = caches.iter_mut().zip(positions);
+    let queries = q.chunks_exact_mut(query_width).zip(out.chunks_exact_mut(query_width));
+    let mut rows: Vec<Row<'_>> = (sequences.zip(queries).zip(k.chunks_exact_mut(kv_width).zip(v.chunks_exact(kv_width))))
+        .map(|(((cache, position), (q, out)), (k, v))| Row { q, k, v, out, cache, position: *position })
+        .collect();
+    team.each_item(&mut rows, |Row { q, k, v, out, cache, position }| {
+        norm_heads(q, q_norm.as_deref(), shape.eps);
+        norm_heads(k, k_norm.as_deref(), shape.eps);
+        positional.rotate(q, &[*position], false);
+        positional.rotate(k, &[*position], false);
+        cache.push(k, v, heads);
+        attend(out, q, cache, positional.slopes(), shape);
+    });
+    project(team, &out, count, [Output { out: x, into: Into::Add, weight: weights.o.weight }]);
+    add_rest(x, &out, weights.o, count);
 }
 
 /// `x += mlp(norm(x))`.
 ///
 /// # Shapes
-/// - x: `[sequences, hidden]`
-pub fn mlp_step(x: &mut [f32], weights: DecodeMlp<'_>, rows: usize, eps: f32, scratch: &mut DecodeScratch) {
-    let DecodeScratch { normed, inverse, q: gated, k: activated, .. } = scratch;
-    norm_rows(normed, inverse, x, weights.norm, rows, eps);
-    let intermediate = weights.up.weight.len() / (normed.len() / rows.max(1)).max(1);
-    activated.resize(rows * intermediate, 0.0);
+/// - x: `[rows, hidden]`
+pub fn mlp_step(team: &Team, x: &mut [f32], weights: DecodeMlp<'_>, rows: usize, eps: f32) {
+    if rows == 0 {
+        return;
+    }
+    let normed = norm_rows(team, x, weights.norm, eps);
+    let intermediate = weights.up.weight.len() / (normed.len() / rows).max(1);
+    let mut activated = scratch(rows * intermediate);
     match weights.gate {
-        Some(gate) => {
-            gated.resize(rows * intermediate, 0.0);
-            project(normed, rows, [written(gated, gate), written(activated, weights.up)]);
-            add_rest(gated, normed, gate, rows);
-            add_rest(activated, normed, weights.up, rows);
-            swiglu(activated, gated);
+        Some(gate_of) => {
+            let mut gate = scratch(rows * intermediate);
+            project(team, &normed, rows, [written(&mut gate, gate_of), written(&mut activated, weights.up)]);
+            add_rest(&mut gate, &normed, gate_of, rows);
+            add_rest(&mut activated, &normed, weights.up, rows);
+            let rows = activated.chunks_exact_mut(intermediate).zip(gate.chunks_exact(intermediate));
+            team.each_item(&mut rows.collect::<Vec<_>>(), |(up, gate)| swiglu(up, gate));
         }
         None => {
-            project(normed, rows, [written(activated, weights.up)]);
-            add_rest(activated, normed, weights.up, rows);
-            gelu(activated);
+            project(team, &normed, rows, [written(&mut activated, weights.up)]);
+            add_rest(&mut activated, &normed, weights.up, rows);
+            team.each_item(&mut activated.chunks_exact_mut(intermediate).collect::<Vec<_>>(), |row| gelu(row));
         }
     }
-    project(activated, rows, [Output { out: x, into: Into::Add, weight: weights.down.weight }]);
-    add_rest(x, activated, weights.down, rows);
+    project(team, &activated, rows, [Output { out: x, into: Into::Add, weight: weights.down.weight }]);
+    add_rest(x, &activated, weights.down, rows);
 }
 
-fn norm_rows(normed: &mut Vec<f32>, inverse: &mut Vec<f32>, x: &[f32], part: Affine<Weight<'_>>, rows: usize, eps: f32) {
-    normed.resize(x.len(), 0.0);
-    inverse.resize(rows, 0.0);
+/// Rows that a task norms.
+const NORM_ROWS: usize = 4;
+
+/// `norm(x)`.
+pub fn norm_rows(team: &Team, x: &[f32], part: Affine<Weight<'_>>, eps: f32) -> impl Deref<Target = [f32]> + use<> {
     let (weight, bias) = (part.weight.wide(), part.bias.map(Weight::wide));
-    norm(normed, inverse, x, Affine::new(&weight, bias.as_deref()), eps);
+    let mut normed = scratch(x.len());
+    let part_len = (NORM_ROWS * weight.len()).max(1);
+    let mut parts: Vec<_> = normed.chunks_mut(part_len).zip(x.chunks(part_len)).collect();
+    team.each_item(&mut parts, |(out, x)| {
+        let mut inverse = [0.0; NORM_ROWS];
+        norm(out, &mut inverse[..x.len() / weight.len()], x, Affine::new(&weight, bias.as_deref()), eps);
+    });
+    normed
 }
 
 fn written<'a>(out: &'a mut [f32], part: Affine<Weight<'a>>) -> Output<'a> {
@@ -189,7 +202,7 @@ fn add_rest(out: &mut [f32], x: &[f32], part: Affine<Weight<'_>>, rows: usize) {
         let (width, columns) = (out.len() / rows.max(1), x.len() / rows.max(1));
         let rank = a.len() / columns.max(1);
         let factors = LowRank { a: MatrixRef::new(&a, rank, columns), b: MatrixRef::new(&b, width, rank), scale };
-        let how = How { arithmetic: Arithmetic::F32, parallel: true };
+        let how = How { arithmetic: Arithmetic::F32, parallel: false };
         low_rank::add(out, width, MatrixRef::new(x, rows, columns), factors, how);
     }
 }
@@ -206,7 +219,7 @@ fn attend_inner<const FMA: bool>(out: &mut [f32], q: &[f32], cache: &LayerCache,
     let first = shape.window.map_or(0, |window| cache.len.saturating_sub(window));
     let blocks = first / BLOCK..cache.len.div_ceil(BLOCK);
     let group = heads.heads / heads.kv_heads;
-    let mut scores = vec![[0.0; BLOCK]; heads.heads * blocks.len()];
+    let mut scores = scratch::<[f32; BLOCK]>(heads.heads * blocks.len());
     // Block by block, as the cache lies in memory: it is larger than a core's own cache, and read once.
     for (number, block) in blocks.clone().enumerate() {
         let keys = cache.block(block, heads).0;

@@ -6,12 +6,12 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use crate::{
     matmul::{self, Into, MatrixRef},
+    scratch::scratch,
     shared::Shared,
-    simd,
+    simd::{self, LANES},
+    team::Team,
     weight::Weight,
 };
 
@@ -30,11 +30,11 @@ pub struct Output<'a> {
     pub weight: Weight<'a>,
 }
 
-/// Several projections of the same rows at once: each begins and ends with all threads, so fewer are faster.
+/// Several projections of the same rows in one phase.
 ///
 /// # Shapes
 /// - x: `[rows, columns]`
-pub fn project<const N: usize>(x: &[f32], rows: usize, outputs: [Output<'_>; N]) {
+pub fn project<const N: usize>(team: &Team, x: &[f32], rows: usize, outputs: [Output<'_>; N]) {
     if rows == 0 {
         return;
     }
@@ -54,8 +54,19 @@ pub fn project<const N: usize>(x: &[f32], rows: usize, outputs: [Output<'_>; N])
         let out = Shared::new(out);
         tasks.extend((0..width).step_by(TASK).map(|first| Task { out, into, weight, width, first }));
     }
+    // Every vector of a row within a line of the cache.
+    let stride = columns.next_multiple_of(LANES);
+    let is_aligned = stride == columns && x.as_ptr().addr().is_multiple_of(LANES * size_of::<f32>());
+    let aligned = (!is_aligned).then(|| {
+        let mut aligned = scratch(rows * stride);
+        for (to, from) in aligned.chunks_exact_mut(stride.max(1)).zip(x.chunks_exact(columns.max(1))) {
+            to[..columns].copy_from_slice(from);
+        }
+        aligned
+    });
+    let x = aligned.as_deref().unwrap_or(x);
     // SAFETY: the level says that the processor has the instructions.
-    tasks.into_par_iter().for_each(|task| unsafe { avx512::run(&task, x, rows, columns) });
+    team.each(tasks.len(), |task| unsafe { avx512::run(&tasks[task], x, rows, columns) });
 }
 
 /// Some columns of a projection.
@@ -97,9 +108,13 @@ mod avx512 {
 
     /// Rows whose sums are in registers at once.
     const ROWS: usize = 6;
+    /// How many tiles ahead lines are fetched.
+    const AHEAD: usize = 4;
 
+    /// Rows of `x` are a multiple of [`LANES`] apart.
     #[target_feature(enable = "avx512f,avx512dq")]
     pub(super) fn run(task: &Task<'_>, x: &[f32], rows: usize, columns: usize) {
+        let stride = columns.next_multiple_of(LANES);
         let mut wide = Vec::new();
         for first in task.lines().step_by(TILE) {
             let count = (task.width - first).min(TILE);
@@ -122,7 +137,7 @@ mod avx512 {
             }
             // The first sums fetch the lines that come next: the processor alone would be late.
             for row in (0..rows).step_by(ROWS) {
-                let x = &x[row * columns..(row + ROWS).min(rows) * columns];
+                let x = &x[row * stride..(row + ROWS).min(rows) * stride];
                 match row / ROWS {
                     0 if rows <= ROWS => rows_by_lines::<0b1111>(task, x, lines, columns, row, first, count),
                     0 => rows_by_lines::<0b0011>(task, x, lines, columns, row, first, count),
@@ -145,7 +160,7 @@ mod avx512 {
         first: usize,
         count: usize,
     ) {
-        match x.len() / columns {
+        match x.len() / columns.next_multiple_of(LANES) {
             1 => task.put(row, first, count, &tile::<1, FETCH>(x, lines, columns)),
             2 => task.put(row, first, count, &tile::<2, FETCH>(x, lines, columns)),
             3 => task.put(row, first, count, &tile::<3, FETCH>(x, lines, columns)),
@@ -159,7 +174,8 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512dq")]
     #[inline]
     fn tile<const ROWS: usize, const FETCH: u8>(x: &[f32], lines: [&[f32]; TILE], columns: usize) -> [[f32; TILE]; ROWS] {
-        assert!(x.len() == ROWS * columns && lines.iter().all(|line| line.len() == columns));
+        let stride = columns.next_multiple_of(LANES);
+        assert!(x.len() == ROWS * stride && lines.iter().all(|line| line.len() == columns));
         let mut sums = [[_mm512_setzero_ps(); TILE]; ROWS];
         let whole = columns / LANES * LANES;
         for at in (0..whole).step_by(LANES) {
@@ -167,7 +183,7 @@ mod avx512 {
             unsafe {
                 for (index, line) in lines.iter().enumerate() {
                     if FETCH >> index & 1 == 1 {
-                        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(TILE * columns + at).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(AHEAD * TILE * columns + at).cast());
                     }
                 }
                 let weights: [__m512; TILE] = [
@@ -177,7 +193,7 @@ mod avx512 {
                     _mm512_loadu_ps(lines[3].as_ptr().add(at)),
                 ];
                 for (row, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm512_loadu_ps(x.as_ptr().add(row * columns + at));
+                    let x = _mm512_loadu_ps(x.as_ptr().add(row * stride + at));
                     for (sum, weights) in sums.iter_mut().zip(weights) {
                         *sum = _mm512_fmadd_ps(x, weights, *sum);
                     }
@@ -190,7 +206,7 @@ mod avx512 {
                 for (sum, line) in sums.iter_mut().zip(lines) {
                     // SAFETY: the mask keeps loads within the lines.
                     unsafe {
-                        let (x, weight) = (x.as_ptr().add(row * columns + whole), line.as_ptr().add(whole));
+                        let (x, weight) = (x.as_ptr().add(row * stride + whole), line.as_ptr().add(whole));
                         let (x, weight) = (_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, weight));
                         *sum = _mm512_fmadd_ps(x, weight, *sum);
                     }
@@ -249,7 +265,7 @@ mod tests {
                 Output { out: &mut written, into: Into::Overwrite, weight: Weight::F32(&weight) },
                 Output { out: &mut added, into: Into::Add, weight: Weight::Bf16(&narrow) },
             ];
-            project(&x, rows, outputs);
+            Team::with(|team| project(team, &x, rows, outputs));
             for row in 0..rows {
                 for column in 0..width {
                     assert_eq!(written[row * width + column], expected(0.0, row, column), "{rows} {columns} {width}: {row} {column}");
@@ -266,7 +282,8 @@ mod tests {
         let (x, weight) = (fractions(rows * columns), fractions(width * columns));
         let product = |x: &[f32], rows: usize| {
             let mut out = vec![0.0; rows * width];
-            project(x, rows, [Output { out: &mut out, into: Into::Overwrite, weight: Weight::F32(&weight) }]);
+            let output = Output { out: &mut out, into: Into::Overwrite, weight: Weight::F32(&weight) };
+            Team::with(|team| project(team, x, rows, [output]));
             out
         };
         if simd::level() == simd::Level::Avx512 {

@@ -10,7 +10,7 @@
 //!
 //! In data order: [`layout`] says where sequences start, [`embedding`] looks rows up, [`affine`] names a block's weights, [`low_rank`]
 //! what LoRA adds to them, [`attention_block`] and [`mlp_block`] are the two halves of a decoder block, [`norm`] the final norm, [`token_head`] the output projection with
-//! log-probabilities, [`optim`] the update. [`decode`] runs the same model one token at a time over a key-value cache, with products of [`few_rows`].
+//! log-probabilities, [`optim`] the update. [`decode`] runs the same model one token at a time over a key-value cache, with products of [`few_rows`], by a [`Team`].
 
 pub mod affine;
 mod allocator;
@@ -39,6 +39,7 @@ mod scratch;
 mod shared;
 pub mod simd;
 mod small;
+mod team;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 #[cfg(not(target_arch = "x86_64"))]
@@ -53,6 +54,7 @@ pub use attention_block::{AttentionGrads, AttentionSaved, AttentionShape, Attent
 pub use layout::SequenceLayout;
 pub use low_rank::{Dropout, LowRank, Projection};
 pub use mlp_block::{MlpGrads, MlpSaved, MlpWeights};
+pub use team::Team;
 pub use weight::{Weight, reads_narrow_weights};
 
 /// Changes whenever the same inputs may give other bits.

@@ -7,14 +7,13 @@
 use std::{borrow::Cow, collections::HashMap};
 
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 use rlflow_api::CounterRng;
 use rlflow_kernels::{
-    AttentionShape, SequenceLayout, Weight, attention_block,
-    decode::{self, DecodeAttention, DecodeMlp, DecodeScratch, LayerCache},
+    AttentionShape, SequenceLayout, Team, Weight, attention_block,
+    decode::{self, DecodeAttention, DecodeMlp, LayerCache, norm_rows},
     few_rows::{self, Output},
     matmul::{Arithmetic, Into},
-    mlp_block, norm,
+    mlp_block,
     simd::softmax_weights,
 };
 
@@ -221,54 +220,55 @@ pub fn generate(
     let last_row = |prompt: &usize| &x[(layout.range(*prompt).end - 1) * hidden..][..hidden];
     let mut last_rows: Vec<f32> = numbered.iter().flat_map(last_row).copied().collect();
     drop((x, prefill));
-    let (mut scratch, mut inverse, mut normed, mut logits) = (DecodeScratch::default(), Vec::new(), Vec::new(), Vec::new());
-    let last_norm = decoder.slots().norm.map(|slot| weights.get(*slot).wide());
-    loop {
-        // Next tokens of all active sequences.
-        let rows = active.len();
-        normed.resize(rows * hidden, 0.0);
-        inverse.resize(rows, 0.0);
-        norm::norm(&mut normed, &mut inverse, &last_rows, last_norm.map(Cow::as_ref), shape.eps);
-        logits.resize(rows * vocab, 0.0);
-        few_rows::project(&normed, rows, [Output { out: &mut logits, into: Into::Overwrite, weight: lm_head }]);
-        let drawn: Vec<(u32, f32)> = logits
-            .par_chunks_mut(vocab)
-            .zip(&active)
-            .map(|(logits, active)| {
-                let mut rng = CounterRng::new(draws.seed, draws.purpose, draws.step, (active.index as u64) << 32 | active.position as u64);
-                draw(logits, sampling, rng.uniform())
-            })
-            .collect();
-        let mut go_on = true;
-        for (active, (token, logprob)) in active.iter_mut().zip(&drawn) {
-            let completion = &mut completions[active.index];
-            completion.ids.push(*token);
-            completion.logprobs.push(*logprob);
-            completion.ended = sampling.stop_ids.contains(token);
-            active.last = *token;
-            go_on &= each(active.index, *token);
+    let mut logits = Vec::new();
+    let last_norm = decoder.slots().norm.map(|slot| weights.get(*slot));
+    Team::with(|team| {
+        loop {
+            // Next tokens of all active sequences.
+            let rows = active.len();
+            let normed = norm_rows(team, &last_rows, last_norm, shape.eps);
+            logits.resize(rows * vocab, 0.0);
+            few_rows::project(team, &normed, rows, [Output { out: &mut logits, into: Into::Overwrite, weight: lm_head }]);
+            let mut draws: Vec<_> = logits
+                .chunks_exact_mut(vocab)
+                .zip(&active)
+                .map(|(logits, active)| {
+                    let coordinates = (active.index as u64) << 32 | active.position as u64;
+                    (logits, CounterRng::new(draws.seed, draws.purpose, draws.step, coordinates), (0, 0.0))
+                })
+                .collect();
+            team.each_item(&mut draws, |(logits, rng, drawn)| *drawn = draw(logits, sampling, rng.uniform()));
+            let mut go_on = true;
+            for (active, (_, _, (token, logprob))) in active.iter_mut().zip(&draws) {
+                let completion = &mut completions[active.index];
+                completion.ids.push(*token);
+                completion.logprobs.push(*logprob);
+                completion.ended = sampling.stop_ids.contains(token);
+                active.last = *token;
+                go_on &= each(active.index, *token);
+            }
+            active.retain(|active| {
+                let completion = &completions[active.index];
+                !completion.ended && completion.ids.len() < sampling.max_new_tokens && active.position < context
+            });
+            if !decoder.parameters().goes_on(Some(go_on && !active.is_empty())) {
+                return;
+            }
+            // One step of the network for the rest.
+            let ids: Vec<u32> = active.iter().map(|active| active.last).collect();
+            let positions: Vec<u32> = active.iter().map(|active| active.position as u32).collect();
+            last_rows = weights.embed(decoder.slots(), &ids, &positions, hidden);
+            for (layer, slots) in decoder.slots().blocks.iter().enumerate() {
+                let gathered = Weights::of_block(decoder, slots);
+                let weights = gathered.as_ref().unwrap_or(&weights);
+                let mut caches: Vec<&mut LayerCache> = active.iter_mut().map(|active| &mut active.caches[layer]).collect();
+                decode::attention_step(team, &mut last_rows, &mut caches, &positions, weights.attention(slots), positional, shape);
+                decode::mlp_step(team, &mut last_rows, weights.mlp(slots), ids.len(), shape.eps);
+            }
+            active.iter_mut().for_each(|active| active.position += 1);
         }
-        active.retain(|active| {
-            let completion = &completions[active.index];
-            !completion.ended && completion.ids.len() < sampling.max_new_tokens && active.position < context
-        });
-        if !decoder.parameters().goes_on(Some(go_on && !active.is_empty())) {
-            return completions;
-        }
-        // One step of the network for the rest.
-        let ids: Vec<u32> = active.iter().map(|active| active.last).collect();
-        let positions: Vec<u32> = active.iter().map(|active| active.position as u32).collect();
-        last_rows = weights.embed(decoder.slots(), &ids, &positions, hidden);
-        for (layer, slots) in decoder.slots().blocks.iter().enumerate() {
-            let gathered = Weights::of_block(decoder, slots);
-            let weights = gathered.as_ref().unwrap_or(&weights);
-            let mut caches: Vec<&mut LayerCache> = active.iter_mut().map(|active| &mut active.caches[layer]).collect();
-            let attention = weights.attention(slots);
-            decode::attention_step(&mut last_rows, &mut caches, &positions, attention, positional, shape, &mut scratch);
-            decode::mlp_step(&mut last_rows, weights.mlp(slots), ids.len(), shape.eps, &mut scratch);
-        }
-        active.iter_mut().for_each(|active| active.position += 1);
-    }
+    });
+    completions
 }
 
 /// Draws a token from logits with the uniform number `u`; returns it with its log-probability at the temperature. Logits become

@@ -1,0 +1,231 @@
+//! Threads that go through many short phases together.
+//!
+//! A phase of a decoding step takes some microseconds, less than it takes to wake a thread. So the threads of a team stay awake: one leads
+//! and opens phases, the others take tasks of whatever phase is open. The leader waits for tasks that were taken and never for threads:
+//! where all others are busy elsewhere, it does everything itself.
+
+use std::{
+    any::Any,
+    cell::UnsafeCell,
+    hint::spin_loop,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+/// Looks for a task before a thread lets others run: some microseconds.
+const LOOKS: usize = 1 << 9;
+
+/// A leader and its helpers.
+pub struct Team {
+    /// Of the newest phase: its number (32 bits), its tasks (16), and those that were taken (16).
+    phase: AtomicU64,
+    /// Its tasks that are done.
+    done: AtomicUsize,
+    /// What a task is. Only the leader changes it, and only while no task is taken that is not done.
+    work: UnsafeCell<Option<Work>>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    is_over: AtomicBool,
+}
+
+/// Where items begin.
+struct Start<T>(*mut T);
+
+// SAFETY: tasks get items of their own, which may be sent to them.
+unsafe impl<T: Send> Sync for Start<T> {}
+
+impl<T> Start<T> {
+    fn get(&self) -> *mut T {
+        self.0
+    }
+}
+
+/// A closure whose lifetime ends with its phase.
+type Work = *const (dyn Fn(usize) + Sync);
+
+// SAFETY: `work` is read by those who have taken a task of the phase that it was set for, and not changed before they are done.
+unsafe impl Sync for Team {}
+
+impl Team {
+    /// Runs `lead` with all threads of the pool that are free as helpers.
+    pub fn with<R>(lead: impl FnOnce(&Self) -> R) -> R {
+        let team = Self {
+            phase: AtomicU64::new(0),
+            done: AtomicUsize::new(0),
+            work: UnsafeCell::new(None),
+            panic: Mutex::new(None),
+            is_over: AtomicBool::new(false),
+        };
+        rayon::in_place_scope(|scope| {
+            for _ in 1..rayon::current_num_threads() {
+                scope.spawn(|_| team.help());
+            }
+            // Helpers end however the leader does.
+            let _end = End(&team.is_over);
+            lead(&team)
+        })
+    }
+
+    /// Runs `work` with every number below `tasks`, on all threads; a panic of one is the caller's.
+    pub fn each(&self, tasks: usize, work: impl Fn(usize) + Sync) {
+        for first in (0..tasks).step_by(usize::from(u16::MAX)) {
+            self.phase((tasks - first).min(usize::from(u16::MAX)), &|task| work(first + task));
+        }
+    }
+
+    /// The same with every item.
+    pub fn each_item<T: Send>(&self, items: &mut [T], work: impl Fn(&mut T) + Sync) {
+        let (start, len) = (Start(items.as_mut_ptr()), items.len());
+        self.each(len, |item| {
+            // SAFETY: the number is below the length, and each is asked for once.
+            work(unsafe { &mut *start.get().add(item) });
+        });
+    }
+
+    fn phase<'a>(&self, tasks: usize, work: &'a (dyn Fn(usize) + Sync + 'a)) {
+        if tasks == 1 {
+            return work(0);
+        }
+        // SAFETY: the closure outlives the phase, which this function does not leave before all of its tasks are done; the lifetime is
+        // left out of the type because it has no name there.
+        let work: Work = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + 'a), Work>(work) };
+        // SAFETY: the last phase's tasks are done, and no task is open, so nobody reads this.
+        unsafe { *self.work.get() = Some(work) };
+        self.done.store(0, Ordering::Relaxed);
+        let number = (self.phase.load(Ordering::Relaxed) >> 32) + 1;
+        self.phase.store(number << 32 | (tasks as u64) << 16, Ordering::Release);
+        while self.take() {}
+        let mut looks = 0;
+        while self.done.load(Ordering::Acquire) < tasks {
+            wait(&mut looks);
+        }
+        if let Some(panic) = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            resume_unwind(panic);
+        }
+    }
+
+    /// Takes a task and does it, if one is open.
+    fn take(&self) -> bool {
+        let mut phase = self.phase.load(Ordering::Acquire);
+        loop {
+            let (tasks, taken) = (phase >> 16 & 0xffff, phase & 0xffff);
+            if taken >= tasks {
+                return false;
+            }
+            match self.phase.compare_exchange_weak(phase, phase + 1, Ordering::Acquire, Ordering::Acquire) {
+                Ok(_) => {
+                    // SAFETY: a task of this phase is taken and not done, so that the leader leaves the closure as it is.
+                    let work = unsafe { (*self.work.get()).map(|work| &*work) };
+                    if let Some(work) = work
+                        && let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(taken as usize)))
+                    {
+                        self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+                    }
+                    self.done.fetch_add(1, Ordering::Release);
+                    return true;
+                }
+                Err(now) => phase = now,
+            }
+        }
+    }
+
+    fn help(&self) {
+        let mut looks = 0;
+        while !self.is_over.load(Ordering::Relaxed) {
+            if self.take() {
+                looks = 0;
+            } else {
+                if looks == LOOKS {
+                    // What the leader does meanwhile may need this thread.
+                    rayon::yield_now();
+                }
+                wait(&mut looks);
+            }
+        }
+    }
+}
+
+/// Waits a moment: awake at first, then giving way to other threads.
+fn wait(looks: &mut usize) {
+    if *looks < LOOKS {
+        *looks += 1;
+        spin_loop();
+    } else {
+        std::thread::yield_now();
+    }
+}
+
+/// Tells the helpers that it is over.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_of_every_phase_runs_once() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+        let counts: Vec<AtomicUsize> = (0..100).map(|_| AtomicUsize::new(0)).collect();
+        pool.install(|| {
+            Team::with(|team| {
+                for phase in 0..20_000 {
+                    let tasks = phase % 101;
+                    team.each(tasks, |task| _ = counts[task].fetch_add(1, Ordering::Relaxed));
+                    // What a phase did can be seen after it.
+                    let expected = |task: usize| (0..=phase).filter(|phase| phase % 101 > task).count();
+                    if phase % 997 == 0 {
+                        (0..100).for_each(|task| assert_eq!(counts[task].load(Ordering::Relaxed), expected(task)));
+                    }
+                }
+            });
+        });
+    }
+
+    #[test]
+    fn more_tasks_than_a_phase_can_have_are_several_phases() {
+        let (sum, many) = (AtomicUsize::new(0), 200_000);
+        Team::with(|team| team.each(many, |task| _ = sum.fetch_add(task, Ordering::Relaxed)));
+        assert_eq!(sum.into_inner(), many * (many - 1) / 2);
+    }
+
+    #[test]
+    fn a_team_works_where_all_other_threads_are_busy() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let sum = AtomicUsize::new(0);
+        let add = |team: &Team| (0..100).for_each(|_| team.each(10, |task| _ = sum.fetch_add(task, Ordering::Relaxed)));
+        // Two leaders on two threads, and parallel work of the pool within one of them.
+        pool.join(
+            || Team::with(add),
+            || {
+                Team::with(|team| {
+                    add(team);
+                    pool.install(|| rayon::join(|| add(team), || ()));
+                });
+            },
+        );
+        assert_eq!(sum.into_inner(), 3 * 100 * 45);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_after_all_tasks() {
+        let ran = AtomicUsize::new(0);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            Team::with(|team| {
+                team.each(50, |task| {
+                    ran.fetch_add(1, Ordering::Relaxed);
+                    assert!(task != 7, "task seven");
+                });
+            });
+        }));
+        assert!(outcome.unwrap_err().downcast_ref::<&str>().is_some_and(|text| text.contains("seven")));
+        assert_eq!(ran.into_inner(), 50);
+    }
+}
