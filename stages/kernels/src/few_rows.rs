@@ -8,9 +8,8 @@ use std::ops::Range;
 
 use crate::{
     matmul::{self, Into, MatrixRef},
-    scratch::scratch,
     shared::Shared,
-    simd::{self, LANES},
+    simd,
     team::Team,
     weight::Weight,
 };
@@ -54,19 +53,10 @@ pub fn project<const N: usize>(team: &Team, x: &[f32], rows: usize, outputs: [Ou
         let out = Shared::new(out);
         tasks.extend((0..width).step_by(TASK).map(|first| Task { out, into, weight, width, first }));
     }
-    // Every vector of a row within a line of the cache.
-    let stride = columns.next_multiple_of(LANES);
-    let is_aligned = stride == columns && x.as_ptr().addr().is_multiple_of(LANES * size_of::<f32>());
-    let aligned = (!is_aligned).then(|| {
-        let mut aligned = scratch(rows * stride);
-        for (to, from) in aligned.chunks_exact_mut(stride.max(1)).zip(x.chunks_exact(columns.max(1))) {
-            to[..columns].copy_from_slice(from);
-        }
-        aligned
-    });
-    let x = aligned.as_deref().unwrap_or(x);
     // SAFETY: the level says that the processor has the instructions.
-    team.each(tasks.len(), |task| unsafe { avx512::run(&tasks[task], x, rows, columns) });
+    let x = unsafe { avx512::pack(x, rows, columns) };
+    // SAFETY: as above.
+    team.each(tasks.len(), |task| unsafe { avx512::run(&tasks[task], &x, rows, columns) });
 }
 
 /// Some columns of a projection.
@@ -82,37 +72,46 @@ impl Task<'_> {
     fn lines(&self) -> Range<usize> {
         self.first..(self.first + TASK).min(self.width)
     }
-
-    /// Writes or adds the sums of `count` columns from `column` on to rows from `row` on.
-    #[inline(always)]
-    fn put(&self, row: usize, column: usize, count: usize, sums: &[[f32; TILE]]) {
-        for (index, sums) in sums.iter().enumerate() {
-            // SAFETY: tasks have disjoint columns.
-            let out = unsafe { self.out.from((row + index) * self.width + column) };
-            for (out, sum) in out[..count].iter_mut().zip(sums) {
-                match self.into {
-                    Into::Overwrite => *out = *sum,
-                    Into::Add => *out += sum,
-                }
-            }
-        }
-    }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::*;
 
-    use super::{TILE, Task, Weight};
-    use crate::{bf16::widen, simd::LANES};
+    use super::{Into, TILE, Task, Weight};
+    use crate::{
+        bf16::widen,
+        scratch::{Scratch, scratch},
+        simd::LANES,
+    };
 
     /// Rows whose sums are in registers at once.
     const ROWS: usize = 6;
     /// How many tiles ahead lines are fetched.
     const AHEAD: usize = 4;
 
-    /// Rows of `x` are a multiple of [`LANES`] apart.
-    #[target_feature(enable = "avx512f,avx512dq")]
+    /// Rows in groups of [`ROWS`]. Sixteen terms of a group's rows lie side by side; terms beyond the last are zeros.
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn pack(x: &[f32], rows: usize, columns: usize) -> Scratch<f32> {
+        let stride = columns.next_multiple_of(LANES);
+        let mut packed = scratch(rows * stride);
+        let groups = packed.chunks_mut((ROWS * stride).max(1)).zip(x.chunks((ROWS * columns).max(1)));
+        for (packed, x) in groups {
+            let count = packed.len() / stride;
+            for (row, x) in x.chunks_exact(columns).enumerate() {
+                for (step, x) in x.chunks(LANES).enumerate() {
+                    let to = &mut packed[(step * count + row) * LANES..][..LANES];
+                    let mask = ((1_u32 << x.len()) - 1) as u16;
+                    // SAFETY: the mask keeps the load within `x`; sixteen numbers are written.
+                    unsafe { _mm512_storeu_ps(to.as_mut_ptr(), _mm512_maskz_loadu_ps(mask, x.as_ptr())) };
+                }
+            }
+        }
+        packed
+    }
+
+    /// `x` is packed.
+    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
     pub(super) fn run(task: &Task<'_>, x: &[f32], rows: usize, columns: usize) {
         let stride = columns.next_multiple_of(LANES);
         let mut wide = Vec::new();
@@ -131,98 +130,91 @@ mod avx512 {
                 }
             };
             // Lines that are not there are the last one again: their sums are left out.
-            let mut lines = [&weight[..columns]; TILE];
-            for (line, elements) in lines.iter_mut().enumerate() {
-                *elements = &weight[line.min(count - 1) * columns..][..columns];
-            }
-            // The first sums fetch the lines that come next: the processor alone would be late.
+            let lines = std::array::from_fn(|line| &weight[line.min(count - 1) * columns..][..columns]);
+            // The first sums fetch the lines that come later: the processor alone would be late.
             for row in (0..rows).step_by(ROWS) {
                 let x = &x[row * stride..(row + ROWS).min(rows) * stride];
                 match row / ROWS {
-                    0 if rows <= ROWS => rows_by_lines::<0b1111>(task, x, lines, columns, row, first, count),
-                    0 => rows_by_lines::<0b0011>(task, x, lines, columns, row, first, count),
-                    1 => rows_by_lines::<0b1100>(task, x, lines, columns, row, first, count),
-                    _ => rows_by_lines::<0>(task, x, lines, columns, row, first, count),
+                    0 if rows <= ROWS => rows_by_lines::<0b1111>(task, x, lines, row, first, count),
+                    0 => rows_by_lines::<0b0011>(task, x, lines, row, first, count),
+                    1 => rows_by_lines::<0b1100>(task, x, lines, row, first, count),
+                    _ => rows_by_lines::<0>(task, x, lines, row, first, count),
                 }
             }
         }
     }
 
     /// `FETCH` says after which of the lines to fetch.
-    #[target_feature(enable = "avx512f,avx512dq")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
     #[inline]
-    fn rows_by_lines<const FETCH: u8>(
-        task: &Task<'_>,
-        x: &[f32],
-        lines: [&[f32]; TILE],
-        columns: usize,
-        row: usize,
-        first: usize,
-        count: usize,
-    ) {
-        match x.len() / columns.next_multiple_of(LANES) {
-            1 => task.put(row, first, count, &tile::<1, FETCH>(x, lines, columns)),
-            2 => task.put(row, first, count, &tile::<2, FETCH>(x, lines, columns)),
-            3 => task.put(row, first, count, &tile::<3, FETCH>(x, lines, columns)),
-            4 => task.put(row, first, count, &tile::<4, FETCH>(x, lines, columns)),
-            5 => task.put(row, first, count, &tile::<5, FETCH>(x, lines, columns)),
-            _ => task.put(row, first, count, &tile::<ROWS, FETCH>(x, lines, columns)),
+    fn rows_by_lines<const FETCH: u8>(task: &Task<'_>, x: &[f32], lines: [&[f32]; TILE], row: usize, first: usize, count: usize) {
+        match x.len() / lines[0].len().next_multiple_of(LANES) {
+            1 => put(task, row, first, count, &tile::<1, FETCH>(x, lines)),
+            2 => put(task, row, first, count, &tile::<2, FETCH>(x, lines)),
+            3 => put(task, row, first, count, &tile::<3, FETCH>(x, lines)),
+            4 => put(task, row, first, count, &tile::<4, FETCH>(x, lines)),
+            5 => put(task, row, first, count, &tile::<5, FETCH>(x, lines)),
+            _ => put(task, row, first, count, &tile::<ROWS, FETCH>(x, lines)),
         }
     }
 
-    /// Sums of the first `ROWS` lines of `x` by four others, each as it would be alone.
-    #[target_feature(enable = "avx512f,avx512dq")]
+    /// Writes or adds the sums of `count` columns from `column` on to rows from `row` on.
+    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
     #[inline]
-    fn tile<const ROWS: usize, const FETCH: u8>(x: &[f32], lines: [&[f32]; TILE], columns: usize) -> [[f32; TILE]; ROWS] {
-        let stride = columns.next_multiple_of(LANES);
-        assert!(x.len() == ROWS * stride && lines.iter().all(|line| line.len() == columns));
-        let mut sums = [[_mm512_setzero_ps(); TILE]; ROWS];
-        let whole = columns / LANES * LANES;
-        for at in (0..whole).step_by(LANES) {
-            // SAFETY: sixteen numbers from `at` on are within the lines.
+    fn put(task: &Task<'_>, row: usize, column: usize, count: usize, sums: &[__m128]) {
+        let mask = (1_u8 << count) - 1;
+        for (index, sums) in sums.iter().enumerate() {
+            // SAFETY: tasks have disjoint columns, and the mask keeps to this one's.
             unsafe {
-                for (index, line) in lines.iter().enumerate() {
-                    if FETCH >> index & 1 == 1 {
-                        _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(AHEAD * TILE * columns + at).cast());
-                    }
-                }
-                let weights: [__m512; TILE] = [
-                    _mm512_loadu_ps(lines[0].as_ptr().add(at)),
-                    _mm512_loadu_ps(lines[1].as_ptr().add(at)),
-                    _mm512_loadu_ps(lines[2].as_ptr().add(at)),
-                    _mm512_loadu_ps(lines[3].as_ptr().add(at)),
-                ];
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm512_loadu_ps(x.as_ptr().add(row * stride + at));
-                    for (sum, weights) in sums.iter_mut().zip(weights) {
-                        *sum = _mm512_fmadd_ps(x, weights, *sum);
-                    }
+                let to = task.out.from((row + index) * task.width + column);
+                assert!(count <= to.len());
+                let to = to.as_mut_ptr();
+                let sums = match task.into {
+                    Into::Overwrite => *sums,
+                    Into::Add => _mm_add_ps(_mm_maskz_loadu_ps(mask, to), *sums),
+                };
+                _mm_mask_storeu_ps(to, mask, sums);
+            }
+        }
+    }
+
+    /// Sums of a group of `ROWS` rows by four lines, each as it would be alone.
+    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+    #[inline]
+    fn tile<const ROWS: usize, const FETCH: u8>(x: &[f32], lines: [&[f32]; TILE]) -> [__m128; ROWS] {
+        let columns = lines[0].len();
+        assert!(x.len() == ROWS * columns.next_multiple_of(LANES) && lines.iter().all(|line| line.len() == columns));
+        let mut sums = [[_mm512_setzero_ps(); TILE]; ROWS];
+        let mut add = |x: *const f32, weights: [__m512; TILE]| {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: the caller of this closure has sixteen terms of each row there.
+                let x = unsafe { _mm512_loadu_ps(x.add(row * LANES)) };
+                for (sum, weights) in sums.iter_mut().zip(weights) {
+                    *sum = _mm512_fmadd_ps(x, weights, *sum);
                 }
             }
+        };
+        let whole = columns / LANES * LANES;
+        for at in (0..whole).step_by(LANES) {
+            for (index, line) in lines.iter().enumerate() {
+                if FETCH >> index & 1 == 1 {
+                    _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(AHEAD * TILE * columns + at).cast());
+                }
+            }
+            // SAFETY: sixteen numbers from `at` on are within the lines.
+            add(x.as_ptr().wrapping_add(at * ROWS), lines.map(|line| unsafe { _mm512_loadu_ps(line.as_ptr().add(at)) }));
         }
         if whole < columns {
             let mask = ((1_u32 << (columns - whole)) - 1) as u16;
-            for (row, sums) in sums.iter_mut().enumerate() {
-                for (sum, line) in sums.iter_mut().zip(lines) {
-                    // SAFETY: the mask keeps loads within the lines.
-                    unsafe {
-                        let (x, weight) = (x.as_ptr().add(row * stride + whole), line.as_ptr().add(whole));
-                        let (x, weight) = (_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, weight));
-                        *sum = _mm512_fmadd_ps(x, weight, *sum);
-                    }
-                }
-            }
+            // SAFETY: the mask keeps loads within the lines.
+            let weights = lines.map(|line| unsafe { _mm512_maskz_loadu_ps(mask, line.as_ptr().add(whole)) });
+            add(x.as_ptr().wrapping_add(whole * ROWS), weights);
         }
-        let mut out = [[0.0; TILE]; ROWS];
-        for (out, sums) in out.iter_mut().zip(sums) {
-            // SAFETY: four numbers.
-            unsafe { _mm_storeu_ps(out.as_mut_ptr(), sum_each(sums)) };
-        }
-        out
+        sums.map(|sums| sum_each(sums))
     }
 
     /// Lane `i` of the result is the sum of the lanes of vector `i`: a tree whose shape is the same for each.
-    #[target_feature(enable = "avx512f,avx512dq")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
     #[inline]
     fn sum_each([a, b, c, d]: [__m512; TILE]) -> __m128 {
         // Lanes of a 128-bit part hold that part's sums of the four vectors.
@@ -236,6 +228,10 @@ mod avx512 {
 
 #[cfg(not(target_arch = "x86_64"))]
 mod avx512 {
+    pub(super) fn pack(_: &[f32], _: usize, _: usize) -> Vec<f32> {
+        unreachable!("`project` takes another way without AVX-512")
+    }
+
     pub(super) fn run(_: &super::Task<'_>, _: &[f32], _: usize, _: usize) {
         unreachable!("`project` takes another way without AVX-512")
     }
