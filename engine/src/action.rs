@@ -12,7 +12,7 @@ use std::{
 };
 
 use rlflow_api::{DataFile, DeviceChoice, DeviceSpec, Kind, Needs, Placement, Problem, RowTokens, ZeroSetting, data_format};
-use rlflow_store::{ActionRecord, Digest, FileDigest, Snapshot, Store, StoreError};
+use rlflow_store::{ActionRecord, Digest, FileDigest, Snapshot, Store};
 
 use crate::{
     Host, Rerun, RerunReason, Result,
@@ -428,16 +428,13 @@ impl<'a> Actions<'a> {
         Ok(None)
     }
 
-    /// Whether an artifact that cannot be opened is damaged, rather than gone. `None` if it can.
+    /// Whether an artifact that cannot be opened is damaged, rather than gone. `None` if it can. Like all that decides this only looks,
+    /// so that a plan that is asked for again says the same, and a run after it too.
     fn unreadable(&self, digest: Digest) -> Result<Option<bool>> {
         if self.store.contains_artifact(digest) {
             return Ok(None);
         }
-        match self.store.open_artifact(digest) {
-            Ok(_) | Err(StoreError::Missing { .. }) => Ok(Some(false)),
-            Err(StoreError::Damaged { .. } | StoreError::Format { .. }) => Ok(Some(true)),
-            Err(error) => Err(error.into()),
-        }
+        Ok(Some(self.store.shows_damage(digest)?))
     }
 
     /// The key of the stage's snapshots, for kinds whose snapshots outlive the run: longer runs continue from them.

@@ -80,6 +80,11 @@ impl Session<'_> {
         if waited {
             started = Instant::now();
         }
+        if matches!(action.rerun.reason, RerunReason::ArtifactDamaged { .. })
+            && let Some(last) = action.last.as_ref().filter(|last| last.key == action.key)
+        {
+            last.outputs.values().for_each(|output| self.actions.store.set_aside_damage(*output));
+        }
         // The process that we waited for may have left snapshots when it died.
         let refreshed = if waited { Some(self.actions.snapshots(index, action)?) } else { None };
         let snapshots = refreshed.as_ref().unwrap_or(&action.snapshots);

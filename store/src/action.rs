@@ -145,13 +145,6 @@ impl Store {
         }
     }
 
-    fn set_aside_if_damaged<T>(&self, key: Digest, found: Result<T>) -> Result<T> {
-        if matches!(found, Err(StoreError::Damaged { .. })) {
-            self.set_aside(Family::Action, key);
-        }
-        found
-    }
-
     /// Reads an action. Touches nothing.
     pub(crate) fn examine_action(&self, key: Digest) -> Result<Option<ActionRecord>> {
         self.with_action(key, |path, body| {
@@ -161,19 +154,13 @@ impl Store {
         })
     }
 
-    /// Reads an action; a damaged one is set aside.
-    pub(crate) fn read_action(&self, key: Digest) -> Result<Option<ActionRecord>> {
-        self.set_aside_if_damaged(key, self.examine_action(key))
-    }
-
-    /// Like [`Store::read_action`], at a fraction of the price.
-    pub(crate) fn read_action_head(&self, key: Digest) -> Result<Option<ActionHead>> {
-        let head = self.with_action(key, |path, body| {
+    /// Like [`Store::examine_action`], at a fraction of the price.
+    pub(crate) fn examine_action_head(&self, key: Digest) -> Result<Option<ActionHead>> {
+        self.with_action(key, |path, body| {
             let head: ActionHead = parse(path, body)?;
             check_identity(path, key, head.key, head.format)?;
             Ok(head)
-        });
-        self.set_aside_if_damaged(key, head)
+        })
     }
 
     pub(crate) fn write_action(&self, record: &ActionRecord) -> Result<()> {
@@ -182,6 +169,10 @@ impl Store {
         check_depth(&path, &record.provenance.settings)?;
         let body = to_canonical(record).map_err(|error| StoreError::Format { path: path.clone(), message: error.to_string() })?;
         check_length(&path, &body)?;
+        // What is damaged is evidence, which writing would replace.
+        if matches!(self.with_action(record.key, |_, _| Ok(())), Err(StoreError::Damaged { .. })) {
+            self.set_aside(Family::Action, record.key);
+        }
         write_durably(self.layout(), &path, &seal(SEAL, &body), &POINTS)
     }
 

@@ -126,7 +126,7 @@ impl Known {
             let known = before.and_then(|before| before.actions.get(&key)).filter(|(known, _)| *known == found);
             let summary = match known {
                 Some((_, summary)) => summary.clone(),
-                None => store.read_action_head(key).ok().flatten().map(Summary::from),
+                None => store.examine_action_head(key).ok().flatten().map(Summary::from),
             };
             actions.insert(key, (found, summary));
             if actions.len() > MAX_ACTIONS {

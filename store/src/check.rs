@@ -121,7 +121,7 @@ impl Check<'_> {
 
     fn manifests(&mut self) -> Result<()> {
         for digest in self.store.list_family(Family::Manifest)? {
-            let manifest = match self.store.examine_manifest(digest) {
+            let manifest = match self.store.manifest(digest) {
                 Ok(Some(manifest)) => manifest,
                 Ok(None) => continue,
                 Err(error) => {
@@ -164,9 +164,9 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Whether an artifact is there with all its blobs. Unlike a lookup this sets nothing aside.
+    /// Whether an artifact is there with all its blobs, asked of the files and not of the index.
     fn is_whole(&self, digest: Digest) -> bool {
-        let manifest = self.store.examine_manifest(digest).ok().flatten();
+        let manifest = self.store.manifest(digest).ok().flatten();
         manifest.is_some_and(|manifest| manifest.entries.iter().all(|entry| self.store.has_blob(entry.digest, entry.size_bytes)))
     }
 

@@ -113,20 +113,27 @@ impl Store {
 
 impl<'a> Collection<'a> {
     fn read(store: &'a Store, options: &'a GcOptions) -> Result<Self> {
+        // What a damaged record names is not kept for it, so it does not stay either.
+        let damaged = |family, digest, error: StoreError| {
+            tracing::warn!(%error, "found by gc");
+            if !options.dry_run {
+                store.set_aside(family, digest);
+            }
+        };
         let mut manifests = HashMap::new();
         for digest in store.list_family(Family::Manifest)? {
             match store.manifest(digest) {
                 Ok(manifest) => manifests.extend(manifest.map(|manifest| (digest, manifest))),
-                Err(error @ StoreError::Damaged { .. }) => tracing::warn!(%error, "found by gc"),
+                Err(error @ StoreError::Damaged { .. }) => damaged(Family::Manifest, digest, error),
                 // Made by a newer rlflow: we cannot know what it needs.
                 Err(error) => return Err(error),
             }
         }
         let mut actions = HashMap::new();
         for key in store.list_family(Family::Action)? {
-            match store.read_action(key) {
+            match store.examine_action(key) {
                 Ok(record) => actions.extend(record.map(|record| (key, record))),
-                Err(error @ StoreError::Damaged { .. }) => tracing::warn!(%error, "found by gc"),
+                Err(error @ StoreError::Damaged { .. }) => damaged(Family::Action, key, error),
                 Err(error) => return Err(error),
             }
         }

@@ -1,5 +1,6 @@
 //! What is damaged is moved to `damaged/`, where it is evidence and no longer served, and all that belongs together goes
-//! together, so that one run makes all of it again.
+//! together, so that one run makes all of it again. Who reads content does so, and who makes a result again; lookups (of records,
+//! and of whether something is there) touch nothing, so that a plan says the same however often it is asked for.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -10,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use crate::{Digest, Manifest, Result, Store, StoreError, durable::create_folder, layout::Family, root::list};
+use crate::{Digest, Manifest, Result, Store, StoreError, durable::create_folder, layout::Family, root::list, sealed::is_absent};
 
 /// What a store object knows of damage.
 #[derive(Default)]
@@ -19,6 +20,8 @@ pub(crate) struct Damage {
     open: Mutex<Vec<(Digest, Weak<Manifest>)>>,
     /// Artifacts whose manifests lie in `damaged/`; read when first asked for.
     set_aside: Mutex<Option<HashSet<Digest>>>,
+    /// Records of which was said that they cannot be used.
+    told: Mutex<HashSet<Digest>>,
 }
 
 impl Damage {
@@ -46,6 +49,57 @@ impl Store {
             files.iter().filter_map(|path| digest(path)).collect()
         });
         known.contains(&artifact) && !self.layout().file(Family::Manifest, artifact).exists()
+    }
+
+    /// Whether what is there of an artifact is damaged, as far as that shows without reading its content: a manifest that does not
+    /// fit its name, a blob of another length. Touches nothing.
+    pub fn shows_damage(&self, artifact: Digest) -> Result<bool> {
+        let manifest = match self.manifest(artifact) {
+            Ok(Some(manifest)) => manifest,
+            Ok(None) => return Ok(false),
+            Err(StoreError::Damaged { .. } | StoreError::Format { .. }) => return Ok(true),
+            Err(error) => return Err(error),
+        };
+        for entry in &manifest.entries {
+            let path = self.layout().file(Family::Blob, entry.digest);
+            match fs::metadata(&path) {
+                Ok(metadata) if metadata.len() == entry.size_bytes => {}
+                Ok(_) => return Ok(true),
+                Err(error) if is_absent(&error) => {}
+                Err(error) => return Err(StoreError::io("examine", path)(error)),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Sets aside what is damaged of an artifact, all of whose content is read for that: for whoever makes it again, since publishing
+    /// would replace the evidence.
+    pub fn set_aside_damage(&self, artifact: Digest) {
+        let found = self.load_manifest(artifact).and_then(|manifest| match manifest {
+            Some(manifest) => self.verify_entries(artifact, &manifest),
+            None => Ok(()),
+        });
+        if let Err(error) = found {
+            tracing::debug!(%error, "found in what is made again");
+        }
+    }
+
+    /// What a lookup makes of a damaged record: it counts as absent.
+    pub(crate) fn or_absent<T>(&self, digest: Digest, found: Result<Option<T>>) -> Result<Option<T>> {
+        match found {
+            Err(error @ StoreError::Damaged { .. }) => {
+                self.tell_once(digest, &error);
+                Ok(None)
+            }
+            found => found,
+        }
+    }
+
+    /// Says that a record cannot be used, once per store object: a plan may come to it from several sides.
+    pub(crate) fn tell_once(&self, digest: Digest, error: &StoreError) {
+        if self.damage().told.lock().unwrap_or_else(PoisonError::into_inner).insert(digest) {
+            tracing::warn!(%error, "a record in the store is not used");
+        }
     }
 
     /// Verifies the content of all of an artifact's entries. All that is damaged is set aside, and then the manifest too;

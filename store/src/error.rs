@@ -19,8 +19,8 @@ pub enum StoreError {
         /// Why.
         source: io::Error,
     },
-    /// Content is not what its name says; it was set aside.
-    #[error("{what} {digest} is damaged (its content hashes to {actual}); it was set aside and will be made again by the next run")]
+    /// Content is not what its name says. Who was to read it set it aside; who only looked left it where it is.
+    #[error("{what} {digest} is damaged (its content hashes to {actual}); the next run that needs it makes it again")]
     Damaged {
         /// Blob, manifest or action.
         what: &'static str,

@@ -88,7 +88,7 @@ impl Store {
                     open.push_back((edge.artifact, Some(edge.stage.clone())));
                 }
             }
-            let artifact_type = self.manifest(artifact)?.map(|manifest| manifest.artifact_type);
+            let artifact_type = self.or_absent(artifact, self.manifest(artifact))?.map(|manifest| manifest.artifact_type);
             nodes.push(LineageNode { artifact, artifact_type, maker });
         }
         Ok(nodes)

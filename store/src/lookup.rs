@@ -33,10 +33,10 @@ impl Store {
         {
             return Ok(Some(summary));
         }
-        Ok(self.read_action_head(key)?.map(Summary::from))
+        Ok(self.or_absent(key, self.examine_action_head(key))?.map(Summary::from))
     }
 
-    /// Whether an artifact is there with all its blobs. Content is not verified; that happens when it is read.
+    /// Whether an artifact is there with all its blobs. Content is not verified; that happens when it is read. Touches nothing.
     pub fn contains_artifact(&self, digest: Digest) -> bool {
         self.index().expect(self, 1);
         let path = self.layout().file(Family::Manifest, digest);
@@ -52,7 +52,7 @@ impl Store {
             Ok(Some(manifest)) => manifest,
             Ok(None) => return false,
             Err(error) => {
-                tracing::warn!(%error, "an artifact cannot be used");
+                self.tell_once(digest, &error);
                 return false;
             }
         };
@@ -74,7 +74,7 @@ impl Store {
             map.in_workflow.get(&(stage_hash, workflow_hash)).or_else(|| map.anywhere.get(&stage_hash)).map(|newest| newest.key)
         };
         let Some(key) = key else { return Ok(None) };
-        Ok(self.read_action(key)?.filter(|record| record.provenance.stage == stage && record.provenance.kind == kind))
+        Ok(self.action(key)?.filter(|record| record.provenance.stage == stage && record.provenance.kind == kind))
     }
 
     fn read_latest(&self) -> Result<LatestMap> {
@@ -85,7 +85,7 @@ impl Store {
             match self.action_summary(key) {
                 Ok(Some(summary)) => map.add(key, &summary),
                 Ok(None) => {}
-                Err(error @ (StoreError::Damaged { .. } | StoreError::Format { .. })) => tracing::warn!(%error, "an action is left out"),
+                Err(error @ StoreError::Format { .. }) => self.tell_once(key, &error),
                 Err(error) => return Err(error),
             }
         }

@@ -162,9 +162,10 @@ impl Store {
         self.artifact(artifact_type).keeps_nothing()
     }
 
-    /// Opens an artifact by its manifest's digest. `None` if it or one of its blobs is not there.
+    /// Opens an artifact by its manifest's digest, to be read: what is seen to be damaged is set aside. `None` if it or one of
+    /// its blobs is not there.
     pub fn open_artifact(&self, digest: Digest) -> Result<Option<Artifact>> {
-        let Some(manifest) = self.manifest(digest)? else { return Ok(None) };
+        let Some(manifest) = self.load_manifest(digest)? else { return Ok(None) };
         for entry in &manifest.entries {
             match fs::metadata(self.layout().file(Family::Blob, entry.digest)) {
                 Ok(metadata) if metadata.len() == entry.size_bytes => {}
@@ -187,9 +188,10 @@ impl Store {
         self.load_verified(Family::Blob, digest)
     }
 
-    /// The action recorded under `key`, if any.
+    /// The action recorded under `key`, if any. Touches nothing: a damaged record counts as none, with a warning, until the action is
+    /// recorded again.
     pub fn action(&self, key: Digest) -> Result<Option<ActionRecord>> {
-        self.read_action(key)
+        self.or_absent(key, self.examine_action(key))
     }
 
     /// Records an action durably, after its outputs are.
@@ -209,9 +211,9 @@ impl Store {
     pub fn actions(&self) -> Result<Vec<ActionRecord>> {
         let mut records = Vec::new();
         for key in self.list_family(Family::Action)? {
-            match self.read_action(key) {
+            match self.action(key) {
                 Ok(record) => records.extend(record),
-                Err(error @ (StoreError::Damaged { .. } | StoreError::Format { .. })) => tracing::warn!(%error, "an action is left out"),
+                Err(error @ StoreError::Format { .. }) => self.tell_once(key, &error),
                 Err(error) => return Err(error),
             }
         }
@@ -257,19 +259,19 @@ impl Store {
         self.list_runs()
     }
 
-    /// The manifest named `digest`, verified. `None` if absent.
+    /// The manifest named `digest`, verified. `None` if absent. Touches nothing.
     pub fn manifest(&self, digest: Digest) -> Result<Option<Manifest>> {
-        let found = self.examine_manifest(digest);
+        let Some((path, bytes)) = self.examine(Family::Manifest, digest)? else { return Ok(None) };
+        Manifest::decode(&path, &bytes).map(Some)
+    }
+
+    /// Like [`Store::manifest`], but sets a damaged one aside.
+    pub(crate) fn load_manifest(&self, digest: Digest) -> Result<Option<Manifest>> {
+        let found = self.manifest(digest);
         if matches!(found, Err(StoreError::Damaged { .. })) {
             self.set_aside(Family::Manifest, digest);
         }
         found
-    }
-
-    /// Like [`Store::manifest`], but touches nothing.
-    pub(crate) fn examine_manifest(&self, digest: Digest) -> Result<Option<Manifest>> {
-        let Some((path, bytes)) = self.examine(Family::Manifest, digest)? else { return Ok(None) };
-        Manifest::decode(&path, &bytes).map(Some)
     }
 
     /// Held while content becomes visible, so that a collection in another process does not take it at once.

@@ -63,7 +63,7 @@ impl ManifestBlobs {
         let blobs = match known.entry(digest) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(unknown) => {
-                let Some(manifest) = store.manifest(digest)? else { return Ok(()) };
+                let Some(manifest) = store.load_manifest(digest)? else { return Ok(()) };
                 unknown.insert(manifest.entries.iter().map(|entry| entry.digest).collect())
             }
         };

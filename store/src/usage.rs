@@ -112,7 +112,7 @@ impl Store {
     fn add_artifact(&self, group: &mut Group, digest: Digest, sizes: &HashMap<Digest, u64>) -> Result<()> {
         match self.manifest(digest) {
             Ok(Some(manifest)) => manifest.entries.iter().for_each(|entry| group.add(entry.digest, sizes)),
-            // Collected, or damaged and now set aside: it takes nothing.
+            // Collected, or damaged: it takes nothing.
             Ok(None) | Err(StoreError::Damaged { .. }) => {}
             Err(error) => return Err(error),
         }

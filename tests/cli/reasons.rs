@@ -1,10 +1,15 @@
 //! Why a stage runs: the same in every command that says it.
 
-use std::{fs, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
 
 use serde_json::Value;
 
-use crate::{World, stderr, stdout};
+use crate::{World, statuses, stderr, stdout};
 
 /// `stage status: reason` of the first stage that runs. `plan`, `status`, `run` and `log` tell scripts the same reason, to the last member,
 /// and people the same words.
@@ -31,11 +36,34 @@ fn reason(world: &World) -> String {
     format!("{name} {}: {text}", first["status"].as_str().unwrap())
 }
 
+/// Every file below a folder, with its size and when it was written.
+fn listing(folder: &Path) -> BTreeMap<PathBuf, (u64, SystemTime)> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let metadata = fs::symlink_metadata(&path).unwrap();
+        if metadata.is_dir() {
+            found.extend(listing(&path));
+        } else {
+            found.insert(path, (metadata.len(), metadata.modified().unwrap()));
+        }
+    }
+    found
+}
+
 /// The largest blob of the store.
 fn largest_blob(world: &World) -> PathBuf {
-    let files = |folder: PathBuf| fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let blobs = files(world.path(".rlflow/blobs")).flat_map(files);
-    blobs.max_by_key(|blob| fs::metadata(blob).unwrap().len()).unwrap()
+    listing(&world.path(".rlflow/blobs")).into_iter().max_by_key(|(_, (size_bytes, _))| *size_bytes).unwrap().0
+}
+
+/// Replaces the content of every file below a folder of the store. What is stored is read-only.
+fn rewrite(folder: &Path, change: impl Fn(&mut Vec<u8>)) {
+    for path in listing(folder).into_keys() {
+        let mut content = fs::read(&path).unwrap();
+        change(&mut content);
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, content).unwrap();
+    }
 }
 
 #[test]
@@ -83,4 +111,30 @@ fn every_command_gives_the_same_reason() {
     let damaged = reason(&world);
     assert!(damaged.ends_with(" was found damaged and set aside"), "{damaged}");
     assert_eq!(world.json(&["fsck", "--json"])["ok"], true);
+}
+
+/// Only a run sets aside what it makes again: who asks what it would do gets one answer, however often.
+#[test]
+fn looking_at_damage_changes_neither_the_store_nor_the_reason() {
+    let world = World::new();
+    let store = world.path(".rlflow");
+    assert!(world.rlflow(&["run", "flow.toml", "-q"]).status.success());
+    let expect = |expected: &str| {
+        let before = listing(&store);
+        let looks = ["plan", "plan", "status", "plan"].map(|command| world.json(&[command, "flow.toml", "--json"]));
+        assert!(looks.iter().all(|look| *look == looks[0]), "{looks:?}");
+        assert_eq!(listing(&store), before);
+        assert_eq!(reason(&world), expected);
+    };
+    // Every blob lost its last byte.
+    rewrite(&store.join("blobs"), |content| _ = content.pop());
+    fs::write(world.path("flow.toml"), crate::WORKFLOW.replace("vocab_size = 300", "vocab_size = 305")).unwrap();
+    expect("corpus run: its result text is damaged and tokenizer must read it");
+    assert!(!listing(&store.join("damaged")).is_empty(), "the run left no evidence");
+    assert_eq!(statuses(&world.json(&["plan", "flow.toml", "--json"])), ["cached", "cached"]);
+    // In every record a bit flipped: they count as none, which is told.
+    rewrite(&store.join("actions"), |content| *content.last_mut().unwrap() ^= 1);
+    assert!(stderr(&world.rlflow(&["plan", "flow.toml"])).contains("is damaged"));
+    expect("corpus run: never ran");
+    assert!(listing(&store.join("damaged")).into_keys().any(|path| path.to_string_lossy().contains("damaged/action-")));
 }

@@ -1,6 +1,7 @@
 //! Damage to what is stored: never served, found as a whole, and made good by one round of publishing.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
@@ -10,11 +11,30 @@ use proptest::prelude::*;
 use rlflow_store::{Artifact, Digest, Dtype, GcOptions, Retain, SnapshotLimit, Store, StoreError};
 use serde_json::json;
 
-use crate::support::{fast_store, key};
+use crate::support::{action, fast_store, key};
 
 fn blob_path(store: &Store, digest: Digest) -> PathBuf {
+    path_in(store, "blobs", digest)
+}
+
+fn path_in(store: &Store, family: &str, digest: Digest) -> PathBuf {
     let name = digest.to_string();
-    store.folder().join("blobs").join(&name[..2]).join(&name)
+    store.folder().join(family).join(&name[..2]).join(&name)
+}
+
+/// Every file below a folder, with its size and when it was written.
+fn listing(folder: &Path) -> BTreeMap<PathBuf, (u64, SystemTime)> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let metadata = fs::symlink_metadata(&path).unwrap();
+        if metadata.is_dir() {
+            found.extend(listing(&path));
+        } else {
+            found.insert(path, (metadata.len(), metadata.modified().unwrap()));
+        }
+    }
+    found
 }
 
 fn flip(path: &Path, at: usize, bit: u8) {
@@ -66,6 +86,55 @@ fn all_that_is_damaged_in_what_is_open_is_set_aside_at_once() {
         artifact.verify().unwrap();
         assert!(!store.is_set_aside(artifact.digest()) && !later.is_set_aside(artifact.digest()));
     }
+}
+
+#[test]
+fn who_only_looks_touches_nothing_and_who_makes_it_again_sets_it_aside() {
+    let (_folder, store) = fast_store();
+    let [cut, flipped] = ["cut", "flipped"].map(|name| publish(&store, name));
+    for artifact in [("sft", &cut), ("rm", &flipped)] {
+        store.put_action(&action(artifact.0, &[("model", artifact.1.digest())])).unwrap();
+    }
+    let blob = blob_path(&store, blobs(&cut)[0]);
+    let content = fs::read(&blob).unwrap();
+    fs::remove_file(&blob).unwrap();
+    fs::write(&blob, &content[..500]).unwrap();
+    flip(&path_in(&store, "manifests", flipped.digest()), 100, 0);
+    flip(&path_in(&store, "actions", key("rm")), 200, 0);
+
+    let before = listing(store.folder());
+    let later = Store::open(store.folder()).unwrap();
+    let set_aside = || [&cut, &flipped].map(|artifact| later.is_set_aside(artifact.digest()));
+    for _ in 0..2 {
+        for artifact in [&cut, &flipped] {
+            assert!(!later.contains_artifact(artifact.digest()) && later.shows_damage(artifact.digest()).unwrap());
+            later.lineage(artifact.digest()).unwrap();
+        }
+        assert!(!later.shows_damage(key("never made")).unwrap());
+        assert_eq!(later.outputs(key("sft")).unwrap().unwrap()["model"], cut.digest());
+        assert!(later.outputs(key("rm")).unwrap().is_none() && later.action(key("rm")).unwrap().is_none());
+        assert!(later.last_action("a.toml", "rm", "sft").unwrap().is_none());
+        assert_eq!(later.actions().unwrap().len(), 1);
+        later.usage().unwrap();
+        later.gc(&GcOptions { dry_run: true, ..GcOptions::default() }).unwrap();
+        assert!(!later.fsck(false).unwrap().is_clean());
+        assert_eq!((listing(store.folder()), set_aside()), (before.clone(), [false, false]));
+    }
+
+    for artifact in [&cut, &flipped] {
+        later.set_aside_damage(artifact.digest());
+    }
+    later.put_action(&action("rm", &[("model", flipped.digest())])).unwrap();
+    let damaged = |what: &str| {
+        let names = fs::read_dir(store.folder().join("damaged")).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().starts_with(what)).count()
+    };
+    assert_eq!((set_aside(), ["blob-", "manifest-", "action-"].map(damaged)), ([true, true], [1, 2, 1]));
+    for (name, artifact) in [("cut", &cut), ("flipped", &flipped)] {
+        assert_eq!(publish(&later, name).digest(), artifact.digest());
+    }
+    assert_eq!(set_aside(), [false, false]);
+    assert!(later.fsck(false).unwrap().is_clean());
 }
 
 #[test]
