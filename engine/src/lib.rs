@@ -31,6 +31,7 @@ pub mod worker;
 
 mod adopt;
 mod crew;
+mod decider;
 mod error;
 mod execute;
 mod host;

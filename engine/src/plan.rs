@@ -1,4 +1,4 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -8,7 +8,8 @@ use rlflow_store::{ActionRecord, Digest, LeaseHolder, Store};
 
 use crate::{
     Host, Rerun, Result,
-    action::{Action, Actions, Decision, Outputs, Request},
+    action::{Action, Actions, Decision, Request},
+    decider::Decider,
     history,
     memory::Usage,
     settled,
@@ -110,63 +111,37 @@ impl Plan {
     /// Plans with what decides.
     pub fn of(actions: &Actions<'_>) -> Result<Self> {
         let workflow = actions.workflow;
-        let count = workflow.stages.len();
-        let mut outputs: Vec<Option<Outputs>> = vec![None; count];
-        let mut decided: Vec<Option<PlannedStage>> = (0..count).map(|_| None).collect();
-        let mut runs: Vec<Option<Box<Action>>> = (0..count).map(|_| None).collect();
-        let mut place = vec![0; count];
-        workflow.order.iter().enumerate().for_each(|(at, stage)| place[*stage] = at);
-        // What runs, in the order in which a run comes to it.
-        let mut readers = BTreeSet::new();
-        for (round, wave) in waves(actions).into_iter().enumerate() {
-            let (waiting, known): (Vec<usize>, Vec<usize>) = wave
-                .into_iter()
-                .partition(|index| workflow.stages[*index].inputs.values().flatten().any(|edge| outputs[edge.stage].is_none()));
-            for index in waiting {
-                let above = workflow.stages[index].inputs.values().flatten().find(|edge| outputs[edge.stage].is_none());
-                let rerun = above.map(|edge| {
-                    let above = decided[edge.stage].as_ref().and_then(|above| above.rerun.as_ref());
-                    Rerun::depends(&workflow.stages[edge.stage].name, above)
-                });
-                let stage = &workflow.stages[index];
-                let last = actions.reach.last_result(&actions.workflow_name, &stage.name, stage.kind.name())?;
-                let estimated_seconds = last.and_then(|last| estimate(&last, &stage.identity_settings, 0));
-                let pending = PlannedStage { status: Status::Pending, rerun, estimated_seconds, ..PlannedStage::new(actions, index) };
-                decided[index] = Some(pending);
-            }
-            let decisions = actions.decide_all(&known, &outputs, &|_| None);
-            for (index, decision) in known.into_iter().zip(decisions) {
-                decided[index] = Some(match decision? {
-                    Decision::Cached { key, outputs: made } => {
-                        outputs[index] = Some(made);
-                        PlannedStage { status: Status::Cached, key: Some(key), ..PlannedStage::new(actions, index) }
+        let mut decider = Decider::new(actions, usize::MAX);
+        let mut planned: Vec<Option<PlannedStage>> = workflow.stages.iter().map(|_| None).collect();
+        loop {
+            for (stage, decision) in decider.decide()? {
+                planned[stage] = Some(match decision {
+                    Decision::Cached { key, .. } => {
+                        PlannedStage { status: Status::Cached, key: Some(key), ..PlannedStage::new(actions, stage) }
                     }
-                    Decision::Run(action) => {
-                        let planned = PlannedStage::running(actions, index, &action)?;
-                        runs[index] = Some(action);
-                        readers.insert((round, place[index]));
-                        planned
-                    }
+                    Decision::Run(action) => PlannedStage::running(actions, stage, &action)?,
                 });
             }
-        }
-        // What runs must read its inputs: results that were collected are made again, for the first that needs them, as in a run.
-        while let Some((round, at)) = readers.pop_first() {
-            let index = workflow.order[at];
-            let Some(action) = &runs[index] else { continue };
-            for lost in actions.unreadable_inputs(action)? {
-                if runs[lost.stage].is_some() {
-                    continue;
-                }
-                let reason = lost.reason(&workflow.stages[index].name);
-                if let Decision::Run(again) = actions.decide(lost.stage, &outputs, Some(&reason))? {
-                    decided[lost.stage] = Some(PlannedStage::running(actions, lost.stage, &again)?);
-                    runs[lost.stage] = Some(again);
-                    readers.insert((round + 1, place[lost.stage]));
-                }
+            if !decider.assume_made_again() {
+                break;
             }
         }
-        let mut plan = Self { stages: workflow.order.iter().filter_map(|index| decided[*index].take()).collect() };
+        let outputs = decider.outputs();
+        for index in workflow.order.iter().copied().filter(|stage| actions.is_selected(*stage)) {
+            if planned[index].is_some() {
+                continue;
+            }
+            let stage = &workflow.stages[index];
+            let rerun = stage.inputs.values().flatten().find(|edge| outputs[edge.stage].is_none()).map(|edge| {
+                let above = planned[edge.stage].as_ref().and_then(|above| above.rerun.as_ref());
+                Rerun::depends(&workflow.stages[edge.stage].name, above)
+            });
+            let last = actions.reach.last_result(&actions.workflow_name, &stage.name, stage.kind.name())?;
+            let estimated_seconds = last.and_then(|last| estimate(&last, &stage.identity_settings, 0));
+            let pending = PlannedStage { status: Status::Pending, rerun, estimated_seconds, ..PlannedStage::new(actions, index) };
+            planned[index] = Some(pending);
+        }
+        let mut plan = Self { stages: workflow.order.iter().filter_map(|index| planned[*index].take()).collect() };
         if plan.is_all_cached() {
             let key = |planned: &PlannedStage| Some((planned.stage, planned.key?, outputs[planned.stage].as_ref()?));
             let mut cached: Vec<_> = plan.stages.iter().filter_map(key).collect();
@@ -230,23 +205,6 @@ struct RankBytes {
     optimizer: u64,
     activations: u64,
     buffers: u64,
-}
-
-/// The selected stages, each in a wave after all of its inputs'.
-fn waves(actions: &Actions<'_>) -> Vec<Vec<usize>> {
-    let workflow = actions.workflow;
-    let mut depths = vec![0; workflow.stages.len()];
-    let mut waves: Vec<Vec<usize>> = Vec::new();
-    for index in workflow.order.iter().copied().filter(|stage| actions.is_selected(*stage)) {
-        let above = workflow.stages[index].inputs.values().flatten().map(|edge| depths[edge.stage] + 1);
-        let depth = above.max().unwrap_or(0);
-        depths[index] = depth;
-        if waves.len() <= depth {
-            waves.resize_with(depth + 1, Vec::new);
-        }
-        waves[depth].push(index);
-    }
-    waves
 }
 
 /// How long a stage takes that took what `last` says and has `done` steps behind it. What says how much there is to do

@@ -11,11 +11,11 @@ use rlflow_api::{CancelToken, StageError, StageEvent};
 use rlflow_store::{ActionRecord, Digest, Store, StoreError};
 
 use crate::{
-    Host, Plan, RerunReason, Result,
+    Host, Plan, Result,
     action::{Action, Actions, Decision, Outputs, Request},
+    decider::Decider,
     event::{Event, Events, RunLogSink, StageOutcome, StageStatus, now},
     execute::{Attempt, Session},
-    schedule::Schedule,
     settled,
     tensorboard::TensorBoard,
     workflow::Workflow,
@@ -118,7 +118,7 @@ pub fn run(
     }
     let reached = runner.record_end();
     if !did_work {
-        let found = runner.outcomes.iter().zip(&runner.outputs).enumerate();
+        let found = runner.outcomes.iter().zip(runner.decider.outputs()).enumerate();
         let cached = found.filter_map(|(stage, (outcome, outputs))| Some((stage, outcome.as_ref()?.key?, outputs.as_ref()?)));
         settled::note(&actions, cached, reached);
     }
@@ -168,12 +168,9 @@ fn all_metrics(record: &ActionRecord) -> BTreeMap<String, f64> {
 struct Runner<'a> {
     session: &'a Session<'a>,
     options: &'a RunOptions,
-    schedule: Schedule,
-    outputs: Vec<Option<Outputs>>,
+    decider: Decider<'a>,
     outcomes: Vec<Option<StageOutcome>>,
     ready: BTreeMap<usize, Arc<Action>>,
-    /// Reasons to run a stage whatever its key.
-    must_run: BTreeMap<usize, RerunReason>,
     retries: BTreeMap<usize, u32>,
     /// Keys of what was started and has no result, and of its snapshots.
     unfinished: BTreeMap<usize, [Digest; 2]>,
@@ -189,17 +186,12 @@ struct Runner<'a> {
 
 impl<'a> Runner<'a> {
     fn new(session: &'a Session<'a>, options: &'a RunOptions, read_only: Option<StoreError>) -> Self {
-        let workflow = session.actions.workflow;
-        let count = workflow.stages.len();
-        let schedule = Schedule::new(&workflow.dag, &workflow.order, |stage| session.actions.is_selected(stage), options.jobs);
         Self {
             session,
             options,
-            schedule,
-            outputs: vec![None; count],
-            outcomes: vec![None; count],
+            decider: Decider::new(session.actions, options.jobs),
+            outcomes: vec![None; session.actions.workflow.stages.len()],
             ready: BTreeMap::new(),
-            must_run: BTreeMap::new(),
             retries: BTreeMap::new(),
             unfinished: BTreeMap::new(),
             attempts: 0,
@@ -223,7 +215,7 @@ impl<'a> Runner<'a> {
                 }
                 while !self.stop && !session.cancel.is_cancelled() {
                     let (usage, capacity) = (|stage| session.actions.usage(stage), |device| session.actions.capacity(device));
-                    let Some(stage) = self.schedule.start(usage, capacity) else { break };
+                    let Some(stage) = self.decider.schedule.start(usage, capacity) else { break };
                     let Some(action) = self.ready.remove(&stage) else { continue };
                     if let Some(error) = self.read_only.take() {
                         return Err(error.into());
@@ -242,7 +234,7 @@ impl<'a> Runner<'a> {
                     let spawned = thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn_scoped(scope, attempt);
                     spawned.map_err(crate::EngineError::io("start a thread for a stage"))?;
                 }
-                if self.schedule.is_idle() {
+                if self.decider.schedule.is_idle() {
                     break;
                 }
                 let Ok((stage, action, attempt)) = receiver.recv() else { break };
@@ -251,7 +243,7 @@ impl<'a> Runner<'a> {
             Ok(())
         })?;
         let why = if session.cancel.is_cancelled() { "the run was interrupted" } else { "another stage failed" };
-        for stage in self.schedule.unfinished() {
+        for stage in self.decider.schedule.unfinished() {
             self.skip(stage, why.to_owned());
         }
         Ok(())
@@ -259,42 +251,14 @@ impl<'a> Runner<'a> {
 
     /// Decides about every stage whose inputs are settled.
     fn decide(&mut self) -> Result<()> {
-        let actions = self.session.actions;
-        loop {
-            let stages: Vec<usize> = std::iter::from_fn(|| self.schedule.next_undecided()).collect();
-            if stages.is_empty() {
-                return Ok(());
-            }
-            let decisions = actions.decide_all(&stages, &self.outputs, &|stage| self.must_run.get(&stage).cloned());
-            for (stage, decision) in stages.into_iter().zip(decisions) {
-                // Another one of them may have found that an input of this one is gone.
-                if self.schedule.is_undecided(stage) {
-                    self.take_decision(stage, decision?)?;
+        for (stage, decision) in self.decider.decide()? {
+            match decision {
+                Decision::Cached { key, outputs } => {
+                    let name = self.session.actions.workflow.stages[stage].name.clone();
+                    self.session.events.emit(&Event::Cached { stage: name, key, waited: false });
+                    self.note(stage, outputs, StageOutcome { key: Some(key), ..self.outcome(stage, StageStatus::Cached) });
                 }
-            }
-        }
-    }
-
-    fn take_decision(&mut self, stage: usize, decision: Decision) -> Result<()> {
-        let actions = self.session.actions;
-        let name = &actions.workflow.stages[stage].name;
-        match decision {
-            Decision::Cached { key, outputs } => {
-                self.session.events.emit(&Event::Cached { stage: name.clone(), key, waited: false });
-                self.settle(stage, outputs, StageOutcome { key: Some(key), ..self.outcome(stage, StageStatus::Cached) });
-            }
-            Decision::Run(action) => {
-                let lost = actions.unreadable_inputs(&action)?;
-                if lost.is_empty() {
-                    self.ready.insert(stage, Arc::from(action));
-                    self.schedule.ready(stage);
-                } else {
-                    for lost in lost {
-                        self.must_run.entry(lost.stage).or_insert_with(|| lost.reason(name));
-                        self.schedule.reopen(lost.stage);
-                    }
-                    self.schedule.retry(stage);
-                }
+                Decision::Run(action) => _ = self.ready.insert(stage, Arc::from(action)),
             }
         }
         Ok(())
@@ -345,27 +309,28 @@ impl<'a> Runner<'a> {
         let name = &workflow.stages[stage].name;
         let warning = StageEvent::Warning { text: format!("{error}; trying again") };
         self.session.events.emit(&Event::Stage { stage: name.clone(), event: warning });
-        for mut lost in self.session.actions.unreadable_inputs(action)? {
+        let mut lost = self.session.actions.unreadable_inputs(action)?;
+        for lost in &mut lost {
             // It was there when the stage started: what set it aside was the damage that was just found.
             lost.damaged = matches!(error, StageError::Store(StoreError::Damaged { .. }));
-            self.must_run.insert(lost.stage, lost.reason(name));
-            self.schedule.reopen(lost.stage);
         }
-        self.schedule.retry(stage);
+        self.decider.make_again(stage, &lost);
         Ok(true)
     }
 
     fn settle(&mut self, stage: usize, outputs: Outputs, outcome: StageOutcome) {
-        let changed = self.outputs[stage].as_ref().is_some_and(|before| *before != outputs);
-        let outcome = StageOutcome { outputs: outputs.clone(), ..outcome };
+        self.note(stage, outputs.clone(), outcome);
+        self.decider.settle(stage, outputs);
+    }
+
+    /// Notes how a stage came to its result.
+    fn note(&mut self, stage: usize, outputs: Outputs, outcome: StageOutcome) {
+        let outcome = StageOutcome { outputs, ..outcome };
         if outcome.status != StageStatus::Cached {
             self.session.events.emit(&Event::StageFinished(outcome.clone()));
         }
         self.outcomes[stage] = Some(outcome);
-        self.outputs[stage] = Some(outputs);
-        self.must_run.remove(&stage);
         self.unfinished.remove(&stage);
-        self.schedule.settle(stage, changed);
     }
 
     /// Keys of everything that this run came to: results, and snapshots that longer or later runs continue from.
@@ -375,7 +340,7 @@ impl<'a> Runner<'a> {
         for (stage, outcome) in self.outcomes.iter().enumerate() {
             let Some(key) = outcome.as_ref().and_then(|outcome| outcome.key) else { continue };
             keys.push(key);
-            keys.extend(actions.lasting_prefix_key(stage, &self.outputs).ok().flatten());
+            keys.extend(actions.lasting_prefix_key(stage, self.decider.outputs()).ok().flatten());
         }
         keys
     }
@@ -449,7 +414,7 @@ impl<'a> Runner<'a> {
         self.outcomes[stage] = Some(outcome);
         let name = self.session.actions.workflow.stages[stage].name.clone();
         let why = if matches!(error, StageError::Interrupted) { "was interrupted" } else { "failed" };
-        for skipped in self.schedule.fail(stage) {
+        for skipped in self.decider.schedule.fail(stage) {
             self.skip(skipped, format!("{name} {why}"));
         }
         self.stop |= !self.options.keep_going;

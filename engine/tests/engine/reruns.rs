@@ -343,6 +343,45 @@ fn a_collected_result_is_made_again_only_when_something_must_read_it() {
     assert_eq!(outcomes(&summary)[2], "a cached");
 }
 
+/// A reader that waits for one result that is gone has not yet met another: whoever meets that first is named for it, in a plan too.
+#[test]
+fn plan_and_run_name_the_same_readers_of_several_results_that_are_gone() {
+    let trainer =
+        |name: &str, inputs: &str, beta: f64| format!("[stage.{name}]\nkind = \"trainer\"\ninputs = {{ {inputs} }}\nbeta = {beta}\n");
+    let world = World::new(
+        &[
+            "name = \"lost\"\nedition = 1\nseed = 7\n[stage.data]\nkind = \"lines\"\nsources = [{ path = \"data.txt\" }]\n".to_owned(),
+            trainer("s", "data = \"data\"", 0.1),
+            trainer("t", "data = \"data\"", 0.2),
+            trainer("first", "model = \"s\"", 0.3),
+            "[stage.both]\nkind = \"collect\"\ninputs = { models = [\"s\", \"t\"] }\n".to_owned(),
+            trainer("last", "model = \"t\"", 0.4),
+        ]
+        .concat(),
+    );
+    let whole = world.run();
+    assert!(whole.ok(), "{:?}", outcomes(&whole));
+    for (stage, port) in [(0, "text"), (1, "model"), (2, "model")] {
+        collect(&world, whole.stages[stage].outputs[port]);
+    }
+    world.edit("beta = 0.3", "beta = 0.5");
+    world.edit("[\"s\", \"t\"]", "[\"t\", \"s\"]");
+    world.edit("beta = 0.4", "beta = 0.6");
+    let missing = |port: &str, needed_by: &str| format!("its result {port} is missing from the store and {needed_by} must read it");
+    let expected = [
+        format!("data run: {}", missing("text", "s")),
+        format!("s run: {}", missing("model", "first")),
+        // Not for `both`, which waits for `s` when `last` is looked at.
+        format!("t run: {}", missing("model", "last")),
+        "first run: beta changed: 0.3 -> 0.5".to_owned(),
+        "both run: input models[0] now comes from t instead of s, and input models[1] now comes from s instead of t".to_owned(),
+        "last run: beta changed: 0.4 -> 0.6".to_owned(),
+    ];
+    assert_eq!(world.planned(), expected);
+    let ran: Vec<String> = outcomes(&world.run()).iter().map(|outcome| outcome.replace(" (same output)", "")).collect();
+    assert_eq!(ran, expected.map(|planned| planned.replacen(" run: ", " ran: ", 1)));
+}
+
 #[test]
 fn an_interrupted_stage_continues_and_ends_like_an_uninterrupted_one() {
     let whole = World::new(CHAIN).run();
