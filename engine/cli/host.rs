@@ -67,7 +67,7 @@ mod tests {
         let (devices, no_gpu) = devices(cpu(), found, 2);
         let host = Host { devices, numerics: "test".into(), no_gpu, crew: None };
         let execution: Execution = serde_json::from_value(serde_json::json!({ "device": device })).unwrap();
-        host.place(Some(&execution), |_, _| None).map(|placement| placement.devices).map_err(|error| error.to_string())
+        host.place(Some(&execution), |_| None).map(|placement| placement.devices).map_err(|error| error.to_string())
     }
 
     /// Whatever keeps GPUs from being used, a stage that leaves its device open runs on the CPU, with one line.

@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use rlflow_api::{DataFile, DeviceChoice, DeviceSpec, Kind, Needs, Placement, Problem, RowTokens, ZeroSetting, data_format};
+use rlflow_api::{DataFile, DeviceChoice, DeviceSpec, Kind, Needs, Placement, Problem, RowTokens, data_format};
 use rlflow_store::{ActionRecord, Digest, FileDigest, Snapshot, Store};
 
 use crate::{
@@ -155,7 +155,7 @@ impl<'a> Actions<'a> {
         let planned = host.with_devices(&workflow.devices);
         let mut placements = Vec::with_capacity(count);
         for (index, stage) in workflow.stages.iter().enumerate() {
-            let peak = |ranks, zero| Some(workflow.describe(index, ranks, zero).ok()?.needs.peak_bytes()).filter(|peak| *peak > 0);
+            let peak = |placed: &Placement| Some(workflow.describe(index, placed).ok()?.needs.peak_bytes()).filter(|peak| *peak > 0);
             let placement = planned.place(stage.kind.execution(&stage.config).as_ref(), peak);
             placements.push(placement.unwrap_or_else(|error| {
                 if selected[index] {
@@ -213,7 +213,7 @@ impl<'a> Actions<'a> {
             if !is_auto || self.placements[index].devices.iter().all(is_here) {
                 continue;
             }
-            let peak = |ranks, zero| Some(self.workflow.describe(index, ranks, zero).ok()?.needs.peak_bytes()).filter(|peak| *peak > 0);
+            let peak = |placed: &Placement| Some(self.workflow.describe(index, placed).ok()?.needs.peak_bytes()).filter(|peak| *peak > 0);
             moved.extend(here.place(Some(&execution), peak).ok().map(|placement| (index, placement)));
         }
         let any = moved.iter().any(|(index, _)| self.selected[*index]);
@@ -242,12 +242,9 @@ impl<'a> Actions<'a> {
     /// Memory that a rank of the stage needs at its peak, as its kind predicts it; zeros if it does not.
     pub fn needs(&self, index: usize) -> Needs {
         let (stage, placement) = (&self.workflow.stages[index], &self.placements[index]);
-        let was_chosen = || stage.kind.execution(&stage.config).is_some_and(|execution| matches!(execution.zero, ZeroSetting::Auto(_)));
-        // What was described when loading is of one process, at the level that was asked for, or at none where that was left to us,
-        // and of rows that fill the context.
-        if (placement.zero > 0 && was_chosen()) || placement.processes > 1 || self.knows_rows(index) {
-            let rows = |made: usize| self.row_tokens(made);
-            let described = self.workflow.describe_as(index, &stage.config, placement.ranks(), placement.zero, &rows);
+        // What was described when loading is of the place that was asked for, and of rows that fill the context.
+        if *placement != self.workflow.asked_placement(index) || self.knows_rows(index) {
+            let described = self.workflow.describe_as(index, &stage.config, placement, &|made| self.row_tokens(made));
             return described.map_or(stage.described.needs, |described| described.needs);
         }
         stage.described.needs

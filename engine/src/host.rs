@@ -63,27 +63,33 @@ impl Host {
         self.devices.iter().find(|device| device.spec == spec)
     }
 
-    /// Where a stage with these settings runs. `peak_bytes` says what it needs per rank at a ZeRO level, for `zero = "auto"`.
-    pub fn place(&self, execution: Option<&Execution>, peak_bytes: impl Fn(usize, u8) -> Option<u64>) -> Result<Placement, PlacementError> {
+    /// Where a stage with these settings runs. `peak_bytes` says what it needs per rank in a place, for `zero = "auto"`.
+    pub fn place(
+        &self,
+        execution: Option<&Execution>,
+        peak_bytes: impl Fn(&Placement) -> Option<u64>,
+    ) -> Result<Placement, PlacementError> {
         let Some(execution) = execution else { return Ok(Placement::default()) };
         let devices = self.devices_of(&execution.device)?;
-        let (processes, ranks) = (self.processes(), self.processes() * devices.len());
+        let placement = Placement { devices, processes: self.processes(), zero: 0, offload: execution.offload };
         let zero = match execution.zero {
             ZeroSetting::Level(level) => level,
+            // With one rank nothing is sharded, so a higher level cannot help.
+            ZeroSetting::Auto(_) if placement.ranks() == 1 => 0,
             ZeroSetting::Auto(_) => {
                 // Ranks on one device share its memory.
+                let devices = &placement.devices;
                 let ranks_on = |spec: &DeviceSpec| devices.iter().filter(|device| *device == spec).count() as u64;
                 let of_rank = |spec: &DeviceSpec| Some(self.device(*spec)?.memory_bytes / ranks_on(spec));
                 let memory = devices.iter().filter_map(of_rank).min();
-                let fits = |level: u8| match (memory, peak_bytes(ranks, level)) {
+                let fits = |zero: u8| match (memory, peak_bytes(&Placement { zero, ..placement.clone() })) {
                     (Some(memory), Some(peak)) => peak <= memory,
                     _ => true,
                 };
-                // With one rank nothing is sharded, so a higher level cannot help.
-                if ranks == 1 { 0 } else { (0..3).find(|level| fits(*level)).unwrap_or(3) }
+                (0..3).find(|level| fits(*level)).unwrap_or(3)
             }
         };
-        Ok(Placement { devices, processes, zero, offload: execution.offload })
+        Ok(Placement { zero, ..placement })
     }
 
     fn devices_of(&self, choice: &DeviceChoice) -> Result<Vec<DeviceSpec>, PlacementError> {
@@ -138,7 +144,7 @@ mod tests {
     fn place(
         host: &Host,
         settings: serde_json::Value,
-        peak: impl Fn(usize, u8) -> Option<u64>,
+        peak: impl Fn(&Placement) -> Option<u64>,
     ) -> Result<(Vec<String>, u8), PlacementError> {
         let execution: Execution = serde_json::from_value(settings).unwrap();
         let placement = host.place(Some(&execution), peak)?;
@@ -147,7 +153,7 @@ mod tests {
 
     #[test]
     fn devices_resolve_against_the_machine() {
-        let devices = |host: &Host, choice| place(host, json!({ "device": choice }), |_, _| None).map(|(devices, _)| devices.join(" "));
+        let devices = |host: &Host, choice| place(host, json!({ "device": choice }), |_| None).map(|(devices, _)| devices.join(" "));
         assert_eq!(devices(&host(0), json!("auto")).unwrap(), "cpu");
         assert_eq!(devices(&host(2), json!("auto")).unwrap(), "cuda:0");
         assert_eq!(devices(&host(2), json!(["cuda:1", "cuda"])).unwrap(), "cuda:1 cuda:0");
@@ -163,7 +169,7 @@ mod tests {
     #[test]
     fn a_gpu_that_is_asked_for_and_missing_is_said_with_the_reason() {
         let without = Host { no_gpu: Some("the NVIDIA driver (libcuda) is not installed".into()), ..host(0) };
-        let place = |choice| place(&without, json!({ "device": choice }), |_, _| None).map(|(devices, _)| devices);
+        let place = |choice| place(&without, json!({ "device": choice }), |_| None).map(|(devices, _)| devices);
         let expected = "device `cuda:1` is not available here: the NVIDIA driver (libcuda) is not installed";
         assert_eq!(place(json!(["cpu", "cuda:1"])).unwrap_err().message, expected);
         assert_eq!(place(json!("auto")).unwrap(), ["cpu"]);
@@ -171,7 +177,7 @@ mod tests {
 
     #[test]
     fn auto_zero_is_the_lowest_level_that_fits() {
-        let peak = |_: usize, level: u8| Some([90, 60, 40, 20][usize::from(level)]);
+        let peak = |placed: &Placement| Some([90, 60, 40, 20][usize::from(placed.zero)]);
         let zero = |device| place(&host(2), json!({ "device": device, "zero": "auto" }), peak).unwrap().1;
         assert_eq!(zero(json!(["cuda:0", "cuda:1"])), 2);
         assert_eq!(zero(json!({ "cpu": 2 })), 2, "two ranks share the 100 bytes of one CPU");

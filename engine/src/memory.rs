@@ -231,11 +231,11 @@ impl Actions<'_> {
         let processes = self.placement(stage).processes;
         let config = self.saving_config(stage, change.saving)?;
         let config = config.as_ref().unwrap_or(&self.workflow.stages[stage].config);
-        let needs =
-            self.workflow.describe_as(stage, config, change.devices * processes, change.zero, &|made| self.row_tokens(made)).ok()?.needs;
         let spec = |index: usize| if device == DeviceSpec::Cpu { device } else { DeviceSpec::Cuda(index) };
         let devices = (0..change.devices).map(spec).collect();
-        let usage = Parts::of(&needs, &Placement { devices, processes, zero: change.zero, offload: change.offload }).total();
+        let placement = Placement { devices, processes, zero: change.zero, offload: change.offload };
+        let needs = self.workflow.describe_as(stage, config, &placement, &|made| self.row_tokens(made)).ok()?.needs;
+        let usage = Parts::of(&needs, &placement).total();
         if !self.has_room_beside(&usage, device) {
             return None;
         }
@@ -312,7 +312,7 @@ impl Actions<'_> {
             return None;
         }
         let loaded = self.with_stages(stage, found.described.needs, found.described.holds());
-        let is_placed_otherwise = |role: usize| self.chooses_level(role) || self.placement(role).processes > 1;
+        let is_placed_otherwise = |role: usize| *self.placement(role) != self.workflow.asked_placement(role);
         if !loaded.roles.iter().any(|(role, _)| is_placed_otherwise(*role)) && !self.knows_rows(stage) {
             return Some(loaded);
         }
@@ -321,10 +321,7 @@ impl Actions<'_> {
 
     /// The same where `placed` puts those, under another config.
     fn holding_as(&self, stage: usize, config: &ErasedStage, placed: &dyn Fn(usize) -> Placement) -> Option<Holding> {
-        let described = {
-            let placed = |role: usize| (placed(role).ranks(), placed(role).zero);
-            self.workflow.describe_holding(stage, config, &placed, &|made| self.row_tokens(made))?
-        };
+        let described = self.workflow.describe_holding(stage, config, placed, &|made| self.row_tokens(made))?;
         Some(self.with_stages(stage, described.needs, &described.holds))
     }
 

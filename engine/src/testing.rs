@@ -294,7 +294,7 @@ impl StageKind for Pretrain {
             style: Default::default(),
         };
         let mut described = describing("model", ArtifactMeta { model: Some(model), ..meta(ArtifactType::Policy, tokenizer) });
-        described.needs.parameter_bytes = 1000 / context.ranks as u64;
+        described.needs.parameter_bytes = 1000 / context.placement.ranks() as u64;
         Ok(described)
     }
 

@@ -3,7 +3,8 @@
 use std::{collections::BTreeMap, fs, io::Write, ops::Deref, path::PathBuf};
 
 use rlflow_api::{
-    Artifact, DataFile, DataSource, DescribeContext, Digest, Kind, RunContext, StageError, StageEvent, StageResult, StoreError, testing,
+    Artifact, DataFile, DataSource, DescribeContext, Digest, Kind, Placement, RunContext, StageError, StageEvent, StageResult, StoreError,
+    testing,
 };
 use rlflow_text::{
     ChatTokenizer, ConversationDataset, PreferenceDataset, PromptDataset, Split, TextDataset, TokenDataset, tokenize_corpus,
@@ -315,7 +316,10 @@ fn planning_finds_what_cannot_work() {
     let describe = |name: &str, settings: Value, file: &str| {
         let kind = kind(name);
         let (inputs, files) = (BTreeMap::new(), [vec![PathBuf::from(file)]]);
-        kind.describe(&kind.parse(&settings).unwrap(), &DescribeContext { stage: "s", inputs: &inputs, files: &files, ranks: 1, zero: 0 })
+        kind.describe(
+            &kind.parse(&settings).unwrap(),
+            &DescribeContext { stage: "s", inputs: &inputs, files: &files, placement: &Placement::default() },
+        )
     };
     let source = |path: &str| json!({"sources": [{"path": path}]});
     assert!(describe("corpus", source("a.txt"), "a.txt").is_ok());

@@ -12,7 +12,8 @@ use std::{
 use burn::tensor::Device;
 use fixtures::{Fixture, close};
 use rlflow_api::{
-    Architecture, Artifact, ArtifactType, DataFile, DescribeContext, Dtype, ModelConfig, Positions, Problem, StageResult, testing,
+    Architecture, Artifact, ArtifactType, DataFile, DescribeContext, Dtype, ModelConfig, Placement, Positions, Problem, StageResult,
+    testing,
 };
 use rlflow_hf::{
     HfConfig, Role, WantedTensor,
@@ -64,7 +65,7 @@ impl World {
     fn describe(&self, directory: &Path, settings: Value) -> Result<rlflow_api::Description, Vec<Problem>> {
         let (kind, stage) = import_stage(directory, settings);
         let files = [files(directory)];
-        let context = DescribeContext { stage: "base", inputs: &BTreeMap::new(), files: &files, ranks: 1, zero: 0 };
+        let context = DescribeContext { stage: "base", inputs: &BTreeMap::new(), files: &files, placement: &Placement::default() };
         kind.describe(&stage, &context)
     }
 

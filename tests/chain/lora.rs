@@ -168,9 +168,12 @@ fn what_lies_below_an_adapter_is_planned_once() {
     };
     let sets = ["stage.actor.lora={ rank = 2 }", "stage.critic.lora={ rank = 2 }"];
     let [elsewhere, averaged] = ["stage.ref.zero=1", "stage.ppo.ema_decay=0.9"].map(|more| [sets[0], sets[1], more]);
-    for sets in [&sets[..], &elsewhere, &averaged] {
+    // One place, in other words.
+    let spelled = [sets[0], sets[1], "stage.actor.device=\"cpu\"", "stage.ref.device={ cpu = 1 }", "stage.reward.device=[\"cpu\"]"];
+    for sets in [&sets[..], &elsewhere, &averaged, &spelled] {
         assert_eq!(held(sets), of_stage(sets, "ppo") as f64, "{sets:?}");
     }
+    assert_eq!(of_stage(&spelled, "ppo"), of_stage(&sets, "ppo"));
     let model = of_stage(&sets, "pretrain");
     let parameters = |more: &str| of_stage(&[sets[0], sets[1], more], "ppo");
     let once = of_stage(&sets, "ppo");

@@ -1,8 +1,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use rlflow_api::{
-    Arity, ArtifactMeta, ArtifactType, DescribeContext, Description, DeviceChoice, ErasedStage, InputMeta, InputPort, Kind, OutputPort,
-    ZeroSetting,
+    Arity, ArtifactMeta, ArtifactType, DescribeContext, Description, DeviceChoice, DeviceSpec, ErasedStage, InputMeta, InputPort, Kind,
+    OutputPort, Placement, ZeroSetting,
 };
 
 use super::{
@@ -245,19 +245,28 @@ fn listed(names: &[&str]) -> String {
     names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
 }
 
-/// Ranks and ZeRO level that a stage asks for; one rank and no ZeRO where that is decided later.
-pub(crate) fn asked_placement(kind: &dyn Kind, config: &ErasedStage) -> (usize, u8) {
-    let Some(execution) = kind.execution(config) else { return (1, 0) };
-    let ranks = match &execution.device {
-        DeviceChoice::One(_) => 1,
-        DeviceChoice::List(devices) => devices.len().max(1),
-        DeviceChoice::CpuRanks { cpu: ranks } | DeviceChoice::CudaRanks { cuda: ranks } => (*ranks).max(1),
+/// Where a stage asks to run: on the CPU and at level 0 where that is decided later.
+pub(crate) fn asked_placement(kind: &dyn Kind, config: &ErasedStage) -> Placement {
+    let Some(execution) = kind.execution(config) else { return Placement::default() };
+    // A name that is none is told when the stage is placed.
+    let named = |name: &String| name.parse().unwrap_or(DeviceSpec::Cpu);
+    let devices = match &execution.device {
+        DeviceChoice::One(name) => vec![named(name)],
+        DeviceChoice::List(names) if names.is_empty() => vec![DeviceSpec::Cpu],
+        DeviceChoice::List(names) => names.iter().map(named).collect(),
+        DeviceChoice::CpuRanks { cpu } => vec![DeviceSpec::Cpu; (*cpu).max(1)],
+        DeviceChoice::CudaRanks { cuda } => (0..(*cuda).max(1)).map(DeviceSpec::Cuda).collect(),
     };
     let zero = match execution.zero {
         ZeroSetting::Level(level) => level,
         ZeroSetting::Auto(_) => 0,
     };
-    (ranks, zero)
+    Placement { devices, processes: 1, zero, offload: execution.offload }
+}
+
+/// Whether a port names the kinds that it takes: only there is known how the stages are set and placed that are connected.
+pub(crate) fn knows_makers(kind: &dyn Kind, port: &str) -> bool {
+    kind.inputs().iter().any(|known| known.name == port && !known.kinds.is_empty())
 }
 
 /// Calls a kind's `describe` and completes what it says: every output has an entry, and a tokenizer is its own origin.

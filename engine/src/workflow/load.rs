@@ -4,7 +4,7 @@ use std::{
     thread,
 };
 
-use rlflow_api::{DataSource, DescribeContext, InputMeta, Origin};
+use rlflow_api::{DataSource, DescribeContext, InputMeta, Origin, Placement};
 
 use super::{
     Dag, Described, Edge, LoadOptions, Place, Places, Stage, Workflow, WorkflowError, WorkflowErrors,
@@ -186,21 +186,20 @@ impl Loading<'_> {
                 let Some(description) = &descriptions[edge.stage] else { return false };
                 let Some(meta) = description.output(port) else { return false };
                 let Some((name, _)) = stage.inputs.get_index(edge.input) else { return false };
-                // Only ports that name kinds read settings of what is connected; copying them for all would cost half of the loading.
-                let reads_settings = kind.inputs().iter().any(|known| known.name == name && !known.kinds.is_empty());
-                let (settings, (ranks, zero), made_of) = if reads_settings {
+                let (settings, placement, made_of) = if edges::knows_makers(kind, name) {
                     let Some(config) = found[edge.stage].as_ref().and_then(|found| found.checked.config.as_ref()) else { return false };
-                    let placed = declared[stages[edge.stage].base].kind.map_or((1, 0), |kind| edges::asked_placement(kind, config));
+                    let maker = declared[stages[edge.stage].base].kind;
+                    let placement = maker.map_or_else(Placement::default, |maker| edges::asked_placement(maker, config));
                     let made_of = stages[edge.stage].edges.iter().filter_map(|above| {
                         let (port, _) = port_of(&declared[stages[edge.stage].base], declared, stages, above)?;
                         Some(Origin { stage: stages[above.stage].name.clone(), port: port.to_owned() })
                     });
-                    (config.settings().clone(), placed, made_of.collect())
+                    (config.settings().clone(), placement, made_of.collect())
                 } else {
-                    (serde_json::Value::Null, (1, 0), Vec::new())
+                    (serde_json::Value::Null, Placement::default(), Vec::new())
                 };
                 let (stage, port, kind) = (stages[edge.stage].name.clone(), port.to_owned(), source.to_owned());
-                let meta = InputMeta { stage, port, kind, meta: meta.clone(), ranks, zero, settings, made_of };
+                let meta = InputMeta { stage, port, kind, meta: meta.clone(), placement, settings, made_of };
                 match inputs.get_mut(name) {
                     Some(metas) => metas.push(meta),
                     None => drop(inputs.insert(name.clone(), vec![meta])),
@@ -216,8 +215,8 @@ impl Loading<'_> {
                 descriptions[index] = Some(edges::vague(kind, &expanded.name).into());
                 continue;
             }
-            let (ranks, zero) = edges::asked_placement(kind, config);
-            let context = DescribeContext { stage: &expanded.name, inputs: &inputs, files: &found_here.files, ranks, zero };
+            let placement = edges::asked_placement(kind, config);
+            let context = DescribeContext { stage: &expanded.name, inputs: &inputs, files: &found_here.files, placement: &placement };
             match edges::describe(kind, config, &context) {
                 Ok(description) => descriptions[index] = Some(description.into()),
                 Err(problems) => {

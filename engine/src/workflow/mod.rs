@@ -26,7 +26,10 @@ pub(crate) mod validate;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use rlflow_api::{ArtifactMeta, DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Origin, Problem, RowTokens};
+use rlflow_api::{
+    ArtifactMeta, DataSource, DescribeContext, Description, ErasedStage, InputMeta, Kind, Origin, Placement, Problem, RowTokens,
+};
+use serde_json::Value;
 
 pub use dag::Dag;
 pub use described::Described;
@@ -160,26 +163,32 @@ impl Workflow {
         if errors.is_empty() { Ok(selected.into_iter().collect()) } else { Err(WorkflowErrors::new(errors)) }
     }
 
-    /// What planning knows of the inputs of a stage, with the ranks and ZeRO levels that `placed` gives their stages, and the rows
-    /// that results hold.
-    fn inputs(&self, stage: usize, placed: &dyn Fn(usize) -> (usize, u8), rows: RowsOf<'_>) -> BTreeMap<String, Vec<InputMeta>> {
-        let meta = |edge: &Edge| {
+    /// What planning knows of the inputs of a stage, with the places that `placed` gives their stages, and the rows that results hold.
+    fn inputs(&self, stage: usize, placed: &dyn Fn(usize) -> Placement, rows: RowsOf<'_>) -> BTreeMap<String, Vec<InputMeta>> {
+        let found = &self.stages[stage];
+        let meta = |edge: &Edge, knows_makers: bool| {
             let source = &self.stages[edge.stage];
-            let (ranks, zero) = placed(edge.stage);
             let meta = source.described.output(&edge.port)?.clone();
             let origin = |above: &Edge| Origin { stage: self.stages[above.stage].name.clone(), port: above.port.clone() };
+            let (placement, settings, made_of) = match knows_makers {
+                true => (placed(edge.stage), source.config.settings().clone(), source.inputs.values().flatten().map(origin).collect()),
+                false => (Placement::default(), Value::Null, Vec::new()),
+            };
             Some(InputMeta {
-                ranks,
-                zero,
                 stage: source.name.clone(),
                 port: edge.port.clone(),
                 kind: source.kind.name().to_owned(),
                 meta: ArtifactMeta { row_tokens: rows(edge.stage), ..meta },
-                settings: source.config.settings().clone(),
-                made_of: source.inputs.values().flatten().map(origin).collect(),
+                placement,
+                settings,
+                made_of,
             })
         };
-        self.stages[stage].inputs.iter().map(|(port, edges)| (port.clone(), edges.iter().filter_map(meta).collect())).collect()
+        let of_port = |(port, edges): (&String, &Vec<Edge>)| {
+            let knows_makers = edges::knows_makers(found.kind, port);
+            (port.clone(), edges.iter().filter_map(|edge| meta(edge, knows_makers)).collect::<Vec<_>>())
+        };
+        found.inputs.iter().map(of_port).collect()
     }
 
     /// The text of every file that it was read from, in the order of `sources`.
@@ -188,21 +197,27 @@ impl Workflow {
         (0..self.sources.len() as u32).filter_map(|index| Some(&*self.places.sources.get(index)?.text))
     }
 
-    /// Describes a stage again, for a number of ranks and a ZeRO level.
-    pub fn describe(&self, stage: usize, ranks: usize, zero: u8) -> Result<Description, WorkflowErrors> {
-        self.describe_as(stage, &self.stages[stage].config, ranks, zero, &|_| None)
+    /// Where a stage asks to run: on the CPU and at level 0 where that is decided later. It was described for this when loading.
+    pub(crate) fn asked_placement(&self, stage: usize) -> Placement {
+        edges::asked_placement(self.stages[stage].kind, &self.stages[stage].config)
     }
 
-    /// Describes a stage that holds models of others under `config`, with these on the ranks and at the ZeRO levels that `placed` says.
+    /// Describes a stage again, for another place.
+    pub fn describe(&self, stage: usize, placement: &Placement) -> Result<Description, WorkflowErrors> {
+        self.describe_as(stage, &self.stages[stage].config, placement, &|_| None)
+    }
+
+    /// Describes a stage that holds models of others under `config`, with these where `placed` says.
     pub fn describe_holding(
         &self,
         stage: usize,
         config: &ErasedStage,
-        placed: &dyn Fn(usize) -> (usize, u8),
+        placed: &dyn Fn(usize) -> Placement,
         rows: RowsOf<'_>,
     ) -> Option<Description> {
         let (inputs, found) = (self.inputs(stage, placed, rows), &self.stages[stage]);
-        let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, ranks: 1, zero: 0 };
+        let placement = Placement::default();
+        let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, placement: &placement };
         edges::describe(found.kind, config, &context).ok()
     }
 
@@ -211,14 +226,12 @@ impl Workflow {
         &self,
         stage: usize,
         config: &ErasedStage,
-        ranks: usize,
-        zero: u8,
+        placement: &Placement,
         rows: RowsOf<'_>,
     ) -> Result<Description, WorkflowErrors> {
-        let asked = |source: usize| edges::asked_placement(self.stages[source].kind, &self.stages[source].config);
-        let inputs = self.inputs(stage, &asked, rows);
+        let inputs = self.inputs(stage, &|source| self.asked_placement(source), rows);
         let found = &self.stages[stage];
-        let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, ranks, zero };
+        let context = DescribeContext { stage: &found.name, inputs: &inputs, files: &found.files, placement };
         let told = |problems: Vec<Problem>| WorkflowErrors::new(problems.iter().map(|problem| self.error(stage, problem)).collect());
         edges::describe(found.kind, config, &context).map_err(told)
     }

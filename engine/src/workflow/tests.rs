@@ -1,5 +1,7 @@
 use std::{fs, path::Path};
 
+use rlflow_api::DeviceSpec;
+
 use super::*;
 use crate::testing::registry;
 
@@ -159,12 +161,44 @@ fn a_chain_is_read() {
 
     // Two ranks were asked for, and planning may ask again with four.
     assert_eq!(base.described.needs.parameter_bytes, 500);
-    assert_eq!(workflow.describe(3, 4, 2).unwrap().needs.parameter_bytes, 250);
+    let four = Placement { devices: vec![DeviceSpec::Cpu; 4], zero: 2, ..Placement::default() };
+    assert_eq!(workflow.describe(3, &four).unwrap().needs.parameter_bytes, 250);
     assert_eq!(base.described.output("model").unwrap().tokenizer.as_ref().unwrap().to_string(), "tokenizer.tokenizer");
     let problem = rlflow_api::Problem::new("cannot_fit", "train.schedule", "it cannot fit").hint("buy more");
     assert_eq!((workflow.error(3, &problem).line, workflow.error(3, &problem).column), (25, 36));
     let problem = rlflow_api::Problem::new("cannot_fit", "inputs.tokenizer", "it cannot fit");
     assert_eq!(workflow.error(3, &problem).line, 24);
+}
+
+/// Of stages on other ports nothing is copied: with many of them that would be most of the work.
+#[test]
+fn only_ports_that_name_kinds_know_how_stages_are_made() {
+    let text = r#"
+[stage.sft]
+kind = "import"
+path = "checkpoint"
+[stage.actor]
+kind = "ppo.actor"
+inputs = { model = "sft" }
+[stage.ppo]
+kind = "ppo"
+inputs = { actor = "actor" }
+steps = 5
+[stage.eval]
+kind = "eval"
+inputs = { models = ["sft", "ppo"] }
+"#;
+    let workflow = Folder::new().load(text);
+    let gpu = Placement { devices: vec![DeviceSpec::Cuda(3)], ..Placement::default() };
+    let known = |stage: &str| -> Vec<(Placement, bool, Vec<String>)> {
+        let inputs = workflow.inputs(workflow.find(stage).unwrap(), &|_| gpu.clone(), &|_| None);
+        let of_edge = |input: InputMeta| {
+            (input.placement, input.settings.is_null(), input.made_of.iter().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        inputs.into_values().flatten().map(of_edge).collect()
+    };
+    assert_eq!(known("ppo"), [(gpu.clone(), false, vec!["sft.model".to_owned()])]);
+    assert_eq!(known("eval"), vec![(Placement::default(), true, Vec::<String>::new()); 2]);
 }
 
 #[test]

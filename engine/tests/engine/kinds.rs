@@ -224,8 +224,8 @@ impl StageKind for Trainer {
 
     fn describe(_: &TrainerConfig, context: &DescribeContext<'_>) -> Result<Description, Vec<Problem>> {
         let mut description = described("model", ArtifactType::Policy);
-        if context.zero == 3 {
-            description.needs.parameter_bytes /= context.ranks as u64;
+        if context.placement.zero == 3 {
+            description.needs.parameter_bytes /= context.placement.ranks() as u64;
         }
         Ok(description)
     }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use rlflow_store::{Artifact, Snapshot};
 
-use crate::{ArtifactMeta, ArtifactType, Execution, Origin, RunContext, StageResult};
+use crate::{ArtifactMeta, ArtifactType, Execution, Origin, Placement, RunContext, StageResult};
 
 /// How many edges a port takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,7 +106,8 @@ pub struct DataSource {
     pub endings: &'static [&'static str],
 }
 
-/// What is known of an input when planning.
+/// What is known of an input when planning. The stage that makes it is known whole where the port names the kinds it takes (PPO's roles);
+/// copying that for every edge would take most of the time that loading takes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct InputMeta {
     /// Stage that makes it.
@@ -117,14 +118,11 @@ pub struct InputMeta {
     pub kind: String,
     /// What it is.
     pub meta: ArtifactMeta,
-    /// Ranks that the stage runs on, where its settings are known.
-    pub ranks: usize,
-    /// Its ZeRO level, where its settings are known.
-    pub zero: u8,
-    /// Normalised settings of that stage where the port names the kinds it takes (PPO reads its roles' here), else null: copying
-    /// them for every edge would take most of the time that loading takes.
+    /// Where that stage is placed, as in [`DescribeContext::placement`]; none in particular where it is not known.
+    pub placement: Placement,
+    /// Normalised settings of that stage; null where they are not known.
     pub settings: Value,
-    /// Outputs that stage itself takes, known where its settings are: two roles may be of one model.
+    /// Outputs that stage itself takes, in order of its ports: two roles may be of one model. Empty where they are not known.
     pub made_of: Vec<Origin>,
 }
 
@@ -136,10 +134,8 @@ pub struct DescribeContext<'a> {
     pub inputs: &'a BTreeMap<String, Vec<InputMeta>>,
     /// Resolved data files, in the order of [`Kind::data_sources`].
     pub files: &'a [Vec<std::path::PathBuf>],
-    /// Ranks that the stage will run on.
-    pub ranks: usize,
-    /// ZeRO level.
-    pub zero: u8,
+    /// Where the stage will run. Before that is decided, where it asks to: what is left to planning counts as the CPU, and as level 0.
+    pub placement: &'a Placement,
 }
 
 impl DescribeContext<'_> {

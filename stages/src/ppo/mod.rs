@@ -19,8 +19,8 @@ mod update;
 use std::{collections::BTreeMap, time::Instant};
 
 use rlflow_api::{
-    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputMeta, InputPort, ModelConfig, Needs, OutputPort, Problem,
-    Retain, RunContext, Sample, Snapshot, StageError, StageEvent, StageKind, StageResult,
+    Artifact, ArtifactMeta, ArtifactType, DescribeContext, Description, InputMeta, InputPort, ModelConfig, Needs, OutputPort, Placement,
+    Problem, Retain, RunContext, Sample, Snapshot, StageError, StageEvent, StageKind, StageResult,
 };
 use rlflow_model::{CheckpointInfo, Group, Head, LoraSettings, Use, checkpoint};
 use rlflow_text::{PromptDataset, Split};
@@ -129,8 +129,7 @@ impl StageKind for Ppo {
             return Err(vec![Problem::new("context_too_long", "max_new_tokens", message).hint(hint)]);
         }
         // Beside the roles stands what a rollout takes.
-        let sharding =
-            context.input("actor").map_or(Sharding { ranks: 1, zero: 0 }, |actor| Sharding { ranks: actor.ranks, zero: actor.zero });
+        let sharding = Sharding::in_place(context.input("actor").map_or(&Placement::default(), |actor| &actor.placement));
         let needs = model.map_or_else(Needs::default, |model| Needs {
             buffer_bytes: sampling_bytes(
                 model,
@@ -187,9 +186,7 @@ fn is_below_adapter(config: &PpoConfig, context: &DescribeContext<'_>, port: &st
         _ => None,
     };
     let (Some(frozen), Some(trained)) = (context.input(port), trained) else { return false };
-    let setting = |name: &str| frozen.settings.get(name) == trained.settings.get(name);
-    let is_same_place = (frozen.ranks, frozen.zero) == (trained.ranks, trained.zero) && setting("device") && setting("offload");
-    is_same_place && adapter(trained).is_some() && frozen.made_of == trained.made_of
+    frozen.placement == trained.placement && adapter(trained).is_some() && frozen.made_of == trained.made_of
 }
 
 /// What the roles hold, per rank of each. A critic that shares the actor's trunk is no model of its own.
@@ -204,7 +201,7 @@ fn held(config: &PpoConfig, context: &DescribeContext<'_>) -> Vec<(&'static str,
     let needs = |(port, head, is_trained): (&'static str, Head, bool)| {
         let input = context.input(port)?;
         let model = input.meta.model.as_ref()?;
-        let sharding = Sharding { ranks: input.ranks, zero: input.zero };
+        let sharding = Sharding::in_place(&input.placement);
         let pass = |train: &RoleTrain| {
             let answers = train.micro_batch_size.min(config.mini_batch_size());
             train.pass(head, prompt_tokens(config, context, model, answers) + answers * config.max_new_tokens, config)

@@ -1,6 +1,6 @@
 //! What a rank will hold, predicted before a stage runs.
 
-use rlflow_api::{DescribeContext, ModelConfig, Needs};
+use rlflow_api::{DescribeContext, ModelConfig, Needs, Placement};
 use rlflow_kernels::{AttentionShape, attention::Heads, attention_block, mlp_block, reads_narrow_weights, token_head};
 use rlflow_model::{
     Gathering, Head, LoraSettings,
@@ -59,7 +59,12 @@ pub struct Sharding {
 impl Sharding {
     /// Of the stage that is described.
     pub fn of(context: &DescribeContext<'_>) -> Self {
-        Self { ranks: context.ranks.max(1), zero: context.zero }
+        Self::in_place(context.placement)
+    }
+
+    /// Of a stage that is placed there.
+    pub fn in_place(placement: &Placement) -> Self {
+        Self { ranks: placement.ranks().max(1), zero: placement.zero }
     }
 
     /// The level that has an effect.
