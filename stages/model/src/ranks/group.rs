@@ -141,7 +141,9 @@ impl Group {
             if let Some(lora) = lora {
                 decoder = decoder.with_adapter(lora);
             }
-            let mut rank = Rank::new(decoder, world, zero, shares.clone(), masters, homes[rank].clone(), layout.ledgers[rank].clone());
+            let bytes = bytes_of(decoder.parameters().tensors());
+            let (home, ledger) = (homes[rank].clone(), layout.ledgers[rank].clone());
+            let mut rank = Rank::new(decoder, bytes, world, zero, shares.clone(), masters, home, ledger);
             if usage == Use::Frozen && layout.offload {
                 rank.park();
             }
@@ -154,7 +156,8 @@ impl Group {
     pub fn of(decoder: Decoder) -> Self {
         let shares: Arc<[Vec<Range<usize>>]> = decoder.parameters().specs().iter().map(|spec| vec![share(spec, 0, 1)]).collect();
         let home = decoder.device().clone();
-        let ranks = vec![Rank::new(decoder, None, 0, shares.clone(), Vec::new(), home, Arc::default())];
+        let bytes = bytes_of(decoder.parameters().tensors());
+        let ranks = vec![Rank::new(decoder, bytes, None, 0, shares.clone(), Vec::new(), home, Arc::default())];
         Self { ranks, shares, zero: 0, processes: Processes::alone() }
     }
 

@@ -41,23 +41,10 @@ pub struct Rank {
 }
 
 impl Rank {
+    /// `own_bytes` of its weights belong to no other model.
     pub(super) fn new(
         decoder: Decoder,
-        world: Option<Arc<dyn Collective>>,
-        zero: ZeroLevel,
-        shares: Arc<[Vec<Range<usize>>]>,
-        masters: Vec<Option<Tensor<2>>>,
-        home: Device,
-        ledger: Arc<Ledger>,
-    ) -> Self {
-        let bytes = bytes_of(decoder.parameters().tensors());
-        Self::holding(bytes, decoder, world, zero, shares, masters, home, ledger)
-    }
-
-    /// With this many bytes of weights that are its own.
-    fn holding(
-        bytes: u64,
-        decoder: Decoder,
+        own_bytes: u64,
         world: Option<Arc<dyn Collective>>,
         zero: ZeroLevel,
         shares: Arc<[Vec<Range<usize>>]>,
@@ -66,7 +53,7 @@ impl Rank {
         ledger: Arc<Ledger>,
     ) -> Self {
         let count = decoder.parameters().specs().len();
-        let held = ledger.hold(Purpose::Parameters, bytes);
+        let held = ledger.hold(Purpose::Parameters, own_bytes);
         let (gradients, frozen) = (Gradients::new(count), vec![false; count].into());
         let (optimizer, held_by_optimizer, held_by_gradients) = (None, None, Vec::new());
         Self {
@@ -100,7 +87,7 @@ impl Rank {
         let weights = decoder.parameters().tensors().iter().zip(self.frozen.iter());
         let own: u64 =
             weights.filter(|(_, frozen)| is_counted && !**frozen).map(|(weight, _)| bytes_of(std::slice::from_ref(weight))).sum();
-        Self::holding(own, decoder, self.world.clone(), self.zero, shares, Vec::new(), home, self.ledger.clone())
+        Self::new(decoder, own, self.world.clone(), self.zero, shares, Vec::new(), home, self.ledger.clone())
     }
 
     /// This rank's number.
