@@ -82,6 +82,7 @@ static ALLOCATOR: rlflow_model::Allocator = rlflow_model::Allocator;
 fn main() -> ExitCode {
     let wants_json = std::env::args_os().any(|argument| argument == "--json");
     rlflow_model::keep_freed_memory();
+    rlflow_api::panics::install(rlflow_model::is_pool_thread);
     let world = match processes::World::join() {
         Ok(world) => world,
         Err(failure) => return failure.report(wants_json),

@@ -1,15 +1,16 @@
 //! Runs one stage: asks for the right to, builds what it may touch, and publishes what it gives.
 
 use std::{
-    any::Any,
     collections::BTreeMap,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::Mutex,
     thread::sleep,
     time::{Duration, Instant},
 };
 
-use rlflow_api::{Artifact, CancelToken, Input, Processes, RunContext, Snapshots, StageError};
+use rlflow_api::{
+    Artifact, CancelToken, Input, Processes, RunContext, Snapshots, StageError,
+    panics::{self, Panic},
+};
 use rlflow_store::{ActionRecord, Digest, Lease, LeaseHolder, LeaseOutcome, Provenance, StoreError};
 
 use crate::{
@@ -206,7 +207,7 @@ impl Session<'_> {
         };
         let run = || span.in_scope(|| stage.kind.run(&stage.config, &context));
         // What a stage leaves behind when it unwinds is dropped with it: artifacts not published, snapshots whole.
-        let outputs = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| Err(panicked(payload.as_ref())));
+        let outputs = panics::catch(run).unwrap_or_else(|panic| Err(panicked(&panic)));
         if let Some(joint) = joint {
             joint.end(&outputs);
         }
@@ -312,12 +313,10 @@ fn wrong(what: String) -> StageError {
     StageError::invalid_with_hint(format!("the stage {what}"), "this is a bug in its kind; please report it with the workflow file")
 }
 
-pub(crate) fn panicked(payload: &(dyn Any + Send)) -> StageError {
-    let message = payload.downcast_ref::<&str>().map(|text| (*text).to_owned()).or_else(|| payload.downcast_ref::<String>().cloned());
-    let message = message.unwrap_or_else(|| "no message".into());
+pub(crate) fn panicked(panic: &Panic) -> StageError {
     StageError::invalid_with_hint(
-        format!("the stage panicked: {message}"),
-        "this is a bug in rlflow; please report it with the workflow file",
+        format!("the stage panicked: {panic}"),
+        "this is a bug in rlflow; please report it with the workflow file, and what a run with RUST_BACKTRACE=1 prints",
     )
     .or_device_trouble()
 }

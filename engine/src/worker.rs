@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::Duration,
@@ -11,7 +10,7 @@ use std::{
 
 use rlflow_api::{
     Artifact, CancelToken, Input, MemoStore, Order, Peer, Processes, Reporter, RunContext, Snapshots, StageError, StageEvent, StageResult,
-    Wire, Work,
+    Wire, Work, panics,
 };
 use rlflow_store::Store;
 use serde_json::Value;
@@ -39,11 +38,11 @@ pub fn serve(wire: &Arc<dyn Wire>, registry: &Registry, name: &str) -> Result<()
             };
             let (attempt, stores) = (work.attempt, &stores);
             let run = move || {
-                let done = catch_unwind(AssertUnwindSafe(|| run(wire, registry, stores, *work)));
+                let done = panics::catch(|| run(wire, registry, stores, *work));
                 let failed = match done {
                     Ok(Ok(_)) => return,
                     Ok(Err(error)) => error,
-                    Err(payload) => panicked(payload.as_ref()),
+                    Err(panic) => panicked(&panic),
                 };
                 // Whoever was ended by another has nothing to say of its own.
                 if wire.aborted(attempt).is_none() {

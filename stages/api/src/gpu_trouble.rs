@@ -1,9 +1,6 @@
 //! What CUDA's libraries say when a GPU cannot be used, and what that means for a user.
 
-use std::{
-    any::Any,
-    panic::{AssertUnwindSafe, catch_unwind},
-};
+use crate::panics;
 
 /// Why a GPU cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -76,7 +73,7 @@ impl GpuTrouble {
     /// # Errors
     /// That of `work`, or what its panic means.
     pub fn guard<T>(work: impl FnOnce() -> Result<T, Self>) -> Result<T, Self> {
-        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| Err(Self::of(said(payload.as_ref()))))
+        panics::catch(work).unwrap_or_else(|panic| Err(Self::of(panic.message())))
     }
 
     /// What to do.
@@ -96,11 +93,6 @@ impl GpuTrouble {
             Self::Other(_) => "`nvidia-smi` shows the state of the GPUs; or set `device = \"cpu\"`",
         }
     }
-}
-
-/// What a panic says.
-fn said(payload: &(dyn Any + Send)) -> &str {
-    payload.downcast_ref::<String>().map(String::as_str).or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }
 
 #[cfg(test)]

@@ -8,7 +8,8 @@
 //! network, [`setting`] how settings are marked, [`Placement`] where a stage runs, [`RunContext`] what `run`
 //! may touch, [`StageEvent`] what it reports, [`StageError`] how it fails, [`GpuTrouble`] why
 //! a GPU cannot be used. Where several processes run a stage, [`Processes`] is what each
-//! of them knows of the others, [`Wire`] what carries their messages, and [`Work`] what the leader sends them to do.
+//! of them knows of the others, [`Wire`] what carries their messages, and [`Work`] what the leader sends them to do. [`panics`] makes
+//! errors of panics.
 
 mod artifact;
 mod context;
@@ -18,6 +19,7 @@ mod event;
 mod gpu_trouble;
 mod kind;
 mod model;
+pub mod panics;
 mod placement;
 mod portable;
 mod processes;

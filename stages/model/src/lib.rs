@@ -31,3 +31,8 @@ pub use parameters::{Head, ParameterSpec, Parameters};
 pub use ranks::{Gathering, Group, Layout, Use};
 pub use rlflow_kernels::{Allocator, memory::keep_freed_memory, numerics};
 pub use schedule::{LearningRate, Schedule};
+
+/// Whether the calling thread is one of those that share operations out among them.
+pub fn is_pool_thread() -> bool {
+    rayon::current_thread_index().is_some()
+}

@@ -1,13 +1,10 @@
-use std::{
-    any::Any,
-    ops::Range,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
-    thread,
-};
+use std::{ops::Range, sync::Arc, thread};
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
-use rlflow_api::{ModelConfig, Portable, Processes, StageError, StageResult, ZeroLevel, ended};
+use rlflow_api::{
+    ModelConfig, Portable, Processes, StageError, StageResult, ZeroLevel, ended,
+    panics::{self, Panic},
+};
 use rlflow_kernels::matmul::Arithmetic;
 
 use super::{Aborted, Rank, across, in_process_on, ordered::Ordered, rank::bytes_of, share};
@@ -470,12 +467,11 @@ impl Failure {
     }
 }
 
-fn failure(rank: usize, world: Option<&dyn super::Collective>, payload: &(dyn Any + Send)) -> Failure {
-    if payload.is::<Aborted>() {
+fn failure(rank: usize, world: Option<&dyn super::Collective>, panic: &Panic) -> Failure {
+    if panic.is::<Aborted>() {
         return Failure::Aborted(world.and_then(super::Collective::aborted));
     }
-    let text = payload.downcast_ref::<String>().map(String::as_str).or_else(|| payload.downcast_ref::<&str>().copied());
-    let message = text.unwrap_or("it panicked").to_owned();
+    let message = panic.to_string();
     if let Some(world) = world {
         world.abort(&format!("rank {rank} failed: {message}"));
     }
@@ -505,7 +501,7 @@ fn on_ranks<H: Handle, T: Send>(mut ranks: Vec<H>, work: impl Fn(H) -> T + Sync)
     let counted = |handle: H| handle.rank().ledger.clone().during(|| work(handle));
     let run = |handle: H| {
         let (index, world) = (handle.rank().index(), handle.rank().world().cloned());
-        catch_unwind(AssertUnwindSafe(|| counted(handle))).map_err(|payload| failure(index, world.as_deref(), payload.as_ref()))
+        panics::catch(|| counted(handle)).map_err(|panic| failure(index, world.as_deref(), &panic))
     };
     if ranks.len() == 1 {
         // Alone in its process. Where others wait for it in theirs, and it for them, it must not keep a thread of the pool waiting.
