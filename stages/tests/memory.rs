@@ -153,7 +153,7 @@ fn measure(case: Case) -> Measured {
         of_ranks: peaks.iter().map(Bytes::total).collect(),
         counted: peaks.iter().map(Bytes::total).sum(),
         allocated,
-        predicted: training_needs(&config, adapter, pass, Sharding { ranks, zero }, 0),
+        predicted: training_needs(&config, adapter, pass, Sharding { ranks, zero, fused: true }, 0),
         weights: (0..group.specs().len()).flat_map(|slot| group.weight(slot).unwrap()).map(f32::to_bits).collect(),
     }
 }
@@ -256,7 +256,7 @@ fn sampling_holds_what_was_planned() {
             let draws = Draws { seed: 1, purpose: "memory", step: 0 };
             let found = group.generate(&prompts, &sampling, draws, gathering, |_, _| true).unwrap();
             assert_eq!(answers.get_or_insert_with(|| found.clone()), &found, "{ranks} ranks, ZeRO {zero}, {gathering:?}");
-            let sharding = Sharding { ranks, zero };
+            let sharding = Sharding { ranks, zero, fused: true };
             let rollout = Rollout {
                 sequences: PROMPTS as u64,
                 prompt_tokens: (PROMPTS * prompt_tokens) as u64,
@@ -294,7 +294,7 @@ fn sampling_holds_what_was_planned() {
                 checkpointing: false,
                 precision,
             };
-            let planned = frozen_needs(&config, pass, Sharding { ranks, zero }).peak_bytes();
+            let planned = frozen_needs(&config, pass, Sharding { ranks, zero, fused: true }).peak_bytes();
             let held = layout.ledgers.iter().map(|ledger| ledger.peak().total()).max().unwrap();
             assert!(within(0.1, held, planned), "{precision:?}, {ranks} ranks, frozen: {held} held, {planned} planned");
         }

@@ -301,6 +301,11 @@ fn a_plan_counts_the_memory_of_devices_that_are_not_here() {
     for found in planned["stages"].as_array().unwrap() {
         assert!(found["peak_bytes"].as_u64().unwrap() <= 1_000_000_000_000, "{found}");
     }
+    // The same on any processor.
+    let mut elsewhere = Command::new(env!("CARGO_BIN_EXE_rlflow"));
+    elsewhere.current_dir(world.0.path()).args(["plan", workflow, "--store", "store", "--json"]);
+    elsewhere.env_remove("RLFLOW_STORE").env("RLFLOW_SIMD", "baseline");
+    assert_eq!(serde_json::from_slice::<Value>(&elsewhere.output().unwrap().stdout).unwrap(), planned);
     let (pretrain, ppo) = (stage(&planned, "pretrain"), stage(&planned, "ppo"));
     assert_eq!((&pretrain["ranks"], &pretrain["zero"], &pretrain["devices"][7]), (&8.into(), &3.into(), &"cuda:7".into()));
     // bf16 with fp32 masters at ZeRO 3 on eight ranks: 2/8 bytes of each parameter, 12/8 of optimizer state.

@@ -1,5 +1,6 @@
 //! What all trainers share: settings, the order of rows, the loop with its snapshots.
 
+mod composed;
 mod execution;
 mod memory;
 mod needs;

@@ -1,13 +1,13 @@
 //! What a rank will hold, predicted before a stage runs.
 
-use rlflow_api::{DescribeContext, ModelConfig, Needs, Placement};
+use rlflow_api::{DescribeContext, DeviceSpec, ModelConfig, Needs, Placement};
 use rlflow_kernels::{AttentionShape, attention::Heads, attention_block, mlp_block, reads_narrow_weights, token_head};
 use rlflow_model::{
     Gathering, Head, LoraSettings,
     ranks::{Shares, largest_shares},
 };
 
-use super::Precision;
+use super::{Precision, composed};
 
 /// Bytes of a number.
 const F32: u64 = 4;
@@ -47,13 +47,15 @@ pub fn tokens_of_rows(context: &DescribeContext<'_>, port: &str, rows: usize, li
     known.map_or(rows * limit, |known| known.of_group(rows, limit, is_drawn))
 }
 
-/// On how many ranks a model lives, at which ZeRO level.
+/// On how many ranks a model lives, at which ZeRO level, and how these compute.
 #[derive(Debug, Clone, Copy)]
 pub struct Sharding {
     /// Ranks.
     pub ranks: usize,
     /// ZeRO level.
     pub zero: u8,
+    /// Whether operations are fused, as on the CPU; elsewhere they are composed of plain ones.
+    pub fused: bool,
 }
 
 impl Sharding {
@@ -64,7 +66,8 @@ impl Sharding {
 
     /// Of a stage that is placed there.
     pub fn in_place(placement: &Placement) -> Self {
-        Self { ranks: placement.ranks().max(1), zero: placement.zero }
+        let fused = placement.devices.iter().all(|device| *device == DeviceSpec::Cpu);
+        Self { ranks: placement.ranks().max(1), zero: placement.zero, fused }
     }
 
     /// The level that has an effect.
@@ -124,19 +127,34 @@ impl Sizes {
     }
 }
 
-/// What the halves of a block keep of a pass, per token (see `AttentionSaved`, `MlpSaved`) and with their results, and what they need
-/// while they run.
-struct Widths {
-    hidden: u64,
-    attention: u64,
-    mlp: u64,
-    /// Forward and backward.
-    attention_workspace: [u64; 2],
-    mlp_workspace: [u64; 2],
+/// What a half of a block holds, in elements.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Half {
+    /// Of a recorded pass until its backward pass, with its result.
+    pub kept: u64,
+    /// While a pass runs that is not recorded, with its result.
+    pub forward: u64,
+    /// While its backward pass runs, beside what is kept.
+    pub backward: u64,
 }
 
-impl Widths {
-    fn of(model: &ModelConfig, pass: Pass, has_adapter: bool) -> Self {
+/// The halves of a block.
+struct Halves {
+    attention: Half,
+    mlp: Half,
+}
+
+impl Halves {
+    fn of(model: &ModelConfig, sizes: &Sizes, pass: Pass, lora: Option<&LoraSettings>, fused: bool) -> Self {
+        if fused {
+            return Self::fused(model, sizes, pass, lora.is_some());
+        }
+        let has_dropout = lora.is_some_and(|lora| lora.dropout > 0.0);
+        Self { attention: composed::attention(model, pass, has_dropout), mlp: composed::mlp(model, pass, has_dropout) }
+    }
+
+    /// See `AttentionSaved`, `MlpSaved` and the workspace of the blocks.
+    fn fused(model: &ModelConfig, sizes: &Sizes, pass: Pass, has_adapter: bool) -> Self {
         let (hidden, intermediate, heads) = (model.hidden_size as u64, model.intermediate_size as u64, model.heads as u64);
         let (query, kv) = ((model.heads * model.head_dim) as u64, (model.kv_heads * model.head_dim) as u64);
         let head_norms = if model.style.qk_norm { query + kv + heads + model.kv_heads as u64 } else { 0 };
@@ -149,18 +167,27 @@ impl Widths {
         let attention_workspace = attention_block::workspace(pass.tokens as usize, shape, attention_rows);
         let mlp_workspace =
             mlp_block::workspace(pass.tokens as usize, model.hidden_size, model.intermediate_size, gated, mlp_rows, arithmetic);
+        let half = |per_token: u64, workspace: [usize; 2], weights: u64| {
+            let (kept, widened) = (pass.tokens * per_token, widened(pass, true, weights));
+            let [forward, backward] = workspace.map(|elements| elements as u64 + widened);
+            Half { kept, forward: kept + forward, backward }
+        };
+        let of_mlp = hidden + if pass.precision == Precision::Bf16 { inner / 2 } else { inner };
         Self {
-            hidden,
-            attention: hidden + 2 * query + 2 * kv + heads + head_norms,
-            mlp: hidden + if pass.precision == Precision::Bf16 { inner / 2 } else { inner },
-            attention_workspace: attention_workspace.map(|elements| elements as u64),
-            mlp_workspace: mlp_workspace.map(|elements| elements as u64),
+            attention: half(hidden + 2 * query + 2 * kv + heads + head_norms, attention_workspace, sizes.block - sizes.mlp),
+            mlp: half(of_mlp, mlp_workspace, sizes.mlp),
         }
     }
 
-    fn block(&self) -> u64 {
-        self.attention + self.mlp
+    fn kept(&self) -> u64 {
+        self.attention.kept + self.mlp.kept
     }
+}
+
+/// Of weights that fused operations read, what they widen while they run.
+fn widened(pass: Pass, fused: bool, weights: u64) -> u64 {
+    let is_narrow = pass.precision == Precision::Bf16;
+    if fused && is_narrow && !reads_narrow_weights(pass.precision.arithmetic()) { weights } else { 0 }
 }
 
 /// Memory of each rank that trains `model`, or with `lora` an adapter on it, at its peak.
@@ -168,7 +195,8 @@ pub fn training_needs(model: &ModelConfig, lora: Option<&LoraSettings>, pass: Pa
     let (ranks, zero) = (sharding.ranks as u64, sharding.level());
     let bf16 = pass.precision == Precision::Bf16;
     let narrow = |elements: u64| elements / if bf16 { 2 } else { 1 };
-    let (sizes, widths) = (Sizes::of(model, pass.head), Widths::of(model, pass, lora.is_some()));
+    let sizes = Sizes::of(model, pass.head);
+    let halves = Halves::of(model, &sizes, pass, lora, sharding.fused);
     let trained = sizes.trained(model, pass.head, lora);
     let whole = largest_shares(model, pass.head, lora, 1);
     let share = largest_shares(model, pass.head, lora, sharding.ranks);
@@ -178,18 +206,18 @@ pub fn training_needs(model: &ModelConfig, lora: Option<&LoraSettings>, pass: Pa
     let gradients = held(2, |all| all.trained);
     let optimizer = held(1, |all| all.trained) * if bf16 && lora.is_none() { 3 } else { 2 };
     let checkpointing = pass.checkpointing || zero == 3;
-    // Weights that are gathered for a block and dropped after it, and those that an operation widens while it runs.
+    // Weights that are gathered for a block and dropped after it.
     let gathered = |weights: u64, factors: u64| if zero == 3 { narrow(weights) + factors } else { 0 };
     let gathered_block = gathered(sizes.block, if lora.is_some() { trained.block } else { 0 });
-    let widened = |weights: u64| if bf16 && !reads_narrow_weights(pass.precision.arithmetic()) { weights } else { 0 };
     let (layers, tokens) = (model.layers as u64, pass.tokens);
-    let states = tokens * widths.hidden;
+    let states = tokens * model.hidden_size as u64;
     // Activations of the first `blocks` blocks, and of one that is being computed again.
-    let kept = |blocks: u64| states + blocks * if checkpointing { states } else { tokens * widths.block() };
-    let again = if checkpointing { tokens * widths.block() } else { 0 };
-    let logits = match pass.head.has_language() {
-        true => token_head::held_logits(tokens as usize, model.vocab_size) as u64 + 2 * states,
-        false => 0,
+    let kept = |blocks: u64| states + blocks * if checkpointing { states } else { halves.kept() };
+    let again = if checkpointing { halves.kept() } else { 0 };
+    let logits = match (pass.head.has_language(), sharding.fused) {
+        (true, true) => token_head::held_logits(tokens as usize, model.vocab_size) as u64 + 2 * states,
+        (true, false) => composed::logits(model, pass, true) + 2 * states,
+        (false, _) => 0,
     };
     // Sums of gradients are there from the second micro-batch on; in the first they come block by block.
     let more = pass.micro_batches.div_ceil(ranks) > 1;
@@ -197,12 +225,11 @@ pub fn training_needs(model: &ModelConfig, lora: Option<&LoraSettings>, pass: Pa
         true => gradients,
         false => (u128::from(gradients) * u128::from(part.min(trained.all)) / u128::from(trained.all.max(1))) as u64,
     };
-    let head = trained.head + 2 * states + logits + gathered(sizes.head, 0) + widened(sizes.head);
+    let head = trained.head + 2 * states + logits + gathered(sizes.head, 0) + widened(pass, sharding.fused, sizes.head);
     let mut phases = vec![(sums(0), kept(layers) + states + 7 * tokens, head)];
     for blocks in [layers, 1] {
         let done = trained.head + (layers - blocks) * trained.block;
-        let attention = widths.attention_workspace[1] + widened(sizes.block - sizes.mlp);
-        let working = attention.max(widths.mlp_workspace[1] + widened(sizes.mlp));
+        let working = halves.attention.backward.max(halves.mlp.backward);
         // The next block's weights come meanwhile.
         let ahead = if blocks > 1 { gathered_block } else { 0 };
         let buffers = trained.tied + trained.block + 2 * states + working + gathered_block + ahead;
@@ -233,22 +260,23 @@ pub fn frozen_needs(model: &ModelConfig, pass: Pass, sharding: Sharding) -> Need
     let shared = sharding.level() == 3;
     let bf16 = precision == Precision::Bf16;
     let narrow = |elements: u64| elements / if bf16 { 2 } else { 1 };
-    let (sizes, widths) = (Sizes::of(model, head), Widths::of(model, pass, false));
+    let sizes = Sizes::of(model, head);
+    let halves = Halves::of(model, &sizes, pass, None, sharding.fused);
+    let states = tokens * model.hidden_size as u64;
     let gathered = |weights: u64| if shared { narrow(weights) } else { 0 };
-    let widened = |weights: u64| if bf16 && !reads_narrow_weights(pass.precision.arithmetic()) { weights } else { 0 };
-    let logits = match head.has_language() {
-        true => token_head::held_logits(tokens as usize, model.vocab_size) as u64 + tokens * widths.hidden + 6 * tokens,
-        false => 0,
+    let logits = match (head.has_language(), sharding.fused) {
+        (true, true) => token_head::held_logits(tokens as usize, model.vocab_size) as u64 + states + 6 * tokens,
+        (true, false) => composed::logits(model, pass, false) + states,
+        (false, _) => 0,
     };
-    // A half of a block with its result; a block's weights with those of the next.
-    let attention = tokens * widths.attention + widths.attention_workspace[0] + widened(sizes.block - sizes.mlp);
-    let mlp = tokens * widths.mlp + widths.mlp_workspace[0] + widened(sizes.mlp);
-    let block = attention.max(mlp) + gathered(2 * sizes.block);
-    let passing = block.max(logits + gathered(sizes.head) + widened(sizes.head)).max(gathered(sizes.tables));
+    // A block's weights come with those of the next.
+    let block = halves.attention.forward.max(halves.mlp.forward) + gathered(2 * sizes.block);
+    let of_head = logits + gathered(sizes.head) + widened(pass, sharding.fused, sizes.head);
+    let passing = block.max(of_head).max(gathered(sizes.tables));
     let share = largest_shares(model, head, None, if shared { sharding.ranks } else { 1 });
     Needs {
         parameter_bytes: F32 * narrow(share.weights),
-        buffer_bytes: F32 * (tokens * widths.hidden + passing),
+        buffer_bytes: F32 * (states + passing),
         working_ranks: sharding.working(micro_batches),
         idle_bytes: F32 * gathered(sizes.block.max(sizes.tables)),
         ..Needs::default()
