@@ -262,12 +262,12 @@ pub fn backward(
     let norms = how.blocks.map(|rows| {
         let all = rows.start * hidden..rows.end * hidden;
         let (x, dy) = (&x[all.clone()], &dy[all.clone()]);
-        let mut dnormed = scratch(x.len());
-        dnormed.fill(0.0);
+        let (mut dnormed, mut into) = (scratch(x.len()), Into::Overwrite);
         for ((of, (.., gradients)), kept) in of.iter().zip(projections).zip(&kept) {
             let width = gradients.len() / tokens.max(1);
             let gradients = MatrixRef::of_rows(gradients, &rows, width);
-            of.run(&mut dnormed, Into::Add, &how.blocks.left(gradients, rows.start));
+            of.run(&mut dnormed, into, &how.blocks.left(gradients, rows.start));
+            into = Into::Add;
             // SAFETY: each block has its own rows.
             unsafe { put(kept, gradients, rows.start) };
         }

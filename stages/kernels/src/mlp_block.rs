@@ -128,8 +128,7 @@ pub fn backward(
         };
         put(&upstream, dy, 0);
         let dout = how.blocks.left(dy, rows.start);
-        let mut dnormed = scratch(x.len());
-        dnormed.fill(0.0);
+        let (mut dnormed, mut into) = (scratch(x.len()), Into::Overwrite);
         for part in how.blocks.parts(width) {
             let len = part.len();
             let mut dactivated = scratch(rows.len() * len);
@@ -154,7 +153,8 @@ pub fn backward(
                 None => results.for_each(|((activated, dup), (up, dout))| gelu_backward(activated, dup, up, dout)),
             }
             let mut add = |of: &Backward<'_>, gradients: MatrixRef<'_>| {
-                of.columns(&mut dnormed, Into::Add, &how.blocks.left(gradients, rows.start), 0..hidden, part.clone());
+                of.columns(&mut dnormed, into, &how.blocks.left(gradients, rows.start), 0..hidden, part.clone());
+                into = Into::Add;
             };
             if let (Some(gate_of), Some(dgate)) = (&gate_of, &dgate) {
                 let dgate = MatrixRef::new(dgate, rows.len(), len);

@@ -48,7 +48,11 @@ impl Packed {
         match *self {}
     }
 
-    pub(crate) fn product(_: Kernel, _: &mut [f32], left: &Self, _: &Self, _: Into) {
+    pub(crate) fn product(_: Kernel, left: &Self, _: &Self) -> Vec<f32> {
+        match *left {}
+    }
+
+    pub(crate) fn product_into(_: Kernel, _: &mut [f32], left: &Self, _: &Self, _: Into) {
         match *left {}
     }
 

@@ -266,6 +266,9 @@ impl Kept<'_> {
 
     /// `self^T right`, row-major.
     pub(crate) fn product(&self, right: &Self, arithmetic: Arithmetic) -> Vec<f32> {
+        if let (Self::Tiles(kernel, left), Self::Tiles(_, right)) = (self, right) {
+            return tiles::Packed::product(*kernel, left, right);
+        }
         let mut out = zeros(self.width() * right.width());
         self.product_into(&mut out, right, arithmetic, Into::Overwrite);
         out
@@ -274,7 +277,7 @@ impl Kept<'_> {
     /// `out = self^T right` or `out += self^T right`, row-major, on all threads.
     pub(crate) fn product_into(&self, out: &mut [f32], right: &Self, arithmetic: Arithmetic, into: Into) {
         match (self, right) {
-            (Self::Tiles(kernel, left), Self::Tiles(_, right)) => tiles::Packed::product(*kernel, out, left, right, into),
+            (Self::Tiles(kernel, left), Self::Tiles(_, right)) => tiles::Packed::product_into(*kernel, out, left, right, into),
             (Self::Rows(left, height), Self::Rows(right, width)) => {
                 let rows = left.len() / (*height).max(1);
                 let (left, right) = (MatrixRef::new(left, rows, *height), MatrixRef::new(right, rows, *width));

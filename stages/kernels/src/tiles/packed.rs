@@ -14,7 +14,7 @@ use crate::{
 
 /// Numbers of a line of the cache.
 const LINE: usize = size_of::<Line>() / size_of::<u16>();
-/// Panels of a task of [`Packed::product`], at most.
+/// Panels of rows of a task of [`Packed::product`], at most.
 const TASK_PANELS: usize = 4;
 
 /// The numbers of lines that are to be written.
@@ -139,31 +139,51 @@ impl Packed {
         self.lines
     }
 
-    /// `out = left right` or `out += left right` on all threads, all terms of both. Row-major.
-    pub(crate) fn product(kernel: Kernel, out: &mut [f32], left: &Self, right: &Self, into: Into) {
+    /// `left right` on all threads, all terms of both. Row-major.
+    pub(crate) fn product(kernel: Kernel, left: &Self, right: &Self) -> Vec<f32> {
+        let (lines, width) = (Self::task_lines(left), right.lines);
+        let out = Parts::new(left.lines * width);
+        (0..left.lines.div_ceil(lines)).into_par_iter().for_each(|task| {
+            let rows = task * lines..((task + 1) * lines).min(left.lines);
+            // SAFETY: each task has its own rows. Zeros in the cache cost little.
+            let out = unsafe { out.zeroed(rows.start * width..rows.end * width) };
+            Self::rows_of_product(kernel, out, rows, left, right, Into::Overwrite);
+        });
+        // SAFETY: the tasks' rows are all of them.
+        unsafe { out.finish() }
+    }
+
+    /// `out = left right` or `out += left right`, likewise.
+    pub(crate) fn product_into(kernel: Kernel, out: &mut [f32], left: &Self, right: &Self, into: Into) {
+        let (lines, width) = (Self::task_lines(left), right.lines);
+        assert_eq!(out.len(), left.lines * width, "result has another shape");
+        out.par_chunks_mut((lines * width).max(1)).enumerate().for_each(|(task, out)| {
+            Self::rows_of_product(kernel, out, task * lines..((task + 1) * lines).min(left.lines), left, right, into);
+        });
+    }
+
+    /// Rows of a product's task, whole panels: right ones pass through the second-level cache.
+    fn task_lines(left: &Self) -> usize {
+        left.lines.div_ceil(PANEL).div_ceil(2 * rayon::current_num_threads()).clamp(1, TASK_PANELS) * PANEL
+    }
+
+    fn rows_of_product(kernel: Kernel, out: &mut [f32], rows: Range<usize>, left: &Self, right: &Self, into: Into) {
         assert_eq!(left.terms, right.terms, "inner dimensions differ");
         let width = right.lines;
-        assert_eq!(out.len(), left.lines * width, "result has another shape");
-        // A task has some panels of rows and all columns, whose panels pass through the second-level cache.
-        let panels = left.lines.div_ceil(PANEL).div_ceil(2 * rayon::current_num_threads()).clamp(1, TASK_PANELS);
-        let lines = panels * PANEL;
-        out.par_chunks_mut((lines * width).max(1)).enumerate().for_each(|(task, out)| {
-            let rows = task * lines..((task + 1) * lines).min(left.lines);
-            let _tiles = (kernel == Kernel::Amx).then(amx::Tiles::configure);
-            let blocks = left.terms.div_ceil(DEPTH);
-            for start in (0..blocks).step_by(DEPTH_BLOCKS) {
-                let some = start..(start + DEPTH_BLOCKS).min(blocks);
-                let into = if start > 0 { Into::Add } else { into };
-                for pass in passes(rows.start / PANEL..rows.end.div_ceil(PANEL), 0..width.div_ceil(PANEL)) {
-                    let (row, column) = (pass.row * PANEL, pass.column * PANEL);
-                    let out = &mut out[(row - rows.start) * width + column..];
-                    let size = [(rows.end - row).min(PANEL), (width - column).min(PANEL)];
-                    let next = pass.half(right.panel(pass.next, some.clone()));
-                    let operands = [left.panel(pass.row, some.clone()), right.panel(pass.column, some.clone()), next];
-                    kernel.panel(operands, out, width, size, 1.0, into);
-                }
+        let _tiles = (kernel == Kernel::Amx).then(amx::Tiles::configure);
+        let blocks = left.terms.div_ceil(DEPTH);
+        for start in (0..blocks).step_by(DEPTH_BLOCKS) {
+            let some = start..(start + DEPTH_BLOCKS).min(blocks);
+            let into = if start > 0 { Into::Add } else { into };
+            for pass in passes(rows.start / PANEL..rows.end.div_ceil(PANEL), 0..width.div_ceil(PANEL)) {
+                let (row, column) = (pass.row * PANEL, pass.column * PANEL);
+                let out = &mut out[(row - rows.start) * width + column..];
+                let size = [(rows.end - row).min(PANEL), (width - column).min(PANEL)];
+                let next = pass.half(right.panel(pass.next, some.clone()));
+                let operands = [left.panel(pass.row, some.clone()), right.panel(pass.column, some.clone()), next];
+                kernel.panel(operands, out, width, size, 1.0, into);
             }
-        });
+        }
     }
 
     /// `out = left self` or `out += left self` for the given columns and terms of this right operand, on the calling thread. Both
