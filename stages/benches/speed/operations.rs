@@ -99,11 +99,11 @@ pub fn operations(size: &Size, arithmetic: Arithmetic, repeats: usize) -> Vec<Op
     let table = numbers(vocab * hidden, 0.1);
     let ones = vec![1.0; hidden];
 
-    let (mut rows, mut dtable) = (vec![0.0; tokens * hidden], Vec::new());
+    let mut dtable = Vec::new();
     let embed = Operation {
         name: "embedding",
         times: 1,
-        forward: time(repeats, || embedding::embed(&mut rows, &table, &ids, hidden)),
+        forward: time(repeats, || embedding::embed(Weight::F32(&table), &ids, hidden)),
         // A gradient begins as zeros, which are part of its cost.
         backward: time(repeats, || {
             dtable = vec![0.0; vocab * hidden];

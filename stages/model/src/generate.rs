@@ -11,6 +11,7 @@ use rlflow_api::CounterRng;
 use rlflow_kernels::{
     AttentionShape, SequenceLayout, Team, Weight, attention_block,
     decode::{self, DecodeAttention, DecodeMlp, LayerCache, norm_rows},
+    embedding,
     few_rows::{self, Output},
     matmul::{Arithmetic, Into},
     mlp_block,
@@ -124,23 +125,12 @@ impl Weights {
 
     /// Rows of the embedding, and those of learned positions added.
     fn embed(&self, slots: &Slots, ids: &[u32], positions: &[u32], hidden: usize) -> Vec<f32> {
-        let mut x = vec![0.0; ids.len() * hidden];
-        add_rows(&mut x, self.get(slots.embed), ids, hidden);
+        let mut x = embedding::embed(self.get(slots.embed), ids, hidden);
         if let Some(table) = slots.positions {
-            add_rows(&mut x, self.get(table), positions, hidden);
+            let rows = embedding::embed(self.get(table), positions, hidden);
+            x.iter_mut().zip(rows).for_each(|(x, value)| *x += value);
         }
         x
-    }
-}
-
-/// Adds rows `ids` of a table.
-fn add_rows(x: &mut [f32], table: Weight<'_>, ids: &[u32], hidden: usize) {
-    for (x, id) in x.chunks_exact_mut(hidden).zip(ids) {
-        let row = *id as usize * hidden..(*id as usize + 1) * hidden;
-        match table {
-            Weight::F32(table) => x.iter_mut().zip(&table[row]).for_each(|(x, value)| *x += value),
-            Weight::Bf16(table) => x.iter_mut().zip(&table[row]).for_each(|(x, value)| *x += value.to_f32()),
-        }
     }
 }
 

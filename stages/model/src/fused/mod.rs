@@ -331,10 +331,6 @@ pub mod flex {
 
     /// Embedding rows of `ids`.
     pub fn embed(weight: Tensor<2>, ids: Arc<[u32]>) -> Tensor<2> {
-        if weight.dtype() != DType::F32 {
-            // A few rows of a large table: only those are widened.
-            return composed::embed(weight, ids);
-        }
         Tensor::from_dispatch(Dispatch::fused_embed(weight.into_dispatch(), ids))
     }
 

@@ -26,9 +26,11 @@ impl SliceOp<1> for EmbedOp {
     }
 
     fn forward(&self, [weight]: [Weight<'_>; 1]) -> (Vec<f32>, [usize; 2], ()) {
-        let mut out = zeros(self.ids.len() * self.hidden);
-        embedding::embed(&mut out, &weight.wide(), &self.ids, self.hidden);
-        (out, [self.ids.len(), self.hidden], ())
+        (embedding::embed(weight, &self.ids, self.hidden), [self.ids.len(), self.hidden], ())
+    }
+
+    fn reads_narrow(&self) -> bool {
+        true
     }
 
     fn backward(&self, [weight]: [Weight<'_>; 1], (): &(), gradient: &[f32], _: [bool; 1]) -> [Vec<f32>; 1] {
