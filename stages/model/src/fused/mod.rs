@@ -14,14 +14,14 @@ use std::sync::Arc;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::{
     backend::{Autodiff, Backend, Flex, backend_extension, tensor::FloatTensor},
-    tensor::{DType, Tensor, TensorData},
+    tensor::{Tensor, TensorData},
 };
 use burn_flex::FlexTensor;
 use rlflow_kernels::{
     Affine, AttentionParts, AttentionShape, MlpParts, SequenceLayout, embedding, matmul::Arithmetic, memory::zeros, rope::RopeTable,
 };
 
-use crate::{composed, dropout::BlockDropout, parameters::flex_view};
+use crate::{dropout::BlockDropout, parameters::flex_view};
 
 use self::{
     ops::{AttentionOp, EmbedOp, MlpOp, NormOp, ScoreOp, TokenHeadOp},
