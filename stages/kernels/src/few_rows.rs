@@ -185,32 +185,45 @@ mod avx512 {
         let columns = lines[0].len();
         assert!(x.len() == ROWS * columns.next_multiple_of(LANES) && lines.iter().all(|line| line.len() == columns));
         let mut sums = [[_mm512_setzero_ps(); TILE]; ROWS];
-        let mut add = |x: *const f32, weights: [__m512; TILE]| {
-            for (row, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: the caller of this closure has sixteen terms of each row there.
-                let x = unsafe { _mm512_loadu_ps(x.add(row * LANES)) };
-                for (sum, weights) in sums.iter_mut().zip(weights) {
-                    *sum = _mm512_fmadd_ps(x, weights, *sum);
-                }
-            }
-        };
+        // Loops, not closures: those would be compiled without the level's instructions.
+        let mut weights = [_mm512_setzero_ps(); TILE];
         let whole = columns / LANES * LANES;
         for at in (0..whole).step_by(LANES) {
-            for (index, line) in lines.iter().enumerate() {
+            for (index, (line, weights)) in lines.iter().zip(&mut weights).enumerate() {
                 if FETCH >> index & 1 == 1 {
                     _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(AHEAD * TILE * columns + at).cast());
                 }
+                // SAFETY: sixteen numbers from `at` on are within the line.
+                *weights = unsafe { _mm512_loadu_ps(line.as_ptr().add(at)) };
             }
-            // SAFETY: sixteen numbers from `at` on are within the lines.
-            add(x.as_ptr().wrapping_add(at * ROWS), lines.map(|line| unsafe { _mm512_loadu_ps(line.as_ptr().add(at)) }));
+            add(&mut sums, &x[at * ROWS..], weights);
         }
         if whole < columns {
             let mask = ((1_u32 << (columns - whole)) - 1) as u16;
-            // SAFETY: the mask keeps loads within the lines.
-            let weights = lines.map(|line| unsafe { _mm512_maskz_loadu_ps(mask, line.as_ptr().add(whole)) });
-            add(x.as_ptr().wrapping_add(whole * ROWS), weights);
+            for (line, weights) in lines.iter().zip(&mut weights) {
+                // SAFETY: the mask keeps the load within the line.
+                *weights = unsafe { _mm512_maskz_loadu_ps(mask, line.as_ptr().add(whole)) };
+            }
+            add(&mut sums, &x[whole * ROWS..], weights);
         }
-        sums.map(|sums| sum_each(sums))
+        let mut out = [_mm_setzero_ps(); ROWS];
+        for (out, sums) in out.iter_mut().zip(sums) {
+            *out = sum_each(sums);
+        }
+        out
+    }
+
+    /// Adds sixteen terms of each row.
+    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+    #[inline]
+    fn add<const ROWS: usize>(sums: &mut [[__m512; TILE]; ROWS], x: &[f32], weights: [__m512; TILE]) {
+        for (sums, x) in sums.iter_mut().zip(x.as_chunks::<LANES>().0) {
+            // SAFETY: sixteen numbers.
+            let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
+            for (sum, weights) in sums.iter_mut().zip(weights) {
+                *sum = _mm512_fmadd_ps(x, weights, *sum);
+            }
+        }
     }
 
     /// Lane `i` of the result is the sum of the lanes of vector `i`: a tree whose shape is the same for each.
