@@ -189,22 +189,25 @@ mod avx512 {
         let mut weights = [_mm512_setzero_ps(); TILE];
         let whole = columns / LANES * LANES;
         for at in (0..whole).step_by(LANES) {
-            for (index, (line, weights)) in lines.iter().zip(&mut weights).enumerate() {
-                if FETCH >> index & 1 == 1 {
-                    _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(AHEAD * TILE * columns + at).cast());
+            for line in 0..TILE {
+                let from = lines[line].as_ptr().wrapping_add(at);
+                if FETCH >> line & 1 == 1 {
+                    _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(AHEAD * TILE * columns).cast());
                 }
-                // SAFETY: sixteen numbers from `at` on are within the line.
-                *weights = unsafe { _mm512_loadu_ps(line.as_ptr().add(at)) };
+                // SAFETY: sixteen numbers from there on are within the line.
+                weights[line] = unsafe { _mm512_loadu_ps(from) };
             }
-            add(&mut sums, &x[at * ROWS..], weights);
+            // SAFETY: the assertion says that there are sixteen of each row.
+            unsafe { add(&mut sums, x.as_ptr().add(at * ROWS), weights) };
         }
         if whole < columns {
             let mask = ((1_u32 << (columns - whole)) - 1) as u16;
-            for (line, weights) in lines.iter().zip(&mut weights) {
+            for line in 0..TILE {
                 // SAFETY: the mask keeps the load within the line.
-                *weights = unsafe { _mm512_maskz_loadu_ps(mask, line.as_ptr().add(whole)) };
+                weights[line] = unsafe { _mm512_maskz_loadu_ps(mask, lines[line].as_ptr().add(whole)) };
             }
-            add(&mut sums, &x[whole * ROWS..], weights);
+            // SAFETY: as above.
+            unsafe { add(&mut sums, x.as_ptr().add(whole * ROWS), weights) };
         }
         let mut out = [_mm_setzero_ps(); ROWS];
         for (out, sums) in out.iter_mut().zip(sums) {
@@ -214,12 +217,15 @@ mod avx512 {
     }
 
     /// Adds sixteen terms of each row.
+    ///
+    /// # Safety
+    /// They must be at `x`.
     #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
     #[inline]
-    fn add<const ROWS: usize>(sums: &mut [[__m512; TILE]; ROWS], x: &[f32], weights: [__m512; TILE]) {
-        for (sums, x) in sums.iter_mut().zip(x.as_chunks::<LANES>().0) {
-            // SAFETY: sixteen numbers.
-            let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
+    unsafe fn add<const ROWS: usize>(sums: &mut [[__m512; TILE]; ROWS], x: *const f32, weights: [__m512; TILE]) {
+        for (row, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: as the caller promises.
+            let x = unsafe { _mm512_loadu_ps(x.add(row * LANES)) };
             for (sum, weights) in sums.iter_mut().zip(weights) {
                 *sum = _mm512_fmadd_ps(x, weights, *sum);
             }
