@@ -70,7 +70,7 @@ struct Seen {
 struct Untold {
     message: String,
     location: String,
-    /// Whether it was printed all the same.
+    /// Whether it needs no more be printed: it was, or another of its place was told.
     printed: bool,
 }
 
@@ -82,7 +82,7 @@ impl Seen {
     /// Where the panic that said this was. Others of the same place are the same fault: several threads may meet it at once.
     fn take(&mut self, message: &str) -> Option<String> {
         let location = self.untold.iter().find(|untold| untold.message == message)?.location.clone();
-        self.untold.retain(|untold| untold.location != location);
+        self.untold.iter_mut().filter(|untold| untold.location == location).for_each(|untold| untold.printed = true);
         Some(location)
     }
 

@@ -90,11 +90,6 @@ impl HeadNormSaved {
     }
 }
 
-/// RMSNorm of every head of `rows`, in place, where `weight` is there.
-pub(crate) fn norm_heads(rows: &mut [f32], weight: Option<&[f32]>, eps: f32) {
-    head_norm(rows, weight, eps);
-}
-
 fn head_norm(rows: &mut [f32], weight: Option<&[f32]>, eps: f32) -> Option<HeadNormSaved> {
     let weight = weight?;
     let mut saved = HeadNormSaved { rows: copied(rows), inverse: zeros(rows.len() / weight.len()) };

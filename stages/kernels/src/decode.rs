@@ -6,12 +6,11 @@ use crate::{
     AttentionShape, Positional,
     affine::{Affine, AttentionParts, MlpParts},
     attention::Heads,
-    attention_block::norm_heads,
     few_rows::{Output, project},
     low_rank::{self, How, LowRank},
     matmul::{Arithmetic, Into, MatrixRef},
     mlp_block::{gelu, swiglu},
-    norm::norm,
+    norm::{norm, rms_norm_serial},
     scratch::scratch,
     simd::{LANES, exp, fmadd, max, multiversion, sum},
     team::Team,
@@ -103,7 +102,7 @@ struct Row<'a> {
 /// # Shapes
 /// - x: `[sequences, hidden]`; caches, positions: `[sequences]`
 pub fn attention_step(
-    team: &Team,
+    team: &mut Team<'_, '_>,
     x: &mut [f32],
     caches: &mut [&mut LayerCache],
     positions: &[u32],
@@ -112,6 +111,7 @@ pub fn attention_step(
     shape: AttentionShape,
 ) {
     let (count, heads) = (caches.len(), shape.heads);
+    assert_eq!(count, positions.len(), "a position for each sequence");
     if count == 0 {
         return;
     }
@@ -119,9 +119,9 @@ pub fn attention_step(
     let normed = norm_rows(team, x, weights.norm, shape.eps);
     let (mut q, mut k, mut v) = (scratch(count * query_width), scratch(count * kv_width), scratch(count * kv_width));
     project(team, &normed, count, [(&mut *q, weights.q), (&mut *k, weights.k), (&mut *v, weights.v)].map(|(out, part)| written(out, part)));
-    add_rest(&mut q, &normed, weights.q, count);
-    add_rest(&mut k, &normed, weights.k, count);
-    add_rest(&mut v, &normed, weights.v, count);
+    add_rest(team, &mut q, &normed, weights.q, count);
+    add_rest(team, &mut k, &normed, weights.k, count);
+    add_rest(team, &mut v, &normed, weights.v, count);
     let (q_norm, k_norm) = (weights.q_norm.map(Weight::wide), weights.k_norm.map(Weight::wide));
     let mut out = scratch(count * query_width);
     let sequences = caches.iter_mut().zip(positions);
@@ -138,14 +138,14 @@ pub fn attention_step(
         attend(out, q, cache, positional.slopes(), shape);
     });
     project(team, &out, count, [Output { out: x, into: Into::Add, weight: weights.o.weight }]);
-    add_rest(x, &out, weights.o, count);
+    add_rest(team, x, &out, weights.o, count);
 }
 
 /// `x += mlp(norm(x))`.
 ///
 /// # Shapes
 /// - x: `[rows, hidden]`
-pub fn mlp_step(team: &Team, x: &mut [f32], weights: DecodeMlp<'_>, rows: usize, eps: f32) {
+pub fn mlp_step(team: &mut Team<'_, '_>, x: &mut [f32], weights: DecodeMlp<'_>, rows: usize, eps: f32) {
     if rows == 0 {
         return;
     }
@@ -156,32 +156,32 @@ pub fn mlp_step(team: &Team, x: &mut [f32], weights: DecodeMlp<'_>, rows: usize,
         Some(gate_of) => {
             let mut gate = scratch(rows * intermediate);
             project(team, &normed, rows, [written(&mut gate, gate_of), written(&mut activated, weights.up)]);
-            add_rest(&mut gate, &normed, gate_of, rows);
-            add_rest(&mut activated, &normed, weights.up, rows);
+            add_rest(team, &mut gate, &normed, gate_of, rows);
+            add_rest(team, &mut activated, &normed, weights.up, rows);
             let rows = activated.chunks_exact_mut(intermediate).zip(gate.chunks_exact(intermediate));
             team.each_item(&mut rows.collect::<Vec<_>>(), |(up, gate)| swiglu(up, gate));
         }
         None => {
             project(team, &normed, rows, [written(&mut activated, weights.up)]);
-            add_rest(&mut activated, &normed, weights.up, rows);
+            add_rest(team, &mut activated, &normed, weights.up, rows);
             team.each_item(&mut activated.chunks_exact_mut(intermediate).collect::<Vec<_>>(), |row| gelu(row));
         }
     }
     project(team, &activated, rows, [Output { out: x, into: Into::Add, weight: weights.down.weight }]);
-    add_rest(x, &activated, weights.down, rows);
+    add_rest(team, x, &activated, weights.down, rows);
 }
 
-/// Rows that a task norms.
-const NORM_ROWS: usize = 4;
+/// Rows that a task norms or adds to.
+const TASK_ROWS: usize = 4;
 
 /// `norm(x)`.
-pub fn norm_rows(team: &Team, x: &[f32], part: Affine<Weight<'_>>, eps: f32) -> impl Deref<Target = [f32]> + use<> {
+pub fn norm_rows(team: &mut Team<'_, '_>, x: &[f32], part: Affine<Weight<'_>>, eps: f32) -> impl Deref<Target = [f32]> + use<> {
     let (weight, bias) = (part.weight.wide(), part.bias.map(Weight::wide));
     let mut normed = scratch(x.len());
-    let part_len = (NORM_ROWS * weight.len()).max(1);
+    let part_len = (TASK_ROWS * weight.len()).max(1);
     let mut parts: Vec<_> = normed.chunks_mut(part_len).zip(x.chunks(part_len)).collect();
     team.each_item(&mut parts, |(out, x)| {
-        let mut inverse = [0.0; NORM_ROWS];
+        let mut inverse = [0.0; TASK_ROWS];
         norm(out, &mut inverse[..x.len() / weight.len()], x, Affine::new(&weight, bias.as_deref()), eps);
     });
     normed
@@ -192,18 +192,35 @@ fn written<'a>(out: &'a mut [f32], part: Affine<Weight<'a>>) -> Output<'a> {
 }
 
 /// The bias and the low-rank addition of a projection.
-fn add_rest(out: &mut [f32], x: &[f32], part: Affine<Weight<'_>>, rows: usize) {
-    if let Some(bias) = part.bias {
-        let bias = bias.wide();
-        out.chunks_exact_mut(bias.len()).for_each(|row| row.iter_mut().zip(&*bias).for_each(|(value, bias)| *value += bias));
+fn add_rest(team: &mut Team<'_, '_>, out: &mut [f32], x: &[f32], part: Affine<Weight<'_>>, rows: usize) {
+    if part.bias.is_none() && part.low_rank.is_none() {
+        return;
     }
-    if let Some(LowRank { a, b, scale }) = part.low_rank {
-        let (a, b) = (a.wide(), b.wide());
-        let (width, columns) = (out.len() / rows.max(1), x.len() / rows.max(1));
-        let rank = a.len() / columns.max(1);
-        let factors = LowRank { a: MatrixRef::new(&a, rank, columns), b: MatrixRef::new(&b, width, rank), scale };
-        let how = How { arithmetic: Arithmetic::F32, parallel: false };
-        low_rank::add(out, width, MatrixRef::new(x, rows, columns), factors, how);
+    let (width, columns) = (out.len() / rows, x.len() / rows);
+    let bias = part.bias.map(Weight::wide);
+    let factors = part.low_rank.map(|LowRank { a, b, scale }| (a.wide(), b.wide(), scale));
+    let mut parts: Vec<_> = out.chunks_mut(TASK_ROWS * width).zip(x.chunks(TASK_ROWS * columns)).collect();
+    team.each_item(&mut parts, |(out, x)| {
+        if let Some(bias) = &bias {
+            out.chunks_exact_mut(width).for_each(|row| row.iter_mut().zip(&**bias).for_each(|(value, bias)| *value += bias));
+        }
+        if let Some((a, b, scale)) = &factors {
+            let rank = a.len() / columns;
+            let factors = LowRank { a: MatrixRef::new(a, rank, columns), b: MatrixRef::new(b, width, rank), scale: *scale };
+            let how = How { arithmetic: Arithmetic::F32, parallel: false };
+            low_rank::add(out, width, MatrixRef::new(x, x.len() / columns, columns), factors, how);
+        }
+    });
+}
+
+/// Norms the heads of a row, on the calling thread.
+fn norm_heads(row: &mut [f32], weight: Option<&[f32]>, eps: f32) {
+    if let Some(weight) = weight {
+        let mut normed = scratch(weight.len());
+        for head in row.chunks_exact_mut(weight.len()) {
+            rms_norm_serial(&mut normed, &mut [0.0], head, weight, eps);
+            head.copy_from_slice(&normed);
+        }
     }
 }
 

@@ -16,6 +16,8 @@ use crate::{
 
 /// Columns that a task computes.
 const TASK: usize = 64;
+/// The same without AVX-512.
+const PLAIN_TASK: usize = 256;
 /// Columns whose sums are in registers at once, with those of six rows.
 const TILE: usize = 4;
 
@@ -33,25 +35,22 @@ pub struct Output<'a> {
 ///
 /// # Shapes
 /// - x: `[rows, columns]`
-pub fn project<const N: usize>(team: &Team, x: &[f32], rows: usize, outputs: [Output<'_>; N]) {
+pub fn project<const N: usize>(team: &mut Team<'_, '_>, x: &[f32], rows: usize, outputs: [Output<'_>; N]) {
     if rows == 0 {
         return;
     }
     let columns = x.len() / rows;
-    if simd::level() != simd::Level::Avx512 {
-        for Output { out, into, weight } in outputs {
-            let width = out.len() / rows;
-            let weight = weight.wide();
-            matmul::matmul_scaled(out, width, MatrixRef::new(x, rows, columns), MatrixRef::new(&weight, width, columns).t(), 1.0, into);
-        }
-        return;
-    }
+    let has_units = simd::level() == simd::Level::Avx512;
+    let width_of_task = if has_units { TASK } else { PLAIN_TASK };
     let mut tasks = Vec::new();
     for Output { out, into, weight } in outputs {
         let width = out.len() / rows;
         assert_eq!(weight.len(), width * columns, "a weight has another shape");
         let out = Shared::new(out);
-        tasks.extend((0..width).step_by(TASK).map(|first| Task { out, into, weight, width, first }));
+        tasks.extend((0..width).step_by(width_of_task).map(|first| Task { out, into, weight, width, first }));
+    }
+    if !has_units {
+        return team.each(tasks.len(), |task| tasks[task].plain(MatrixRef::new(x, rows, columns)));
     }
     // SAFETY: the level says that the processor has the instructions.
     let x = unsafe { avx512::pack(x, rows, columns) };
@@ -71,6 +70,15 @@ struct Task<'a> {
 impl Task<'_> {
     fn lines(&self) -> Range<usize> {
         self.first..(self.first + TASK).min(self.width)
+    }
+
+    /// Without AVX-512.
+    fn plain(&self, x: MatrixRef<'_>) {
+        let lines = self.first..(self.first + PLAIN_TASK).min(self.width);
+        let weight = self.weight.rows(&lines, x.columns()).wide();
+        // SAFETY: tasks have disjoint columns.
+        let out = unsafe { self.out.from(lines.start) };
+        matmul::matmul_serial(out, self.width, x, MatrixRef::new(&weight, lines.len(), x.columns()).t(), 1.0, self.into);
     }
 }
 
@@ -123,8 +131,12 @@ mod avx512 {
                 Weight::F32(weight) => &weight[elements],
                 Weight::Bf16(weight) => {
                     wide.resize(count * columns, 0.0);
-                    for (wide, narrow) in wide.iter_mut().zip(&weight[elements]) {
-                        *wide = widen(narrow.to_bits());
+                    let lines = wide.chunks_mut(2 * LANES).zip(weight[elements].chunks(2 * LANES));
+                    for (wide, narrow) in lines {
+                        _mm_prefetch::<_MM_HINT_T1>(narrow.as_ptr().wrapping_add(AHEAD * TILE * columns).cast());
+                        for (wide, narrow) in wide.iter_mut().zip(narrow) {
+                            *wide = widen(narrow.to_bits());
+                        }
                     }
                     &wide[..]
                 }
@@ -135,6 +147,8 @@ mod avx512 {
             for row in (0..rows).step_by(ROWS) {
                 let x = &x[row * stride..(row + ROWS).min(rows) * stride];
                 match row / ROWS {
+                    // What was widened came from elsewhere.
+                    _ if matches!(task.weight, Weight::Bf16(_)) => rows_by_lines::<0>(task, x, lines, row, first, count),
                     0 if rows <= ROWS => rows_by_lines::<0b1111>(task, x, lines, row, first, count),
                     0 => rows_by_lines::<0b0011>(task, x, lines, row, first, count),
                     1 => rows_by_lines::<0b1100>(task, x, lines, row, first, count),

@@ -59,6 +59,11 @@ pub fn rms_norm(out: &mut [f32], inverse: &mut [f32], x: &[f32], weight: &[f32],
         .for_each(|((out, inverse), x)| forward_rows(out, inverse, x, weight, eps));
 }
 
+/// [`rms_norm`] on the calling thread.
+pub(crate) fn rms_norm_serial(out: &mut [f32], inverse: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
+    forward_rows(out, inverse, x, weight, eps);
+}
+
 multiversion!(fn forward_rows(out: &mut [f32], inverse: &mut [f32], x: &[f32], weight: &[f32], eps: f32) = forward_rows_inner);
 
 #[inline(always)]

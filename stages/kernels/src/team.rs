@@ -2,24 +2,38 @@
 //!
 //! A phase of a decoding step takes some microseconds, less than it takes to wake a thread. So the threads of a team stay awake: one leads
 //! and opens phases, the others take tasks of whatever phase is open. The leader waits for tasks that were taken and never for threads:
-//! where all others are busy elsewhere, it does everything itself.
+//! where all others are busy elsewhere, it does everything itself. Who finds nothing to do for a while leaves, and is called again.
+//!
+//! A task must not start parallel work of the pool: what waits there may take up other work, and the phase would wait for that.
 
 use std::{
     any::Any,
-    cell::UnsafeCell,
+    cell::{Cell, UnsafeCell},
     hint::spin_loop,
+    marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 /// Looks for a task before a thread lets others run: some microseconds.
 const LOOKS: usize = 1 << 9;
+/// A helper that finds nothing to do for so long leaves. Between the phases of a step there is less.
+const PATIENCE: Duration = Duration::from_millis(1);
 
-/// A leader and its helpers.
-pub struct Team {
+/// Who opens the phases. There is one, so that phases come one after the other.
+pub struct Team<'a, 'scope> {
+    phases: &'scope Phases,
+    scope: &'a rayon::Scope<'scope>,
+    /// It stays on its thread.
+    thread: PhantomData<*const ()>,
+}
+
+/// What a leader and its helpers share.
+struct Phases {
     /// Of the newest phase: its number (32 bits), its tasks (16), and those that were taken (16).
     phase: AtomicU64,
     /// Its tasks that are done.
@@ -28,7 +42,15 @@ pub struct Team {
     work: UnsafeCell<Option<Work>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     is_over: AtomicBool,
+    /// Threads that were called and have not left.
+    helpers: AtomicUsize,
 }
+
+/// A closure whose lifetime ends with its phase.
+type Work = *const (dyn Fn(usize) + Sync);
+
+// SAFETY: `work` is read by those who have taken a task of the phase that it was set for, and not changed before they are done.
+unsafe impl Sync for Phases {}
 
 /// Where items begin.
 struct Start<T>(*mut T);
@@ -42,41 +64,38 @@ impl<T> Start<T> {
     }
 }
 
-/// A closure whose lifetime ends with its phase.
-type Work = *const (dyn Fn(usize) + Sync);
+thread_local! {
+    /// Whether this thread leads a team or helps one: it helps no other meanwhile.
+    static IS_TAKEN: Cell<bool> = const { Cell::new(false) };
+}
 
-// SAFETY: `work` is read by those who have taken a task of the phase that it was set for, and not changed before they are done.
-unsafe impl Sync for Team {}
-
-impl Team {
+impl Team<'_, '_> {
     /// Runs `lead` with all threads of the pool that are free as helpers.
-    pub fn with<R>(lead: impl FnOnce(&Self) -> R) -> R {
-        let team = Self {
+    pub fn with<R>(lead: impl FnOnce(&mut Team<'_, '_>) -> R) -> R {
+        let phases = Phases {
             phase: AtomicU64::new(0),
             done: AtomicUsize::new(0),
             work: UnsafeCell::new(None),
             panic: Mutex::new(None),
             is_over: AtomicBool::new(false),
+            helpers: AtomicUsize::new(0),
         };
         rayon::in_place_scope(|scope| {
-            for _ in 1..rayon::current_num_threads() {
-                scope.spawn(|_| team.help());
-            }
             // Helpers end however the leader does.
-            let _end = End(&team.is_over);
-            lead(&team)
+            let _end = End { is_over: &phases.is_over, was_taken: IS_TAKEN.replace(true) };
+            lead(&mut Team { phases: &phases, scope, thread: PhantomData })
         })
     }
 
     /// Runs `work` with every number below `tasks`, on all threads; a panic of one is the caller's.
-    pub fn each(&self, tasks: usize, work: impl Fn(usize) + Sync) {
+    pub fn each(&mut self, tasks: usize, work: impl Fn(usize) + Sync) {
         for first in (0..tasks).step_by(usize::from(u16::MAX)) {
             self.phase((tasks - first).min(usize::from(u16::MAX)), &|task| work(first + task));
         }
     }
 
     /// The same with every item.
-    pub fn each_item<T: Send>(&self, items: &mut [T], work: impl Fn(&mut T) + Sync) {
+    pub fn each_item<T: Send>(&mut self, items: &mut [T], work: impl Fn(&mut T) + Sync) {
         let (start, len) = (Start(items.as_mut_ptr()), items.len());
         self.each(len, |item| {
             // SAFETY: the number is below the length, and each is asked for once.
@@ -84,28 +103,48 @@ impl Team {
         });
     }
 
-    fn phase<'a>(&self, tasks: usize, work: &'a (dyn Fn(usize) + Sync + 'a)) {
+    fn phase<'a>(&mut self, tasks: usize, work: &'a (dyn Fn(usize) + Sync + 'a)) {
         if tasks == 1 {
             return work(0);
+        }
+        let phases = self.phases;
+        if phases.helpers.load(Ordering::Relaxed) == 0 && rayon::current_num_threads() > 1 {
+            self.call();
         }
         // SAFETY: the closure outlives the phase, which this function does not leave before all of its tasks are done; the lifetime is
         // left out of the type because it has no name there.
         let work: Work = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + 'a), Work>(work) };
-        // SAFETY: the last phase's tasks are done, and no task is open, so nobody reads this.
-        unsafe { *self.work.get() = Some(work) };
-        self.done.store(0, Ordering::Relaxed);
-        let number = (self.phase.load(Ordering::Relaxed) >> 32) + 1;
-        self.phase.store(number << 32 | (tasks as u64) << 16, Ordering::Release);
-        while self.take() {}
+        // SAFETY: there is one leader, the last phase's tasks are done, and no task is open, so nobody reads this.
+        unsafe { *phases.work.get() = Some(work) };
+        phases.done.store(0, Ordering::Relaxed);
+        let number = (phases.phase.load(Ordering::Relaxed) >> 32) + 1;
+        phases.phase.store(number << 32 | (tasks as u64) << 16, Ordering::Release);
+        while phases.take() {}
         let mut looks = 0;
-        while self.done.load(Ordering::Acquire) < tasks {
+        while phases.done.load(Ordering::Acquire) < tasks {
             wait(&mut looks);
         }
-        if let Some(panic) = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(panic) = phases.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
             resume_unwind(panic);
         }
     }
 
+    /// Calls every thread of the pool, each by itself: nobody else can take its call.
+    fn call(&self) {
+        let phases = self.phases;
+        phases.helpers.store(rayon::current_num_threads(), Ordering::Relaxed);
+        self.scope.spawn_broadcast(move |_, _| {
+            // The leader, while it waits for something else, and who works for a team already.
+            if !IS_TAKEN.replace(true) {
+                phases.help();
+                IS_TAKEN.set(false);
+            }
+            phases.helpers.fetch_sub(1, Ordering::Relaxed);
+        });
+    }
+}
+
+impl Phases {
     /// Takes a task and does it, if one is open.
     fn take(&self) -> bool {
         let mut phase = self.phase.load(Ordering::Acquire);
@@ -132,17 +171,16 @@ impl Team {
     }
 
     fn help(&self) {
-        let mut looks = 0;
+        let (mut looks, mut idle_since) = (0, None);
         while !self.is_over.load(Ordering::Relaxed) {
             if self.take() {
-                looks = 0;
-            } else {
-                if looks == LOOKS {
-                    // What the leader does meanwhile may need this thread.
-                    rayon::yield_now();
-                }
-                wait(&mut looks);
+                (looks, idle_since) = (0, None);
+                continue;
             }
+            if looks == LOOKS && idle_since.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+                return;
+            }
+            wait(&mut looks);
         }
     }
 }
@@ -158,11 +196,15 @@ fn wait(looks: &mut usize) {
 }
 
 /// Tells the helpers that it is over.
-struct End<'a>(&'a AtomicBool);
+struct End<'a> {
+    is_over: &'a AtomicBool,
+    was_taken: bool,
+}
 
 impl Drop for End<'_> {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.is_over.store(true, Ordering::Relaxed);
+        IS_TAKEN.set(self.was_taken);
     }
 }
 
@@ -200,18 +242,20 @@ mod tests {
     fn a_team_works_where_all_other_threads_are_busy() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
         let sum = AtomicUsize::new(0);
-        let add = |team: &Team| (0..100).for_each(|_| team.each(10, |task| _ = sum.fetch_add(task, Ordering::Relaxed)));
-        // Two leaders on two threads, and parallel work of the pool within one of them.
+        let add = |team: &mut Team<'_, '_>| (0..100).for_each(|_| team.each(10, |task| _ = sum.fetch_add(task, Ordering::Relaxed)));
+        // Two leaders on two threads, parallel work of the pool within one of them, and a pause in which helpers leave.
         pool.join(
             || Team::with(add),
             || {
                 Team::with(|team| {
                     add(team);
-                    pool.install(|| rayon::join(|| add(team), || ()));
+                    rayon::join(|| sum.fetch_add(1, Ordering::Relaxed), || sum.fetch_add(2, Ordering::Relaxed));
+                    std::thread::sleep(20 * PATIENCE);
+                    add(team);
                 });
             },
         );
-        assert_eq!(sum.into_inner(), 3 * 100 * 45);
+        assert_eq!(sum.into_inner(), 3 * 100 * 45 + 3);
     }
 
     #[test]
