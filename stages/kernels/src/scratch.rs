@@ -20,7 +20,7 @@ const KEPT_LINES: usize = 1 << 16;
 /// Bytes of all scratch that is in use or kept.
 static BYTES: AtomicUsize = AtomicUsize::new(0);
 
-/// Bytes of scratch that threads use or keep: some hundred kilobytes each, whatever the model.
+/// Bytes of scratch that threads use or keep: some megabytes each, whatever the model.
 pub fn scratch_bytes() -> usize {
     BYTES.load(Relaxed)
 }

@@ -34,7 +34,7 @@ pub(crate) const DEPTH: usize = 32;
 /// Numbers of one block of a panel: two tiles.
 const BLOCK: usize = PANEL * DEPTH;
 /// Blocks of the depth that are summed before the result is touched: two panels of them, 32 KiB, stay in the first-level cache.
-/// Of a scaled product that is added, they are a part of the order of sums.
+/// Of a scaled product they are a part of the order of sums.
 const DEPTH_BLOCKS: usize = 8;
 /// Panels of a task: left ones stay in a core's second-level cache while right ones pass.
 const TASK_PANELS: [usize; 2] = [4, 8];
