@@ -2,7 +2,8 @@
 //!
 //! A phase of a decoding step takes some microseconds, less than it takes to wake a thread. So the threads of a team stay awake: one leads
 //! and opens phases, the others take tasks of whatever phase is open. The leader waits for tasks that were taken and never for threads:
-//! where all others are busy elsewhere, it does everything itself. Who finds nothing to do for a while leaves, and is called again.
+//! where all others are busy elsewhere, it does everything itself. Who finds nothing to do for a while leaves, and is called again; and
+//! now and then a helper does what others have for the pool, so that they do not wait for the end of a long rollout.
 //!
 //! A task must not start parallel work of the pool: what waits there may take up other work, and the phase would wait for that.
 
@@ -23,6 +24,8 @@ use std::{
 const LOOKS: usize = 1 << 9;
 /// A helper that finds nothing to do for so long leaves. Between the phases of a step there is less.
 const PATIENCE: Duration = Duration::from_millis(1);
+/// After so long a helper looks for other work of the pool.
+const SLICE: Duration = Duration::from_millis(5);
 
 /// Who opens the phases. There is one, so that phases come one after the other.
 pub struct Team<'a, 'scope> {
@@ -42,8 +45,8 @@ struct Phases {
     work: UnsafeCell<Option<Work>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     is_over: AtomicBool,
-    /// Threads that were called and have not left.
-    helpers: AtomicUsize,
+    /// Whether helpers are to be called: nobody was yet, or somebody left.
+    has_left: AtomicBool,
 }
 
 /// A closure whose lifetime ends with its phase.
@@ -78,7 +81,7 @@ impl Team<'_, '_> {
             work: UnsafeCell::new(None),
             panic: Mutex::new(None),
             is_over: AtomicBool::new(false),
-            helpers: AtomicUsize::new(0),
+            has_left: AtomicBool::new(true),
         };
         rayon::in_place_scope(|scope| {
             // Helpers end however the leader does.
@@ -108,7 +111,7 @@ impl Team<'_, '_> {
             return work(0);
         }
         let phases = self.phases;
-        if phases.helpers.load(Ordering::Relaxed) == 0 && rayon::current_num_threads() > 1 {
+        if phases.has_left.swap(false, Ordering::Relaxed) {
             self.call();
         }
         // SAFETY: the closure outlives the phase, which this function does not leave before all of its tasks are done; the lifetime is
@@ -132,14 +135,12 @@ impl Team<'_, '_> {
     /// Calls every thread of the pool, each by itself: nobody else can take its call.
     fn call(&self) {
         let phases = self.phases;
-        phases.helpers.store(rayon::current_num_threads(), Ordering::Relaxed);
         self.scope.spawn_broadcast(move |_, _| {
             // The leader, while it waits for something else, and who works for a team already.
             if !IS_TAKEN.replace(true) {
                 phases.help();
                 IS_TAKEN.set(false);
             }
-            phases.helpers.fetch_sub(1, Ordering::Relaxed);
         });
     }
 }
@@ -171,13 +172,18 @@ impl Phases {
     }
 
     fn help(&self) {
-        let (mut looks, mut idle_since) = (0, None);
+        let (mut looks, mut idle_since, mut slice) = (0, None, Instant::now());
         while !self.is_over.load(Ordering::Relaxed) {
             if self.take() {
                 (looks, idle_since) = (0, None);
                 continue;
             }
+            if looks == 0 && slice.elapsed() > SLICE {
+                rayon::yield_now();
+                slice = Instant::now();
+            }
             if looks == LOOKS && idle_since.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+                self.has_left.store(true, Ordering::Relaxed);
                 return;
             }
             wait(&mut looks);
